@@ -1,0 +1,85 @@
+# `make help` lists the targets. The environment lives in .venv and is made, or brought up to date, when a target needs it.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PRESET ?= cpu
+SEED ?= 0
+DEV ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := data/runs
+
+# A stamp carries the hash of both requirement files: nothing is installed while they stay the same.
+PINS := $(shell cat requirements.txt pyproject.toml | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-12)
+STAMP := $(VENV)/.installed-$(PINS)
+DEV_STAMP := $(VENV)/.installed-dev-$(PINS)
+
+PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pip-version-check
+# Two threads, and little spinning: idle OpenMP threads that spin beside a busy neighbour make a step ten times slower.
+THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
+CORE := $(THREADS) $(BIN)/python -m npo_core
+
+.PHONY: help setup autonpo study figures bench plan base lab test lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Variables: PRESET=$(PRESET) SEED=$(SEED) PYTHON=$(PYTHON) ARGS='extra arguments for the command'"
+
+setup: $(if $(DEV),$(DEV_STAMP),$(STAMP)) ## Create .venv and install the pinned packages (DEV=1 adds the development tools)
+
+$(STAMP): | $(BIN)/python
+	@echo "Installing requirements.txt into $(VENV), one to two minutes"
+	@rm -f $(VENV)/.installed-*
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) install --no-build-isolation -c requirements.txt -e '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; '$(PYTHON)' is not one. Name one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+autonpo: setup ## Run notebooks/03_autonpo.ipynb from start to end (PRESET, SEED)
+	@mkdir -p $(RUNS)
+	$(THREADS) $(BIN)/papermill notebooks/03_autonpo.ipynb $(RUNS)/03_autonpo.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
+	@echo "Executed notebook: $(RUNS)/03_autonpo.out.ipynb"
+	@echo "Figures: in it, and in $$(ls -1dt $(RUNS)/autonpo-$(PRESET)-s$(SEED)-*/figures 2>/dev/null | head -1)"
+
+study: setup ## Compare the methods over seeds, as docs/evidence.md reports
+	$(CORE) study $(ARGS)
+
+figures: setup ## Redraw the committed figures from the committed results
+	$(CORE) figures $(ARGS)
+
+bench: setup ## Measure speed, print a table, and write data/runs/bench.json
+	@mkdir -p $(RUNS)
+	$(CORE) bench $(ARGS)
+
+plan: setup ## Print what a preset would cost before it is run (PRESET)
+	$(CORE) plan --preset $(PRESET) $(ARGS)
+
+base: setup ## Remake the shipped base policy of the small world
+	$(CORE) warmstart $(ARGS)
+
+lab: setup ## Open the notebooks in JupyterLab
+	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)
+
+test: $(DEV_STAMP) ## Run the tests (ARGS goes to pytest)
+	$(THREADS) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP) ## Check style and formatting, notebooks included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## Remove caches and build output; .venv and data/runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find npo_core tests notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,126 @@
+"""Checkpoints that a run can roll back to, and how many of them are kept.
+
+A checkpoint is a folder that transformers' Trainer writes: weights, optimiser, schedule, random state. A marker with
+the size of every file is added last, so a half-written folder is recognised. Beyond the roll-back horizon a checkpoint
+is slimmed to its weights: it can still be a guide or be evaluated, but no longer be resumed from.
+"""
+
+import json
+import os
+from pathlib import Path
+
+MARKER = "complete.json"
+WEIGHTS = "model.safetensors"
+FULL_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+"""Files that a roll-back needs beside the weights."""
+
+ADAM_COPIES = 3
+"""A resumable checkpoint holds the weights and two Adam moments."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is missing, half written or slimmed to its weights."""
+
+
+def checkpoint_folder(branch: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimiser steps in a branch."""
+    return Path(branch) / f"checkpoint-{step}"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Policy step of a checkpoint folder, from its name."""
+    return int(Path(folder).name.removeprefix("checkpoint-"))
+
+
+def mark_complete(folder: Path) -> None:
+    """Write the marker: from now on the checkpoint counts as complete."""
+    sizes = {entry.name: entry.stat().st_size for entry in sorted(Path(folder).iterdir()) if entry.is_file()}
+    sizes.pop(MARKER, None)
+    unfinished = Path(folder) / f".{MARKER}.{os.getpid()}"
+    unfinished.write_text(json.dumps(sizes))
+    unfinished.replace(Path(folder) / MARKER)
+
+
+def require_complete(folder: str | Path, resumable: bool = True) -> Path:
+    """The folder, if it is a complete checkpoint.
+
+    Args:
+        folder: Checkpoint folder.
+        resumable: Also ask for optimiser, schedule and random state; False is enough for a guide.
+
+    Raises:
+        CheckpointError: It is missing, half written, or slimmed to weights while `resumable` is asked for.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {folder}.")
+    if not (folder / MARKER).is_file():
+        raise CheckpointError(f"{folder} is half written (it has no {MARKER}); resume from an earlier checkpoint.")
+    sizes = json.loads((folder / MARKER).read_text())
+    for name in (WEIGHTS, *FULL_STATE) if resumable else (WEIGHTS,):
+        path = folder / name
+        if name not in sizes:
+            raise CheckpointError(
+                f"{folder} holds no {name}: it was slimmed to its weights and cannot be resumed from. "
+                "Raise checkpoint_keep, or choose a later checkpoint."
+            )
+        if not path.is_file() or path.stat().st_size != sizes[name]:
+            raise CheckpointError(f"{path} is missing or not {sizes[name]} bytes long; the checkpoint is damaged.")
+    return folder
+
+
+def complete_checkpoints(branch: Path, resumable: bool = True) -> dict[int, Path]:
+    """Complete checkpoints of a branch by policy step, in order."""
+    found = {}
+    for folder in Path(branch).glob("checkpoint-*"):
+        try:
+            found[checkpoint_step(folder)] = require_complete(folder, resumable)
+        except CheckpointError:
+            continue
+    return dict(sorted(found.items()))
+
+
+def slim(folder: Path) -> None:
+    """Delete what only a resume needs; weights and configuration stay."""
+    folder = Path(folder)
+    # the marker first: a kill in between leaves a folder that claims less than it holds, never more
+    sizes = json.loads((folder / MARKER).read_text())
+    kept = {name: size for name, size in sizes.items() if name == WEIGHTS or name == "config.json"}
+    unfinished = folder / f".{MARKER}.{os.getpid()}"
+    unfinished.write_text(json.dumps(kept))
+    unfinished.replace(folder / MARKER)
+    for entry in folder.iterdir():
+        if entry.name not in kept and entry.name != MARKER:
+            entry.unlink()
+
+
+def retain(branch: Path, newest: int, keep: int) -> None:
+    """Slim the checkpoints of a branch that no roll-back needs any more.
+
+    Args:
+        branch: Folder of the branch.
+        newest: Policy step of the newest checkpoint.
+        keep: Number of newest checkpoints that stay resumable; 0 keeps all.
+    """
+    if keep <= 0:
+        return
+    steps = [step for step in complete_checkpoints(branch) if step <= newest]
+    for step in steps[:-keep]:
+        slim(checkpoint_folder(branch, step))
+
+
+def retention_bytes(parameters: int, bytes_per_parameter: int, checkpoints: int, keep: int) -> int:
+    """Disk space that the checkpoints of a run take, in bytes.
+
+    Args:
+        parameters: Parameters of the policy.
+        bytes_per_parameter: Bytes of a stored weight (4 for float32).
+        checkpoints: Checkpoints that the run writes.
+        keep: Number of newest ones that stay resumable; 0 keeps all.
+
+    Returns:
+        Resumable ones hold weights and two Adam moments, the others weights only.
+    """
+    full = checkpoints if keep <= 0 else min(keep, checkpoints)
+    weights = parameters * bytes_per_parameter
+    return full * ADAM_COPIES * weights + (checkpoints - full) * weights

@@ -1,0 +1,313 @@
+"""Run configuration: one frozen record, made from a preset and overrides, refused early when it makes no sense.
+
+Every choice that the paper leaves open is a field here; `docs/implementation.md` lists each with its source.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from typing import Any, Literal, get_args, get_origin
+
+Method = Literal["grpo", "autonpo"]
+
+SUITES = ("mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mmbench", "mmstar", "mathverse")
+"""Suites of the paper's Table 1, in its order."""
+
+
+def _setting(default: Any, help: str, source: str = "ours") -> Any:
+    return field(default=default, metadata={"help": help, "source": source})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run. `RunConfig.describe()` lists each field with its meaning and its source."""
+
+    method: Method = _setting("autonpo", "Training method.", "paper")
+    preset: str = _setting("cpu", "Name of the preset that the settings started from.")
+    seed: int = _setting(0, "Seed of sampling during training; the data order has its own seed.")
+
+    # World
+    suites: tuple[str, ...] = _setting(SUITES, "Task families, one per benchmark suite.")
+    world_seed: int = _setting(0, "Seed that draws which facts are easy, middling and hard.")
+    train_problems: int = _setting(1024, "Distinct training prompts.")
+    data_seed: int = _setting(0, "Seed of the training prompts and of their order.")
+    easy_share: float = _setting(0.4, "Share of facts with error probability `easy_error`.")
+    middling_share: float = _setting(0.3, "Share of facts with error probability `middling_error`; the rest is hard.")
+    easy_error: float = _setting(0.05, "Probability that the corpus writes an easy fact wrongly.")
+    middling_error: float = _setting(0.5, "Probability that the corpus writes a middling fact wrongly.")
+    hard_error: float = _setting(0.97, "Probability that the corpus writes a hard fact wrongly.")
+    second_form_share: float = _setting(0.1, "Share of corpus responses that write states as letters, not digits.")
+
+    # Policy
+    policy: str = _setting("tiny", '"tiny" for the small Qwen3-VL, else a folder in the Hugging Face format.')
+    policy_seed: int = _setting(0, "Seed of the tiny policy's initial weights and of its corpus.")
+    hidden: int = _setting(64, "Width of the tiny language model.")
+    layers: int = _setting(3, "Layers of the tiny language model.")
+    heads: int = _setting(2, "Attention heads of the tiny language model.")
+    vision_hidden: int = _setting(64, "Width of the tiny vision tower.")
+    vision_depth: int = _setting(2, "Layers of the tiny vision tower.")
+    freeze_vision: bool = _setting(True, "Train the language model only; the vision tower keeps its weights.")
+    warmstart_steps: int = _setting(800, "Supervised steps on the imperfect corpus that make the base policy.")
+    warmstart_batch: int = _setting(64, "Responses in a warm-start step.")
+    warmstart_learning_rate: float = _setting(2.0e-3, "Peak learning rate of the warm start.")
+
+    # Training (GRPO)
+    compute_steps: int = _setting(400, "Optimiser steps that the run may spend, rolled-back ones included.")
+    prompts_per_step: int = _setting(32, "Prompts in a step (paper: 256).", "paper")
+    num_generations: int = _setting(8, "Rollouts in a group, n.", "paper")
+    micro_batch: int = _setting(256, "Rollouts in a forward pass; a step accumulates as many as it needs.")
+    max_completion_length: int = _setting(16, "Longest response in tokens, end of sequence included.", "paper")
+    learning_rate: float = _setting(5.0e-4, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper")
+    weight_decay: float = _setting(0.01, "AdamW weight decay.", "paper")
+    max_grad_norm: float = _setting(1.0, "Gradient norm clip.", "paper")
+    epsilon: float = _setting(0.2, "Lower clip of the importance ratio.", "paper")
+    epsilon_high: float = _setting(0.28, "Upper clip of the importance ratio.", "paper")
+    temperature: float = _setting(1.0, "Sampling temperature of rollouts.", "paper")
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo"] = _setting(
+        "grpo", "TRL's loss; grpo is the mean over slots of the per-sequence token mean.", "paper"
+    )
+
+    # Guidance
+    tau_gate: float = _setting(0.6, "A group is gated when its on-policy pass rate is at most this.", "paper")
+    ratio_mode: Literal["current", "exact", "truncated", "shaped"] = _setting(
+        "current", "Importance ratio of the guide slot.", "paper"
+    )
+    ratio_truncation: float = _setting(2.0, "Largest weight in ratio mode truncated.")
+    ratio_gamma: float = _setting(0.1, "γ of x/(x+γ) in ratio mode shaped.", "paper")
+    cache_rollouts: int = _setting(8, "Off-line rollouts per prompt for the guidance cache.")
+    cache_rule: Literal["first", "shortest", "closest"] = _setting(
+        "first", "Which correct rollout of a prompt is kept as its guide."
+    )
+
+    # Trigger and choice (AutoNPO)
+    trigger_ema: float = _setting(0.9, "Weight of the past in the averages of reward and entropy.")
+    trigger_window: int = _setting(20, "Steps over which the averages must be flat and falling.")
+    trigger_reward_tolerance: float = _setting(0.01, "Largest rise of the reward average over the window.")
+    trigger_entropy_drop: float = _setting(0.1, "Smallest relative fall of the entropy average over the window.")
+    trigger_warmup: int = _setting(40, "Steps before the first warning.")
+    trigger_cooldown: int = _setting(40, "Steps between warnings.")
+    max_interventions: int = _setting(3, "Roll-backs in a run.")
+    pool_cutoff: float = _setting(0.125, "A prompt enters the mistake pool at a group pass rate of at most this.")
+    pool_capacity: int = _setting(4096, "Prompts in the mistake pool.")
+    pool_expiry: int = _setting(400, "Steps after which a mistake is forgotten.")
+    probe_prompts: int = _setting(64, "Mistakes that a confirmation probe samples.")
+    probe_rollouts: int = _setting(8, "Rollouts per prompt in a probe.")
+    confirm_quality: float = _setting(0.05, "Probe pass rate below which a warning is dismissed.")
+    quality_floor: float = _setting(0.05, "Smallest quality Q̂ of an eligible distance.")
+    variance_proxy: Literal["kl", "second_moment", "sequence"] = _setting("kl", "Estimator V̂ of the variance cost.")
+    variance_c: float = _setting(2.0, "c of V̂ = exp(c·KL per token).")
+
+    # Checkpoints and logs
+    checkpoint_every: int = _setting(10, "Steps between checkpoints; the grid of roll-back distances.", "paper")
+    checkpoint_keep: int = _setting(0, "Newest checkpoints kept for roll-back; 0 keeps all.")
+    rollout_every: int = _setting(20, "Steps between rollout tables on disk; 0 for none.")
+
+    # Evaluation
+    eval_problems: int = _setting(256, "Test prompts, the suites in turn.")
+    eval_rollouts: int = _setting(8, "Rollouts per test prompt.")
+    eval_temperature: float = _setting(0.7, "Sampling temperature of evaluation.", "paper")
+    eval_top_p: float = _setting(0.8, "Nucleus of evaluation sampling.", "paper")
+    eval_top_k: int = _setting(20, "Top-k of evaluation sampling.", "paper")
+
+    def __post_init__(self):
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
+        _check_suites(self.suites)
+        for name in [
+            "easy_share",
+            "middling_share",
+            "easy_error",
+            "middling_error",
+            "hard_error",
+            "second_form_share",
+            "tau_gate",
+            "pool_cutoff",
+            "confirm_quality",
+            "quality_floor",
+            "eval_top_p",
+        ]:
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        for name in [
+            "train_problems",
+            "warmstart_steps",
+            "warmstart_batch",
+            "compute_steps",
+            "prompts_per_step",
+            "micro_batch",
+            "max_completion_length",
+            "cache_rollouts",
+            "trigger_window",
+            "pool_capacity",
+            "pool_expiry",
+            "probe_prompts",
+            "probe_rollouts",
+            "checkpoint_every",
+            "eval_problems",
+            "eval_rollouts",
+            "hidden",
+            "layers",
+            "heads",
+            "vision_hidden",
+            "vision_depth",
+        ]:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in [
+            "learning_rate",
+            "warmstart_learning_rate",
+            "temperature",
+            "eval_temperature",
+            "variance_c",
+            "ratio_gamma",
+        ]:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        _require(
+            self.easy_share + self.middling_share <= 1,
+            "easy_share + middling_share",
+            self.easy_share + self.middling_share,
+            "at most 1",
+        )
+        rollouts = self.prompts_per_step * self.num_generations
+        _require(
+            rollouts % self.micro_batch == 0,
+            "micro_batch",
+            self.micro_batch,
+            f"a divisor of prompts_per_step × num_generations = {rollouts}",
+        )
+
+    @property
+    def digest(self) -> str:
+        """First ten hex digits of the SHA-256 of all settings."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run folder: method, preset, seed and digest."""
+        return f"{self.method}-{self.preset}-s{self.seed}-{self.digest}"
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts in an optimiser step."""
+        return self.prompts_per_step * self.num_generations
+
+    def to_json(self) -> str:
+        """Canonical JSON text of all settings."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1)
+
+    def with_changes(self, **changes: Any) -> "RunConfig":
+        """Copy with some settings changed; unknown names and wrong types are refused."""
+        _refuse_unknown(changes)
+        return replace(self, **changes)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Configuration from a mapping such as a run folder's `config.json`."""
+        _refuse_unknown(values)
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    @classmethod
+    def describe(cls) -> list[tuple[str, str, Any, str, str]]:
+        """Rows (name, type, default, source, meaning) of all settings."""
+        return [
+            (s.name, getattr(s.type, "__name__", str(s.type)), s.default, s.metadata["source"], s.metadata["help"])
+            for s in fields(cls)
+        ]
+
+
+def _require(condition: bool, name: str, given: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
+
+
+def _check_suites(suites: tuple[str, ...]) -> None:
+    for suite in suites:
+        if suite not in SUITES:
+            raise ValueError(f"Unknown suite {suite!r}{_nearest(suite, SUITES)} Allowed: {', '.join(SUITES)}.")
+    _require(bool(suites) and len(set(suites)) == len(suites), "suites", suites, "one or more distinct suites")
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _refuse_unknown(values: Mapping[str, Any]) -> None:
+    names = [setting.name for setting in fields(RunConfig)]
+    for name in values:
+        if name not in names:
+            raise ValueError(
+                f"Unknown setting {name!r}{_nearest(name, names)} `python -m npo_core settings` lists all settings."
+            )
+
+
+def _typed(setting, value: Any) -> Any:
+    """Value of a setting in its declared type; an int serves as a float, nothing else is converted."""
+    kind = setting.type
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        if value not in allowed:
+            near = _nearest(value, allowed)
+            raise ValueError(f"{setting.name} is {value!r}{near} Allowed: {', '.join(map(repr, allowed))}.")
+        return value
+    if get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise TypeError(f"{setting.name} is {value!r}; it must be a list of strings.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{setting.name} is {value!r} of type {type(value).__name__}; it must be {kind.__name__}.")
+    if kind is float and value != value:
+        raise ValueError(f"{setting.name} is not a number.")
+    return value
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files(__package__) / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset as a flat mapping; a preset may extend another.
+
+    Raises:
+        ValueError: Unknown preset.
+    """
+    if name not in preset_names():
+        raise ValueError(f"Unknown preset {name!r}{_nearest(name, preset_names())} Allowed: {preset_names()}.")
+    text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text()
+    tables = tomllib.loads(text)
+    parent = tables.pop("extends", None)
+    settings = load_preset(parent) if parent else {}
+    for key, value in tables.items():
+        settings.update(value if isinstance(value, dict) else {key: value})
+    return {**settings, "preset": name}
+
+
+def resolve_config(
+    method: str = "autonpo", preset: str = "cpu", seed: int = 0, overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Configuration of a run: the preset, then the overrides.
+
+    Args:
+        method: "grpo" or "autonpo".
+        preset: Name of a preset, see `preset_names()`.
+        seed: Seed of sampling during training.
+        overrides: Settings that replace the preset's.
+
+    Raises:
+        ValueError: Unknown preset, setting or value; the message names the nearest valid one.
+        TypeError: A setting of the wrong type.
+    """
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides is {overrides!r}; it must be a mapping of settings to values.")
+    for name in ("method", "preset", "seed"):
+        if name in overrides:
+            raise ValueError(f"{name!r} has a parameter of its own; take it out of overrides.")
+    return RunConfig.from_mapping({**load_preset(preset), **overrides, "method": method, "seed": seed})

@@ -1,0 +1,143 @@
+"""Groups of rollouts: pass rate, gate, the slot a guide takes, and group-relative advantages.
+
+A group is the `n` rollouts of one prompt. Rollouts are stored flat in the order of TRL's GRPOTrainer, so that rollout
+`i` of group `g` is row `g * n + i` of a batch.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# A pass rate k/n is rarely exact in float32 (3/5 is 0.60000002), and `<= tau` must hold whenever it holds for the
+# fractions.
+_RATE_SLACK = 1e-6
+
+
+def pass_rate(correct: Bool[Tensor, "groups n"]) -> Float[Tensor, " groups"]:
+    """Fraction of each group's rollouts that the verifier accepts.
+
+    The mean is over ALL `n` on-policy rollouts, the one that a guide will overwrite included (paper).
+
+    Args:
+        correct: `[groups, n]`, True where the rollout is verified correct.
+
+    Returns:
+        `[groups]`, float32, a fraction in [0, 1].
+
+    Raises:
+        ValueError: if `correct` is not a two-dimensional boolean tensor with at least one rollout a group.
+    """
+    if correct.ndim != 2 or correct.shape[1] == 0 or correct.dtype != torch.bool:
+        raise ValueError(
+            f"correct has shape {tuple(correct.shape)} and dtype {correct.dtype}; a bool tensor [groups, n] with "
+            "n >= 1 is needed: reshape the flat verdicts with .view(-1, n)."
+        )
+    return correct.float().mean(dim=1)
+
+
+def gate(
+    pass_rate: Float[Tensor, " groups"], has_guide: Bool[Tensor, " groups"], tau: float = 0.6
+) -> Bool[Tensor, " groups"]:
+    """Which groups receive a guide: those with a pass rate of at most `tau` for which the cache holds a trajectory.
+
+    The rule is the paper's; the value 0.6 comes from one reader's note. The bound is inclusive, and is compared in
+    float64 with a slack of 1e-6 (ours), so that 3 of 5 passes `tau=0.6` whatever the rounding.
+
+    Args:
+        pass_rate: `[groups]`, fractions in [0, 1], from `pass_rate`.
+        has_guide: `[groups]`, True where a verified-correct guide trajectory is cached for the prompt.
+        tau: largest pass rate that is still guided, a fraction in [0, 1]. 1 guides every group that has a guide.
+
+    Returns:
+        `[groups]`, True where the last slot is to be replaced.
+
+    Raises:
+        ValueError: if `tau` or a pass rate is outside [0, 1], or if the two tensors differ in shape.
+    """
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(
+            f"tau is {tau}; it is a pass rate and must lie in [0, 1]. To guide no group, pass no guidance."
+        )
+    if pass_rate.shape != has_guide.shape or pass_rate.ndim != 1 or has_guide.dtype != torch.bool:
+        raise ValueError(
+            f"pass_rate has shape {tuple(pass_rate.shape)}, has_guide {tuple(has_guide.shape)} ({has_guide.dtype}); "
+            "both must be [groups], the second bool: give one value per group, not per rollout."
+        )
+    rate = pass_rate.double()
+    if not bool(((rate >= 0.0) & (rate <= 1.0)).all()):
+        raise ValueError(f"pass_rate holds {pass_rate.tolist()}; every value must lie in [0, 1]. Use groups.pass_rate.")
+    return (rate <= tau + _RATE_SLACK) & has_guide
+
+
+def guide_rows(gated: Bool[Tensor, " groups"], n: int) -> Int[Tensor, " rows"]:
+    """Batch rows that guides overwrite: the last slot of each gated group, `g * n + n - 1` (paper: one slot, the last).
+
+    Args:
+        gated: `[groups]`, from `gate`.
+        n: rollouts per group.
+
+    Returns:
+        `[number of gated groups]`, int64, ascending row numbers into the flat `[groups * n]` batch.
+
+    Raises:
+        ValueError: if `n` is below 2 (the guide would leave no on-policy rollout to compare it with), or if `gated` is
+            not a one-dimensional boolean tensor.
+    """
+    if n < 2:
+        raise ValueError(
+            f"n is {n}; a guided group needs n >= 2, so that an on-policy rollout remains: raise num_generations."
+        )
+    if gated.ndim != 1 or gated.dtype != torch.bool:
+        raise ValueError(
+            f"gated has shape {tuple(gated.shape)} and dtype {gated.dtype}; a bool tensor [groups] is needed: use "
+            "groups.gate."
+        )
+    return gated.nonzero().squeeze(-1) * n + (n - 1)
+
+
+def group_advantages(
+    rewards: Float[Tensor, "groups n"], scale: Literal["group", "none"] = "group", eps: float = 1e-4
+) -> Float[Tensor, "groups n"]:
+    """Group-relative advantages: `(r - mean) / (std + eps)` within each group.
+
+    `std` is the unbiased one (ddof 1). The paper divides by std; the ddof and `eps` follow TRL's GRPOTrainer, to the
+    bit. As there, a NaN reward marks a rollout that no reward function could score: it is left out of mean and std, and
+    its advantage is 0. A group with equal rewards has advantages of 0.
+
+    Args:
+        rewards: `[groups, n]`, any unit; verified correctness is 0 or 1.
+        scale: `"group"` divides by the group's std (GRPO, paper), `"none"` only centres (LUFFY's published code).
+        eps: added to std, in units of reward. 0 is allowed.
+
+    Returns:
+        `[groups, n]`, dimensionless for `"group"`, in units of reward for `"none"`.
+
+    Raises:
+        ValueError: if `scale` is unknown, `eps` is negative, `rewards` is not `[groups, n]` with n >= 2, or a reward is
+            infinite.
+    """
+    if scale not in ("group", "none"):
+        raise ValueError(
+            f"scale is {scale!r}; allowed are 'group' and 'none' (TRL's 'batch' is not a group statistic)."
+        )
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}; it must be >= 0. TRL uses 1e-4.")
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}; [groups, n] with n >= 2 is needed: reshape with .view(-1, n)."
+        )
+    if bool(rewards.isinf().any()):
+        raise ValueError(
+            "rewards holds an infinite value; rewards must be finite, or NaN where unscorable: fix the verifier."
+        )
+    mean = rewards.nanmean(dim=1, keepdim=True)
+    advantages = rewards - mean
+    if scale == "group":
+        count = (~rewards.isnan()).sum(dim=1, keepdim=True)
+        # Variance and correction are multiplied in TRL's order: the equality is bitwise, and one scored rollout gives
+        # NaN, then 0.
+        variance = advantages.square().nanmean(dim=1, keepdim=True) * (count / (count - 1))
+        advantages = advantages / (variance.sqrt() + eps)
+    return advantages.nan_to_num(nan=0.0)

@@ -1,0 +1,359 @@
+"""Policies: the tiny Qwen3-VL with its processor, and loading of any policy from a local folder.
+
+The tiny policy is `Qwen3VLForConditionalGeneration` and `Qwen3VLProcessor` of transformers at a small size, so that
+everything that runs on it runs on a pretrained Qwen3-VL too. It deviates in three points: random weights, a
+word-level tokenizer, and a processor without a video part (that one needs torchvision).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from PIL import Image
+from safetensors.torch import load_model
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence as PreSequence
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.image_utils import make_flat_list_of_images
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.utils import logging as transformers_logging
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|unk|>",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+class SharedPrompts:
+    """Mixin for a vision-language processor: a prompt that comes n times in a call is processed once and copied.
+
+    TRL hands the processor every prompt n times, once per rollout, and does so twice a step. The output is the same;
+    calls with other than one picture per text are passed on unchanged.
+    """
+
+    def __call__(self, images=None, text=None, **kwargs):
+        pictures = make_flat_list_of_images(images) if images is not None else []
+        if not isinstance(text, list) or len(pictures) != len(text) or not isinstance(pictures[0], Image.Image):
+            return super().__call__(images=images, text=text, **kwargs)
+        seen: dict[tuple, int] = {}
+        copies = [
+            seen.setdefault((words, picture.mode, picture.size, picture.tobytes()), len(seen))
+            for words, picture in zip(text, pictures, strict=True)
+        ]
+        first = [copies.index(place) for place in range(len(seen))]
+        output = super().__call__(
+            images=[pictures[index] for index in first], text=[text[index] for index in first], **kwargs
+        )
+        if len(first) == len(text):
+            return output
+        counts = torch.as_tensor(output["image_grid_thw"]).prod(dim=-1)
+        for name, value in output.items():
+            if name == "pixel_values":
+                output[name] = value[copied_rows(counts, copies, 1)]
+            else:
+                output[name] = value[copies] if isinstance(value, torch.Tensor) else [value[place] for place in copies]
+        return output
+
+
+class TinyQwen3VLProcessor(SharedPrompts, Qwen3VLProcessor):
+    """`Qwen3VLProcessor` without a video processor, which would need torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+@dataclass(frozen=True)
+class TinyPolicySpec:
+    """Size of the tiny Qwen3-VL.
+
+    Attributes:
+        hidden: Width of the language model.
+        layers: Layers of the language model.
+        heads: Attention heads; head size is hidden / heads and must be a multiple of 8.
+        vision_hidden: Width of the vision tower.
+        vision_depth: Layers of the vision tower.
+    """
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 3
+    vision_hidden: int = 64
+    vision_depth: int = 2
+
+    def __post_init__(self):
+        if self.hidden % self.heads or (self.hidden // self.heads) % 8:
+            raise ValueError(
+                f"hidden={self.hidden} over heads={self.heads} gives head size {self.hidden / self.heads:g}; "
+                "it must be a multiple of 8."
+            )
+
+
+def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over `words` with Qwen's special tokens; ends a turn with `<|im_end|>`."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, "user", "assistant", *words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<|unk|>"))
+    backend.pre_tokenizer = PreSequence([WhitespaceSplit(), Split(Regex(r"<\|[a-z_]+\|>"), behavior="isolated")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:7]),
+        padding_side="left",
+    )
+
+
+def build_processor(words: Sequence[str]) -> TinyQwen3VLProcessor:
+    """Processor of the tiny policy: 8-pixel patches merged 2 × 2, so a 48 × 48 picture is nine vision tokens."""
+    images = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 1 << 20}
+    )
+    return TinyQwen3VLProcessor(images, build_tokenizer(words), chat_template=CHAT_TEMPLATE)
+
+
+def build_tiny_policy(
+    processor: TinyQwen3VLProcessor, spec: TinyPolicySpec, seed: int
+) -> Qwen3VLForConditionalGeneration:
+    """Randomly initialised Qwen3-VL of size `spec` for the processor's vocabulary, in float32."""
+    head = spec.hidden // spec.heads
+    side = head // 2 // 3
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": spec.hidden,
+            "intermediate_size": 3 * spec.hidden,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.heads,
+            "head_dim": head,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1000.0,
+                "mrope_section": [head // 2 - 2 * side, side, side],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": spec.vision_depth,
+            "hidden_size": spec.vision_hidden,
+            "intermediate_size": 2 * spec.vision_hidden,
+            "num_heads": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": spec.hidden,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.vision_start_token_id,
+        vision_end_token_id=processor.vision_end_token_id,
+        tie_word_embeddings=True,
+    )
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.eos_token_id = processor.tokenizer.eos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return model
+
+
+def share_vision(model: PreTrainedModel) -> None:
+    """Make a Qwen3-VL run its vision tower once per distinct picture of a batch instead of once per rollout.
+
+    The n rollouts of a prompt show the same picture n times. The tower sees each picture on its own (attention never
+    crosses pictures), so running it once and copying the features gives the same numbers, and the same gradient up to
+    the order of a sum. Text-only policies are left alone. Calling it twice changes nothing.
+    """
+    base = getattr(model, "model", None)
+    visual = getattr(base, "visual", None)
+    if isinstance(visual, Qwen3VLVisionModel):
+        visual.forward = MethodType(_shared_vision_forward, visual)
+
+
+def _shared_vision_forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
+    counts = grid_thw.prod(dim=-1)
+    first, inverse = _distinct_pictures(hidden_states, grid_thw, counts)
+    if len(first) == len(grid_thw):
+        return type(self).forward(self, hidden_states, grid_thw, **kwargs)
+    starts = counts.cumsum(0) - counts
+    kept = torch.cat([torch.arange(starts[i], starts[i] + counts[i]) for i in first]).to(hidden_states.device)
+    output = type(self).forward(self, hidden_states[kept], grid_thw[first], **kwargs)
+    merge = self.spatial_merge_size**2
+    patch_rows = copied_rows(counts[first], inverse, 1).to(hidden_states.device)
+    token_rows = copied_rows(counts[first], inverse, merge).to(hidden_states.device)
+    output.last_hidden_state = output.last_hidden_state.index_select(0, patch_rows)
+    output.pooler_output = output.pooler_output.index_select(0, token_rows)
+    output.deepstack_features = [feature.index_select(0, token_rows) for feature in output.deepstack_features]
+    return output
+
+
+def _distinct_pictures(
+    pixels: torch.Tensor, grid_thw: torch.Tensor, counts: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """Indices of the first copy of each distinct picture, and for each picture its place in that list."""
+    pieces = pixels.split(counts.tolist())
+    sums = pixels.detach().double().sum(dim=-1)
+    fingerprints = [float(piece @ torch.arange(1, len(piece) + 1).to(piece)) for piece in sums.split(counts.tolist())]
+    seen: dict[tuple, int] = {}
+    first: list[int] = []
+    inverse: list[int] = []
+    for index, (fingerprint, grid) in enumerate(zip(fingerprints, grid_thw.tolist(), strict=True)):
+        key = (fingerprint, *grid)
+        place = seen.get(key)
+        if place is None or not torch.equal(pieces[first[place]], pieces[index]):
+            place = len(first)
+            seen.setdefault(key, place)
+            first.append(index)
+        inverse.append(place)
+    return first, inverse
+
+
+def copied_rows(counts: torch.Tensor, copies: list[int], merge: int) -> torch.Tensor:
+    """Row numbers that spread the rows of the distinct pictures over all pictures.
+
+    Args:
+        counts: Patches of each distinct picture, shape (distinct,).
+        copies: For each picture its distinct picture, length (pictures,).
+        merge: Patches per row.
+    """
+    lengths = counts // merge
+    starts = lengths.cumsum(0) - lengths
+    return torch.cat([torch.arange(starts[place], starts[place] + lengths[place]) for place in copies])
+
+
+def save_policy(model: PreTrainedModel, processor, folder: Path) -> None:
+    """Save weights (safetensors), configuration and processor to `folder` in the Hugging Face format."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def load_processor(folder: str | Path):
+    """Processor (vision-language) or tokenizer (text-only) of a policy folder.
+
+    Raises:
+        FileNotFoundError: `folder` is not a policy folder.
+    """
+    config = _policy_config(folder)
+    if config.model_type != "qwen3_vl":
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if (Path(folder) / "video_preprocessor_config.json").exists():
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        # a subclass of the same name, so that a saved processor still names the class of transformers
+        processor.__class__ = type(type(processor).__name__, (SharedPrompts, type(processor)), {})
+        return processor
+    return TinyQwen3VLProcessor.from_pretrained(folder)
+
+
+def load_policy(folder: str | Path, freeze_vision: bool = False) -> PreTrainedModel:
+    """Policy of a folder in float32, its vision tower shared over the rollouts of a prompt.
+
+    Args:
+        folder: Folder in the Hugging Face format (safetensors; no code from the folder is run).
+        freeze_vision: Take the vision tower out of training.
+
+    Raises:
+        FileNotFoundError: `folder` is not a policy folder.
+    """
+    config = _policy_config(folder)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with quiet_transformers():
+        model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+    share_vision(model)
+    if freeze_vision and hasattr(model.model, "visual"):
+        model.model.visual.requires_grad_(False)
+    return model
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Overwrite the weights of `model` in place with those of a checkpoint folder of the same architecture.
+
+    Raises:
+        FileNotFoundError: The folder holds no `model.safetensors`.
+        ValueError: The weights are those of another architecture.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds model.safetensors.")
+    missing, unexpected = load_model(model, path, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} belongs to another architecture: missing {sorted(missing)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}."
+        )
+
+
+def tokenizer_of(processor):
+    """The tokenizer inside a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def tokenizer_digest(processor) -> str:
+    """Fingerprint of a tokenizer: token ids mean the same text where it is equal."""
+    tokenizer = tokenizer_of(processor)
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def quiet_transformers():
+    """Silence transformers' progress bars and notices (not its warnings) for a block."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _policy_config(folder: str | Path):
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; give a folder in the Hugging Face format.")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,173 @@
+"""The run folder: the only interface between training, figures and readers.
+
+`data/runs/<method>-<preset>-s<seed>-<digest>/` holds `config.json`, `env.json`, `metrics.jsonl`, `events.jsonl`,
+`rollouts/`, `guidance/`, `branches/`, `figures/` and `result.json`. Files are written under another name first and then
+renamed; the two logs are append-only.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+
+SCHEMA = 1
+"""Version of `result.json`."""
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+
+
+def project_folder() -> Path:
+    """Root of the checkout that this package is run from."""
+    return Path(__file__).resolve().parent.parent
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: `NPO_RUNS` if set, else `data/runs` of the checkout."""
+    return Path(os.environ.get("NPO_RUNS", project_folder() / "data" / "runs"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        config: Settings of the run; its name and digest decide the folder.
+        root: Folder of all runs; `runs_folder()` if None.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: The folder holds a run with other settings.
+    """
+
+    def __init__(self, config: RunConfig, root: Path | None = None):
+        self.config = config
+        self.path = Path(runs_folder() if root is None else root) / config.run_name
+        try:
+            for name in ("rollouts", "guidance", "branches", "figures"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"The run folder {self.path} cannot be written ({error.strerror}). "
+                "Give another root, or set NPO_RUNS to a folder that you may write to."
+            ) from error
+        saved = self.path / "config.json"
+        if saved.exists():
+            if json.loads(saved.read_text()) != json.loads(config.to_json()):
+                raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
+        else:
+            write_json(saved, json.loads(config.to_json()))
+        write_json(self.path / "env.json", environment())
+
+    @property
+    def metrics_path(self) -> Path:
+        """`metrics.jsonl`: a line per executed optimiser step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """`events.jsonl`: the append-only log of decisions."""
+        return self.path / "events.jsonl"
+
+    def event(self, kind: str, **content: Any) -> dict[str, Any]:
+        """Append an event and return it."""
+        record = {"event": kind, "time": round(time.time(), 3), **content}
+        append_line(self.events_path, record)
+        return record
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """All events, or those of one kind, in the order they were written."""
+        return [record for record in read_lines(self.events_path) if kind in (None, record["event"])]
+
+    def effective_events(self) -> list[dict[str, Any]]:
+        """Events without those that a restart after a kill did again; what a reader of the run should look at."""
+        kept: list[dict[str, Any]] = []
+        for record in self.events():
+            if record["event"] == "resume":
+                kept = [e for e in kept if e.get("compute_step", 0) <= record["compute_step"]]
+            kept.append(record)
+        return kept
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric lines in the order of `compute_step`."""
+        return list(read_lines(self.metrics_path))
+
+    def drop_metrics_after(self, compute_step: int) -> None:
+        """Forget metric lines past `compute_step`: an interrupted run repeats those steps from its checkpoint."""
+        kept = [record for record in self.metrics() if record["compute_step"] <= compute_step]
+        unfinished = self.metrics_path.with_name(f".{self.metrics_path.name}.{os.getpid()}")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(self.metrics_path)
+
+    def result(self) -> dict[str, Any] | None:
+        """Content of `result.json`, or None while the run is not finished."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `result.json`; from then on the run is loaded, not run again."""
+        content = {
+            "schema": SCHEMA,
+            "method": self.config.method,
+            "preset": self.config.preset,
+            "seed": self.config.seed,
+            "status": "finished",
+            **result,
+        }
+        write_json(self.path / "result.json", content)
+        return content
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line."""
+    with path.open("a") as stream:
+        stream.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines of a file; none if it does not exist; a torn last line (a kill while writing) is left out."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    for index, line in enumerate(lines):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if index != len(lines) - 1:
+                raise ValueError(f"{path}, line {index + 1} is not JSON: {line[:80]!r}.") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision and device, for `env.json`."""
+    import torch
+
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=project_folder(), capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "git_revision": revision,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }

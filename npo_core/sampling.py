@@ -1,0 +1,159 @@
+"""Off-line rollouts and scoring: the same few lines serve guidance caches, probes and evaluation.
+
+Rollouts are sampled in batches by `generate`; log-probabilities come from a second, teacher-forced pass at temperature
+1, so that they are those of the policy and not those of a truncated sampling distribution.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
+
+from .policies import tokenizer_of
+from .trajectories import Trajectory
+from .verifiers import Verdict
+
+ROLLOUT_BATCH = 512
+"""Rollouts in one `generate` call."""
+
+
+def encode_prompts(processor, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Model inputs of data set rows, left-padded; rows with an `image` get it put into the first user message."""
+    messages = []
+    for row in rows:
+        if row.get("image") is not None:
+            messages.append(prepare_multimodal_messages(row["prompt"], images=[row["image"]]))
+        else:
+            messages.append(row["prompt"])
+    padding = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    extra = padding if tokenizer_of(processor) is processor else {"processor_kwargs": padding}
+    return dict(
+        processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True, **extra)
+    )
+
+
+def sample_rollouts(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    verifier: Callable[[str, Mapping[str, Any]], Verdict],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    source_step: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    score: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[Trajectory]]:
+    """Sample k verified responses per row. Training state and the global random state are left as they were.
+
+    Args:
+        model: Policy; put into evaluation mode while sampling.
+        processor: Its processor or tokenizer.
+        rows: Data set rows with uid, prompt, answer and, for visual tasks, image.
+        k: Responses per row.
+        verifier: `verifier(text, row) -> Verdict`.
+        seed: Seed of the sampling.
+        max_new_tokens: Longest response in tokens.
+        source_step: Policy step of the model, noted in each trajectory.
+        temperature: Sampling temperature.
+        top_p: Nucleus; 1 switches it off.
+        top_k: Number of likeliest tokens; 0 switches it off.
+        score: Compute log-probs (at temperature 1, untruncated); without it `logps` is empty.
+        advance: Called with the number of rollouts done after each batch.
+
+    Returns:
+        A list per row, of k trajectories in the order they were sampled.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; sample at least one response per row.")
+    tokenizer = tokenizer_of(processor)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    was_training = model.training
+    out: list[list[Trajectory]] = []
+    model.eval()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        batch = max(1, ROLLOUT_BATCH // k)
+        for start in range(0, len(rows), batch):
+            part = list(rows[start : start + batch])
+            repeated = [row for row in part for _ in range(k)]
+            inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, repeated).items()}
+            ids = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+            completions = [_until_eos(row, tokenizer.eos_token_id) for row in ids.tolist()]
+            logps = completion_logps(model, processor, repeated, completions) if score else [()] * len(repeated)
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            trajectories = [
+                Trajectory(
+                    uid=row["uid"],
+                    token_ids=tuple(tokens),
+                    logps=tuple(scores),
+                    source_step=source_step,
+                    correct=verifier(text, row).correct,
+                    text=text,
+                )
+                for row, tokens, scores, text in zip(repeated, completions, logps, texts, strict=True)
+            ]
+            out += [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
+            if advance is not None:
+                advance(len(repeated))
+    model.train(was_training)
+    return out
+
+
+def completion_logps(
+    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Log-probability of each token of given responses, in nats, at temperature 1.
+
+    Args:
+        model: Policy that scores; its mode is left as it is.
+        processor: Its processor or tokenizer.
+        rows: One data set row per response.
+        completions: Token ids of the responses.
+
+    Raises:
+        ValueError: A response is empty.
+    """
+    if any(len(tokens) == 0 for tokens in completions):
+        raise ValueError("An empty response has no log-probs; leave it out.")
+    tokenizer = tokenizer_of(processor)
+    scores: list[list[float]] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), ROLLOUT_BATCH):
+            tokens = completions[start : start + ROLLOUT_BATCH]
+            inputs = {
+                name: value.to(model.device)
+                for name, value in encode_prompts(processor, rows[start : start + ROLLOUT_BATCH]).items()
+            }
+            width = max(map(len, tokens))
+            ids = torch.full((len(tokens), width), tokenizer.pad_token_id, device=model.device)
+            mask = torch.zeros_like(ids)
+            for index, row in enumerate(tokens):
+                ids[index, : len(row)] = torch.tensor(row, device=model.device)
+                mask[index, : len(row)] = 1
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+            if "mm_token_type_ids" in inputs:
+                inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
+            logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
+            logps = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            scores += [logps[index, : len(row)].tolist() for index, row in enumerate(tokens)]
+    return scores
+
+
+def _until_eos(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids

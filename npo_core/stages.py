@@ -1,0 +1,353 @@
+"""Stages of a run: what a notebook or the command line calls.
+
+`run(config)` does everything from the base policy to `result.json`: a finished run is loaded, an interrupted one goes
+on from its last checkpoint. `start(config)` does the same in a process of its own.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from .autonpo import AutoNPO
+from .checkpoints import retention_bytes
+from .config import RunConfig
+from .evaluation import evaluate
+from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
+from .runs import RunFolder
+from .sampling import sample_rollouts
+from .sources import GuidanceSource
+from .tasks import make_dataset, sample_problems, training_schedule
+from .trainer import NPOConfig, NPOTrainer
+from .trajectories import write_rollouts
+from .verifiers import BoxedVerifier, verifier_reward
+from .warmstart import base_policy_folder
+
+TEST_SEED = 0
+"""Seed of the test problems: one fixed test set for all runs."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What all runs of a configuration share.
+
+    Attributes:
+        base: Folder of the base policy.
+        processor: Its processor.
+        train: Training rows, one per prompt.
+        test: Test rows.
+        verifier: Verifier of the answers.
+    """
+
+    base: Path
+    processor: Any
+    train: Dataset
+    test: Dataset
+    verifier: BoxedVerifier
+
+
+def prepare(config: RunConfig, quiet: bool = False) -> World:
+    """Base policy and data of a configuration; the base policy is made now if it is not there yet."""
+    base = base_policy_folder(config, quiet)
+    return World(
+        base=base,
+        processor=load_processor(base),
+        train=make_dataset(sample_problems("train", config.train_problems, config.data_seed, config.suites)),
+        test=make_dataset(sample_problems("test", config.eval_problems, TEST_SEED, config.suites)),
+        verifier=BoxedVerifier(),
+    )
+
+
+def training_arguments(config: RunConfig, output_dir: Path) -> NPOConfig:
+    """TRL arguments of a run; one optimiser step per rollout batch, as the paper's recipe has it."""
+    return NPOConfig(
+        output_dir=str(output_dir),
+        seed=config.seed,
+        max_steps=config.compute_steps,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.rollouts_per_step // config.micro_batch,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        loss_type=config.loss_type,
+        beta=0.0,
+        tau_gate=config.tau_gate,
+        ratio_mode=config.ratio_mode,
+        ratio_truncation=config.ratio_truncation,
+        ratio_gamma=config.ratio_gamma,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class TrainerMaker:
+    """Trainer factory of a configuration: every trainer starts from the same base policy and data order.
+
+    Args:
+        config: Settings.
+        world: Base policy and data.
+        run: Run folder that gets the rollout tables; None writes none.
+    """
+
+    def __init__(self, config: RunConfig, world: World, run: RunFolder | None = None):
+        self.config, self.world, self.run = config, world, run
+        self.schedule = training_schedule(world.train, config.compute_steps, config.prompts_per_step, config.data_seed)
+        self.reward = verifier_reward(world.verifier)
+
+    def __call__(
+        self, output_dir: Path, guidance: GuidanceSource | None = None, callbacks: Sequence[TrainerCallback] = ()
+    ) -> NPOTrainer:
+        """A fresh trainer that writes its checkpoints to `output_dir`."""
+        set_seed(self.config.seed)
+        with quiet_transformers():
+            trainer = NPOTrainer(
+                model=load_policy(self.world.base, self.config.freeze_vision),
+                reward_funcs=self.reward,
+                args=training_arguments(self.config, output_dir),
+                train_dataset=self.schedule,
+                processing_class=self.world.processor,
+                callbacks=list(callbacks),
+                verifier=self.world.verifier,
+                guidance=guidance,
+                rollout_sink=None if self.run is None else _RolloutTables(self.run, self.world, output_dir.name),
+            )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return trainer
+
+
+class _RolloutTables:
+    """Sink that makes the rollout tables readable on their own: texts, question, answer and picture."""
+
+    def __init__(self, run: RunFolder, world: World, branch: str):
+        self.run, self.world, self.branch = run, world, branch
+        self.place = {uid: index for index, uid in enumerate(world.train["uid"])}
+
+    def __call__(self, policy_step: int, rows: list[dict[str, Any]]) -> None:
+        decode = tokenizer_of(self.world.processor).decode
+        for row in rows:
+            source = self.world.train[self.place[row["uid"]]]
+            lost = row.pop("overwritten_ids")
+            row["text"] = decode(row["token_ids"], skip_special_tokens=True)
+            row["overwritten_text"] = None if lost is None else decode(lost, skip_special_tokens=True)
+            row["question"], row["answer"] = source["prompt"][-1]["content"], source["answer"]
+            row["picture"] = _png(source["image"]) if row["slot"] == 0 else None
+        write_rollouts(self.run.path / "rollouts" / f"step-{policy_step:05d}-b{self.branch}.parquet", rows)
+
+
+def _png(picture) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> RunFolder:
+    """Do a whole run, or what is left of it: train, evaluate, write `result.json`.
+
+    Args:
+        config: Settings; `config.method` is "grpo" or "autonpo".
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+
+    Returns:
+        The run folder; `RunFolder.result()` holds the scores. A finished run is returned as it is.
+    """
+    folder = RunFolder(config, root)
+    if folder.result() is not None:
+        return folder
+    started = time.monotonic()
+    world = prepare(config, quiet)
+    base = load_policy(world.base)
+    checkpoints = -(-config.compute_steps // config.checkpoint_every)
+    size = retention_bytes(base.num_parameters(), 4, checkpoints, config.checkpoint_keep)
+    if not quiet:
+        print(f"{folder.path.name}: checkpoints will take {size / 2**20:.0f} MiB")
+    base_scores = _evaluate(config, base, world, "base policy", quiet)
+    del base
+    maker = TrainerMaker(config, world, folder)
+    rows = {row["uid"]: row for row in world.train}
+    controller = AutoNPO(
+        maker,
+        config,
+        folder,
+        rows,
+        world.processor,
+        world.verifier,
+        intervene=config.method == "autonpo",
+        quiet=quiet,
+    )
+    trainer = controller.run()
+    final_scores = _evaluate(config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet)
+    seconds = sum(event["seconds"] for event in folder.events("sitting")) + time.monotonic() - started
+    folder.finish(_result(folder, base_scores, final_scores, seconds))
+    return folder
+
+
+def _evaluate(config: RunConfig, model, world: World, label: str, quiet: bool) -> dict[str, Any]:
+    return evaluate(
+        model,
+        world.processor,
+        list(world.test),
+        world.verifier,
+        k=config.eval_rollouts,
+        seed=TEST_SEED,
+        max_new_tokens=config.max_completion_length,
+        temperature=config.eval_temperature,
+        top_p=config.eval_top_p,
+        top_k=config.eval_top_k,
+        label=f"evaluation: {label}",
+        quiet=quiet,
+    )
+
+
+def _result(folder: RunFolder, base: dict, final: dict, seconds: float) -> dict[str, Any]:
+    metrics = folder.metrics()
+    events = folder.effective_events()
+    choices = {event["compute_step"]: event for event in events if event["event"] == "choice"}
+    caches = {event["compute_step"]: event for event in events if event["event"] == "cache"}
+    interventions = []
+    for event in events:
+        if event["event"] != "rollback":
+            continue
+        choice = choices[event["compute_step"]]
+        chosen = next(c for c in choice["candidates"] if c["distance"] == event["distance"])
+        interventions.append(
+            {
+                "policy_step": event["policy_step"],
+                "compute_step": event["compute_step"],
+                "distance": event["distance"],
+                "quality": chosen["quality"],
+                "variance": chosen["variance"],
+                "signal": chosen["signal"],
+                "at_edge": choice["at_edge"],
+                "cached": caches[event["compute_step"]]["cached"],
+                "candidates": choice["candidates"],
+            }
+        )
+    offline = sum(event["rollouts"] for event in events if event["event"] in ("probe", "cache"))
+    return {
+        "policy_steps": metrics[-1]["policy_step"],
+        "compute_steps": metrics[-1]["compute_step"],
+        "rollouts": metrics[-1]["compute_step"] * folder.config.rollouts_per_step + offline,
+        "offline_rollouts": offline,
+        "wall_seconds": round(seconds, 1),
+        "base": base,
+        "final": final,
+        "interventions": interventions,
+    }
+
+
+@dataclass(frozen=True)
+class BackgroundRun:
+    """A run in a process of its own.
+
+    Attributes:
+        config: Its settings.
+        process: The process, or None if the run was finished already.
+        root: Folder of all runs.
+    """
+
+    config: RunConfig
+    process: subprocess.Popen | None
+    root: Path | None
+
+    def wait(self) -> RunFolder:
+        """Wait for the end of the run and return its folder.
+
+        Raises:
+            RuntimeError: The process failed; the message holds the end of its output.
+        """
+        if self.process is not None and self.process.wait() != 0:
+            log = RunFolder(self.config, self.root).path / "process.log"
+            raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
+        return RunFolder(self.config, self.root)
+
+
+def start(config: RunConfig, root: Path | None = None, threads: int = 1) -> BackgroundRun:
+    """Start a run in a process of its own and return at once; a finished run is not run again.
+
+    Args:
+        config: Settings.
+        root: Folder of all runs; the project's `data/runs` if None.
+        threads: CPU threads of the process.
+    """
+    folder = RunFolder(config, root)
+    if folder.result() is not None:
+        return BackgroundRun(config, None, root)
+    command = [sys.executable, "-m", "npo_core", "run", "--config", str(folder.path / "config.json"), "--quiet"]
+    if root is not None:
+        command += ["--root", str(root)]
+    with (folder.path / "process.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
+    return BackgroundRun(config, process, root)
+
+
+def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World | None = None) -> list[dict[str, Any]]:
+    """Responses of the base policy to test problems, with pictures, for a reader.
+
+    Returns:
+        Dictionaries with picture (PIL), question, answer and responses: a list of (text, correct).
+    """
+    world = prepare(config) if world is None else world
+    rows = [world.test[index] for index in range(count)]
+    groups = sample_rollouts(
+        load_policy(world.base),
+        world.processor,
+        rows,
+        k,
+        world.verifier,
+        seed=config.seed,
+        max_new_tokens=config.max_completion_length,
+        score=False,
+    )
+    return [
+        {
+            "picture": row["image"],
+            "question": row["prompt"][-1]["content"],
+            "answer": row["answer"],
+            "responses": [(trajectory.text, trajectory.correct) for trajectory in group],
+        }
+        for row, group in zip(rows, groups, strict=True)
+    ]
+
+
+def compare(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
+    """One line per run for a table: final average, base average, both clocks, rollouts, interventions."""
+    return [
+        {
+            "run": label,
+            "base": result["base"]["average"],
+            "final": result["final"]["average"],
+            "policy steps": result["policy_steps"],
+            "compute steps": result["compute_steps"],
+            "rollouts": result["rollouts"],
+            "interventions": len(result["interventions"]),
+            "minutes": round(result["wall_seconds"] / 60, 1),
+        }
+        for label, result in ((label, folder.result()) for label, folder in runs.items())
+    ]

@@ -1,0 +1,23 @@
+"""Procedural visual tasks: eight families, one per benchmark suite, each with an exact solver and a picture."""
+
+from .dataset import conversation, make_dataset, require_columns, training_schedule
+from .families import FAMILIES, SUITES, Family, all_facts, family_of
+from .problems import Problem, parse_uid, sample_problems, split_of, vocabulary, write_response
+
+__all__ = [
+    "FAMILIES",
+    "SUITES",
+    "Family",
+    "Problem",
+    "all_facts",
+    "conversation",
+    "family_of",
+    "make_dataset",
+    "parse_uid",
+    "require_columns",
+    "sample_problems",
+    "split_of",
+    "training_schedule",
+    "vocabulary",
+    "write_response",
+]

@@ -1,0 +1,78 @@
+"""Data sets for TRL: rows with uid, prompt, image, answer, suite and difficulty, and the explicit training schedule."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from .problems import Problem
+
+REQUIRED_COLUMNS = ("uid", "prompt", "answer")
+"""Columns that NPO needs beside TRL's; `image` is needed for visual tasks only."""
+
+
+def conversation(problem: Problem, with_picture: bool) -> list[dict]:
+    """Chat messages of a problem; `with_picture` puts the PIL picture into the message itself."""
+    if not with_picture:
+        return [{"role": "user", "content": problem.question}]
+    parts = [{"type": "image", "image": problem.picture()}, {"type": "text", "text": problem.question}]
+    return [{"role": "user", "content": parts}]
+
+
+def make_dataset(problems: Sequence[Problem], text_only: bool = False) -> Dataset:
+    """Rows (uid, prompt, image, answer, suite, difficulty), one per problem.
+
+    Args:
+        problems: Problems with distinct uids.
+        text_only: Name the glyphs in the prompt instead of showing them; no image column.
+    """
+    rows = []
+    for problem in problems:
+        question = problem.question
+        if text_only:
+            question += " " + " ".join(problem.family.glyphs[glyph] for glyph in problem.glyphs)
+        row = {
+            "uid": problem.uid,
+            "prompt": [{"role": "user", "content": question}],
+            "answer": problem.answer,
+            "suite": problem.suite,
+            "difficulty": problem.difficulty,
+        }
+        rows.append(row if text_only else {**row, "image": problem.picture()})
+    return Dataset.from_list(rows)
+
+
+def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed: int) -> Dataset:
+    """The explicit data order: row g·prompts_per_step + i is prompt i of optimiser step g.
+
+    Passes over the data are shuffled each on their own. The result is one epoch long, so that a resumed or rolled-back
+    run finds its place by step number alone.
+    """
+    rng = np.random.default_rng([seed, 7])
+    needed = steps * prompts_per_step
+    passes = [rng.permutation(len(dataset)) for _ in range(-(-needed // len(dataset)))]
+    return dataset.select(np.concatenate(passes)[:needed])
+
+
+def require_columns(dataset: Dataset) -> None:
+    """Refuse a data set whose rows NPO cannot use.
+
+    Raises:
+        ValueError: A column is missing, a value is empty, or two different rows share a uid.
+    """
+    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"The data set has the columns {dataset.column_names}, but not {missing}. NPO needs "
+            f"{list(REQUIRED_COLUMNS)} in every row: uid names the prompt in the guidance cache, answer is verified."
+        )
+    answers: dict[str, str] = {}
+    for index, (uid, answer) in enumerate(zip(dataset["uid"], dataset["answer"], strict=True)):
+        if not isinstance(uid, str) or not uid:
+            raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"Row {index} (uid {uid!r}) has answer {answer!r}; every row needs a non-empty string.")
+        if answers.setdefault(uid, answer) != answer:
+            raise ValueError(
+                f"Uid {uid!r} names two rows with the answers {answers[uid]!r} and {answer!r}; make uids unique."
+            )

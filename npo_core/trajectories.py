@@ -1,0 +1,245 @@
+"""Trajectories and the guidance cache: one verified-correct response per prompt, from a later checkpoint.
+
+A guide is kept as the token ids that were sampled, never as text, with the log-probabilities under the policy that
+sampled it. It is verified when it enters the cache: a trajectory that is wrong, over-long, without end of sequence or
+of an unknown prompt is refused.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = 1
+RULES = ("first", "shortest", "closest")
+"""Rules that choose which correct trajectory of a prompt is kept (ours; the paper keeps one, unspecified)."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled response.
+
+    Attributes:
+        uid: Prompt that it answers.
+        token_ids: Sampled token ids, end of sequence included where there is one.
+        logps: Log-probability of each token under the policy that sampled it, at temperature 1, in nats.
+        source_step: Policy step of that policy.
+        correct: Verdict of the verifier.
+        text: Decoded response, for people; never tokenised again.
+        policy_logps: Log-probability of each token under the policy that will be guided, or None if not computed.
+    """
+
+    uid: str
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    source_step: int
+    correct: bool
+    text: str
+    policy_logps: tuple[float, ...] | None = None
+
+
+class GuidanceRefused(ValueError):
+    """A trajectory that may not guide: wrong, over-long, without end of sequence, or of an unknown prompt."""
+
+
+class GuidanceCache:
+    """Guide trajectories by prompt uid: the near-future source of NPO.
+
+    Args:
+        eos_token_ids: Token ids that end a response.
+        max_completion_length: Longest response in tokens.
+        tokenizer_digest: Fingerprint of the tokenizer that the token ids belong to.
+        known_uids: Prompts that may be guided; None allows any.
+    """
+
+    def __init__(
+        self,
+        eos_token_ids: Sequence[int],
+        max_completion_length: int,
+        tokenizer_digest: str,
+        known_uids: Iterable[str] | None = None,
+    ):
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_completion_length = max_completion_length
+        self.tokenizer_digest = tokenizer_digest
+        self.known_uids = None if known_uids is None else frozenset(known_uids)
+        self._guides: dict[str, Trajectory] = {}
+
+    def __len__(self) -> int:
+        return len(self._guides)
+
+    def __contains__(self, uid: object) -> bool:
+        return uid in self._guides
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self._guides.values())
+
+    def guide(self, uid: str, policy_step: int) -> Trajectory | None:
+        """Guide of a prompt at a policy step, or None. (The cache is the same at every step.)"""
+        return self._guides.get(uid)
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Put a trajectory in as the guide of its prompt.
+
+        Raises:
+            GuidanceRefused: It is wrong, over-long, without end of sequence, of an unknown prompt, or its token ids
+                and log-probabilities differ in number.
+        """
+        self.check(trajectory)
+        self._guides[trajectory.uid] = trajectory
+
+    def check(self, trajectory: Trajectory) -> None:
+        """Raise `GuidanceRefused` if the trajectory may not guide; see `add`."""
+        uid, length = trajectory.uid, len(trajectory.token_ids)
+        if self.known_uids is not None and uid not in self.known_uids:
+            raise GuidanceRefused(f"Guide for the unknown prompt {uid!r}: the training data has no such uid.")
+        if not trajectory.correct:
+            raise GuidanceRefused(f"Guide for {uid!r} is not verified correct: {trajectory.text!r}.")
+        if length > self.max_completion_length:
+            raise GuidanceRefused(
+                f"Guide for {uid!r} has {length} tokens; at most {self.max_completion_length} fit a response."
+            )
+        if not length or trajectory.token_ids[-1] not in self.eos_token_ids:
+            raise GuidanceRefused(f"Guide for {uid!r} does not end with an end-of-sequence token: {trajectory.text!r}.")
+        if length != len(trajectory.logps):
+            raise GuidanceRefused(f"Guide for {uid!r} has {length} tokens but {len(trajectory.logps)} log-probs.")
+
+    def fill(self, candidates: Iterable[Trajectory], rule: str = "first") -> int:
+        """Keep one correct, usable trajectory per prompt; return how many correct ones were not usable.
+
+        Args:
+            candidates: Off-line rollouts, in the order they were sampled. Wrong ones are passed over.
+            rule: "first" sampled; "shortest" in tokens; "closest": highest mean log-probability per token under the
+                policy that will be guided (`policy_logps` must be there).
+
+        Raises:
+            ValueError: Unknown rule, or rule "closest" without `policy_logps`.
+        """
+        if rule not in RULES:
+            raise ValueError(f"Unknown cache rule {rule!r}. Allowed: {', '.join(RULES)}.")
+        refused = 0
+        usable: dict[str, list[Trajectory]] = {}
+        for trajectory in candidates:
+            if not trajectory.correct:
+                continue
+            try:
+                self.check(trajectory)
+            except GuidanceRefused:
+                refused += 1
+                continue
+            usable.setdefault(trajectory.uid, []).append(trajectory)
+        for uid, choices in usable.items():
+            self._guides[uid] = _choose(choices, rule)
+        return refused
+
+    def save(self, path: Path) -> None:
+        """Write the cache to a parquet file; under another name first, then renamed."""
+        columns = {name: [] for name in ("uid", "token_ids", "logps", "source_step", "reward", "text")}
+        for guide in self:
+            values = (guide.uid, list(guide.token_ids), list(guide.logps), guide.source_step, 1.0, guide.text)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+        about = {
+            "format": FORMAT,
+            "eos_token_ids": self.eos_token_ids,
+            "max_completion_length": self.max_completion_length,
+            "tokenizer": self.tokenizer_digest,
+        }
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"npo_guidance": json.dumps(about)})
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        pq.write_table(table, unfinished)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, tokenizer_digest: str | None = None, known_uids: Iterable[str] | None = None
+    ) -> "GuidanceCache":
+        """Read a cache; each guide is checked again.
+
+        Args:
+            path: Parquet file that `save` wrote.
+            tokenizer_digest: Fingerprint of the tokenizer in use; None skips that check.
+            known_uids: Prompts that may be guided; None allows any.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Not a guidance cache, or one made with another tokenizer.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No guidance cache at {path}.")
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a parquet file: {error}") from error
+        about = (table.schema.metadata or {}).get(b"npo_guidance")
+        if about is None:
+            raise ValueError(f"{path} is a parquet file, but not a guidance cache (no npo_guidance metadata).")
+        about = json.loads(about)
+        if about["format"] != FORMAT:
+            raise ValueError(f"{path} has cache format {about['format']}; this version reads format {FORMAT}.")
+        if tokenizer_digest is not None and about["tokenizer"] != tokenizer_digest:
+            raise ValueError(
+                f"{path} was made with another tokenizer ({about['tokenizer']}) than this policy's "
+                f"({tokenizer_digest}); its token ids would mean other text. Make the cache again."
+            )
+        cache = cls(about["eos_token_ids"], about["max_completion_length"], about["tokenizer"], known_uids)
+        for row in table.to_pylist():
+            cache.add(
+                Trajectory(
+                    uid=row["uid"],
+                    token_ids=tuple(row["token_ids"]),
+                    logps=tuple(row["logps"]),
+                    source_step=row["source_step"],
+                    correct=row["reward"] == 1.0,
+                    text=row["text"],
+                )
+            )
+        return cache
+
+
+_SCHEMA = pa.schema(
+    {
+        "uid": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "logps": pa.list_(pa.float32()),
+        "source_step": pa.int32(),
+        "reward": pa.float32(),
+        "text": pa.string(),
+    }
+)
+
+
+def _choose(choices: list[Trajectory], rule: str) -> Trajectory:
+    if rule == "shortest":
+        return min(choices, key=lambda choice: len(choice.token_ids))
+    if rule == "closest":
+        if any(choice.policy_logps is None for choice in choices):
+            raise ValueError(
+                "Cache rule 'closest' needs the log-probs under the policy to be guided (policy_logps); "
+                "score the trajectories first, or use rule 'first' or 'shortest'."
+            )
+        return max(choices, key=lambda choice: sum(choice.policy_logps) / len(choice.policy_logps))
+    return choices[0]
+
+
+def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table of rollouts (uid, group, slot, source, token ids, log-probs, reward, advantage, ratio)."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), unfinished)
+    unfinished.replace(path)
+
+
+def read_rollouts(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table that `write_rollouts` wrote."""
+    return pq.read_table(path).to_pylist()
+
+
+def as_row(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as a plain dictionary."""
+    return asdict(trajectory)

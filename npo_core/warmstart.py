@@ -1,0 +1,170 @@
+"""The base policy of the small world: a tiny Qwen3-VL, warm-started on an imperfect corpus.
+
+A pretrained model solves some prompts always, some rarely and some almost never. The corpus gives the tiny policy the
+same profile: each elementary fact (state, glyph → next state) is written wrongly with its own probability, and the
+chain then goes on from the wrong state. Deviations from ordinary supervised fine-tuning: responses are written afresh
+at every step, so nothing can be memorised but the facts' distribution, and there is one constant batch of pictures.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import RunConfig
+from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
+from .progress import progress
+from .runs import project_folder, runs_folder
+from .tasks import Problem, all_facts, conversation, sample_problems, vocabulary, write_response
+
+WORLD_FIELDS = [
+    "world_seed",
+    "easy_share",
+    "middling_share",
+    "easy_error",
+    "middling_error",
+    "hard_error",
+    "second_form_share",
+    "policy_seed",
+    "hidden",
+    "layers",
+    "heads",
+    "vision_hidden",
+    "vision_depth",
+    "warmstart_steps",
+    "warmstart_batch",
+    "warmstart_learning_rate",
+]
+"""Settings that decide the base policy's weights."""
+
+WARMSTART_PROBLEMS = 1024
+"""Distinct training problems that the warm start draws from."""
+
+FORMAT = 1
+"""Raised when the world's code changes in a way that makes other base weights."""
+
+
+def base_digest(config: RunConfig) -> str:
+    """Content hash of everything that decides the base policy's weights."""
+    content = {name: getattr(config, name) for name in WORLD_FIELDS} | {"format": FORMAT, "vocabulary": vocabulary()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def fact_errors(config: RunConfig) -> dict[tuple[str, int, int], float]:
+    """Probability with which the corpus writes each elementary fact (suite, state, glyph index) wrongly."""
+    facts = all_facts()
+    easy, middling = round(config.easy_share * len(facts)), round(config.middling_share * len(facts))
+    errors = np.full(len(facts), config.hard_error)
+    errors[:easy] = config.easy_error
+    errors[easy : easy + middling] = config.middling_error
+    np.random.default_rng(config.world_seed).shuffle(errors)
+    return dict(zip(facts, errors.tolist(), strict=True))
+
+
+def imperfect_states(
+    problem: Problem, errors: dict[tuple[str, int, int], float], rng: np.random.Generator
+) -> list[int]:
+    """States that the corpus writes: each fact wrong with its probability, the wrong state uniform over the others."""
+    state, states = problem.start, []
+    for glyph in problem.glyphs:
+        following = problem.family.rule(state, glyph)
+        if rng.random() < errors[problem.suite, state, glyph]:
+            following = (following + int(rng.integers(1, problem.family.states))) % problem.family.states
+        states.append(following)
+        state = following
+    return states
+
+
+def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
+    """Folder of the base policy: the given one, the shipped one, or one that is made now and kept.
+
+    Raises:
+        FileNotFoundError: `config.policy` names a folder that does not exist.
+    """
+    if config.policy != "tiny":
+        folder = Path(config.policy).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"policy is {config.policy!r}, but {folder} holds no config.json. "
+                'Give "tiny" or a local folder in the Hugging Face format.'
+            )
+        return folder
+    name = f"tiny-{base_digest(config)}"
+    for folder in (project_folder() / "data" / "base" / name, runs_folder() / "base" / name):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    return warm_start(config, folder, quiet=quiet)
+
+
+def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
+    """Train the base policy on the imperfect corpus and save it to `folder` in the Hugging Face format.
+
+    Args:
+        config: Settings; only `WORLD_FIELDS` matter.
+        folder: Where to save; written under another name first, then renamed.
+        quiet: Without a progress bar.
+    """
+    processor = build_processor(vocabulary())
+    spec = TinyPolicySpec(config.hidden, config.layers, config.heads, config.vision_hidden, config.vision_depth)
+    model = build_tiny_policy(processor, spec, config.policy_seed)
+    rng = np.random.default_rng(config.policy_seed)
+    errors = fact_errors(config)
+    problems = sample_problems("train", WARMSTART_PROBLEMS, seed=config.policy_seed)
+    prompts = processor.apply_chat_template(
+        [conversation(problem, with_picture=True) for problem in problems],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    )
+    patches = prompts["pixel_values"].view(len(problems), -1, prompts["pixel_values"].shape[-1])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    with progress(config.warmstart_steps, "warm start", quiet) as bar:
+        for step in range(config.warmstart_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.warmstart_learning_rate * _schedule(step, config.warmstart_steps)
+            chosen = rng.integers(0, len(problems), size=config.warmstart_batch)
+            texts = [
+                write_response(
+                    problems[i],
+                    imperfect_states(problems[i], errors, rng),
+                    second_form=rng.random() < config.second_form_share,
+                )
+                + processor.tokenizer.eos_token
+                for i in chosen
+            ]
+            responses = processor.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+            ids, mask = responses["input_ids"], responses["attention_mask"]
+            logits = model(
+                input_ids=torch.cat([prompts["input_ids"][chosen], ids], dim=1),
+                attention_mask=torch.cat([prompts["attention_mask"][chosen], mask], dim=1),
+                mm_token_type_ids=torch.cat([prompts["mm_token_type_ids"][chosen], torch.zeros_like(ids)], dim=1),
+                pixel_values=patches[chosen].flatten(0, 1),
+                image_grid_thw=prompts["image_grid_thw"][chosen],
+                logits_to_keep=ids.shape[1] + 1,
+            ).logits[:, :-1]
+            targets = ids.masked_fill(mask == 0, -100)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            bar.advance(loss=f"{loss.item():.3f}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    save_policy(model, processor, unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return folder
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine down to a twentieth of the peak."""
+    warmup = max(1, steps // 10)
+    return min(1.0, (step + 1) / warmup) * (0.525 + 0.475 * math.cos(math.pi * step / steps))

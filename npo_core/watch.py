@@ -1,0 +1,136 @@
+"""What is watched while a segment trains: metric lines, mistake pool, trigger, checkpoints' completion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .checkpoints import checkpoint_folder, mark_complete, retain
+from .config import RunConfig
+from .progress import ProgressBar
+from .runs import RunFolder, append_line
+from .trainer import NPOTrainer
+from .trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One uninterrupted stretch of training on a branch of the trajectory.
+
+    Attributes:
+        branch: Number of the branch; a roll-back opens a new one.
+        start: Policy step that the branch starts from.
+        compute_start: Compute step at that moment.
+        resume_from: Checkpoint folder to start from, relative to the run folder; None is the base policy.
+        guidance: Guidance cache, relative to the run folder, or None.
+        guide_until: Policy step at which guidance ends; the end of the replay.
+    """
+
+    branch: int
+    start: int
+    compute_start: int
+    resume_from: str | None = None
+    guidance: str | None = None
+    guide_until: int = 0
+
+
+class Watch(TrainerCallback):
+    """Writes the metric lines, feeds trigger and pool, and stops training at a warning or when the budget is spent.
+
+    Args:
+        config: Settings.
+        run: Run folder that gets the metric lines and the warnings.
+        segments: All segments so far; the last one is being trained.
+        bar: Progress bar over compute steps.
+        acts: Stop at a warning; False trains on, as plain GRPO does.
+
+    Attributes:
+        warning: The warning that stopped training, or None.
+        compute_step: Optimiser steps executed so far.
+        pool: Mistake pool of the current trajectory.
+    """
+
+    def __init__(self, config: RunConfig, run: RunFolder, segments: Sequence[Segment], bar: ProgressBar, acts: bool):
+        self.config, self.run_folder, self.bar, self.acts = config, run, bar, acts
+        self.segments = list(segments)
+        self.trigger = PlateauTrigger(
+            TriggerSettings(
+                ema=config.trigger_ema,
+                window=config.trigger_window,
+                reward_tolerance=config.trigger_reward_tolerance,
+                entropy_drop=config.trigger_entropy_drop,
+                warmup=config.trigger_warmup,
+                cooldown=config.trigger_cooldown,
+            )
+        )
+        self.pool = MistakePool(config.pool_cutoff, config.pool_capacity, config.pool_expiry)
+        self.warning: PlateauWarning | None = None
+        self.compute_step = 0
+        self.trainer: NPOTrainer | None = None
+
+    def replay(self, lines: Sequence[Mapping[str, Any]]) -> PlateauWarning | None:
+        """Rebuild trigger and pool from the current trajectory; a warning at its very end that is not decided yet."""
+        warning = None
+        for line in lines:
+            warning = self.observe(line)
+        self.compute_step = max((line["compute_step"] for line in lines), default=0)
+        self.compute_step = max(self.compute_step, self.segments[-1].compute_start)
+        decided = {
+            event["compute_step"] for event in self.run_folder.effective_events() if event["event"] == "dismissed"
+        }
+        return None if warning is None or self.compute_step in decided else warning
+
+    def observe(self, line: Mapping[str, Any]) -> PlateauWarning | None:
+        """Feed one metric line; a warning that calls for an intervention, or None."""
+        step = line["policy_step"]
+        for uid, rate in line["groups"].items():
+            self.pool.add(uid, step, rate)
+        replay_end = next((s.guide_until for s in self.segments if s.branch == line["branch"]), 0)
+        if step <= replay_end:
+            # the guided replay is judged when it is over: until then the averages hold the intervention itself
+            if step == replay_end:
+                self.trigger.reset(step)
+            return None
+        warning = self.trigger.update(step, line["npo/reward"], line["npo/entropy"])
+        enough = len(self.segments) - 1 >= self.config.max_interventions
+        return None if enough or not self.acts else warning
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        every = self.config.rollout_every
+        self.trainer.record_rollouts = bool(every) and (state.global_step % every == 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "npo/reward" not in logs:
+            return
+        segment = self.segments[-1]
+        self.compute_step = segment.compute_start + state.global_step - segment.start
+        line = {
+            "policy_step": state.global_step,
+            "compute_step": self.compute_step,
+            "branch": segment.branch,
+            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
+            "groups": {uid: round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
+        }
+        append_line(self.run_folder.metrics_path, line)
+        self.warning = self.observe(line)
+        self.bar.advance(reward=f"{line['npo/reward']:.2f}", entropy=f"{line['npo/entropy']:.2f}", at=state.global_step)
+        if self.warning is not None:
+            self.run_folder.event(
+                "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(self.warning)
+            )
+        if self.warning is not None or self.compute_step >= self.config.compute_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        branch = Path(args.output_dir)
+        mark_complete(checkpoint_folder(branch, state.global_step))
+        retain(branch, state.global_step, self.config.checkpoint_keep)
+
+
+def _fields(warning: PlateauWarning) -> dict[str, float]:
+    record = asdict(warning)
+    record.pop("step")
+    return record

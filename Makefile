@@ -22,7 +22,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo study figures bench plan base lab test lint clean
+.PHONY: help setup autonpo bench plan base lab test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,12 +53,6 @@ autonpo: setup ## Run notebooks/03_autonpo.ipynb from start to end (PRESET, SEED
 	$(THREADS) $(BIN)/papermill notebooks/03_autonpo.ipynb $(RUNS)/03_autonpo.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
 	@echo "Executed notebook: $(RUNS)/03_autonpo.out.ipynb"
 	@echo "Figures: in it, and in $$(ls -1dt $(RUNS)/autonpo-$(PRESET)-s$(SEED)-*/figures 2>/dev/null | head -1)"
-
-study: setup ## Compare the methods over seeds, as docs/evidence.md reports
-	$(CORE) study $(ARGS)
-
-figures: setup ## Redraw the committed figures from the committed results
-	$(CORE) figures $(ARGS)
 
 bench: setup ## Measure speed, print a table, and write data/runs/bench.json
 	@mkdir -p $(RUNS)

@@ -3,11 +3,13 @@
 Every choice that the paper leaves open is a field here; `docs/implementation.md` lists each with its source.
 """
 
+import ast
 import difflib
 import hashlib
 import json
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin
@@ -28,6 +30,7 @@ class RunConfig:
 
     method: Method = _setting("autonpo", "Training method.", "paper")
     preset: str = _setting("cpu", "Name of the preset that the settings started from.")
+    threads: int = _setting(1, "CPU threads of the run; a run is reproducible bit for bit at a fixed number.")
     seed: int = _setting(0, "Seed of sampling during training; the data order has its own seed.")
 
     # World
@@ -103,7 +106,7 @@ class RunConfig:
 
     # Checkpoints and logs
     checkpoint_every: int = _setting(10, "Steps between checkpoints; the grid of roll-back distances.", "paper")
-    checkpoint_keep: int = _setting(0, "Newest checkpoints kept for roll-back; 0 keeps all.")
+    checkpoint_keep: int = _setting(20, "Newest checkpoints of a branch that stay resumable; 0 keeps all.")
     rollout_every: int = _setting(20, "Steps between rollout tables on disk; 0 for none.")
 
     # Evaluation
@@ -132,6 +135,7 @@ class RunConfig:
         ]:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in [
+            "threads",
             "train_problems",
             "warmstart_steps",
             "warmstart_batch",
@@ -162,8 +166,32 @@ class RunConfig:
             "eval_temperature",
             "variance_c",
             "ratio_gamma",
+            "ratio_truncation",
         ]:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in [
+            "seed",
+            "world_seed",
+            "data_seed",
+            "policy_seed",
+            "weight_decay",
+            "max_grad_norm",
+            "epsilon",
+            "epsilon_high",
+            "trigger_warmup",
+            "trigger_cooldown",
+            "max_interventions",
+            "checkpoint_keep",
+            "rollout_every",
+            "eval_top_k",
+        ]:
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(
+            self.eval_problems >= 2 * len(self.suites),
+            "eval_problems",
+            self.eval_problems,
+            f"at least two for each of the {len(self.suites)} suites, for an interval",
+        )
         _require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
         _require(
             self.easy_share + self.middling_share <= 1,
@@ -259,11 +287,31 @@ def _typed(setting, value: Any) -> Any:
         raise TypeError(f"{setting.name} is {value!r}; it must be a list of strings.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{setting.name} is {value!r}; it must be a finite number.")
     if type(value) is not kind:
         raise TypeError(f"{setting.name} is {value!r} of type {type(value).__name__}; it must be {kind.__name__}.")
     if kind is float and value != value:
         raise ValueError(f"{setting.name} is not a number.")
     return value
+
+
+def check_parameters(cells: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse a parameter that a notebook does not have; papermill itself only warns.
+
+    Args:
+        cells: Sources of the cells run so far; in a notebook that is `In`.
+        allowed: Names of the notebook's parameters.
+
+    Raises:
+        ValueError: A cell that papermill injected sets another name.
+    """
+    for source in cells:
+        if not source.lstrip().startswith("# Parameters"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in allowed:
+                raise ValueError(f"Unknown parameter {node.id!r}{_nearest(node.id, allowed)} Allowed: {allowed}.")
 
 
 def preset_names() -> list[str]:

@@ -67,11 +67,16 @@ class SharedPrompts:
 
     def __call__(self, images=None, text=None, **kwargs):
         pictures = make_flat_list_of_images(images) if images is not None else []
-        if not isinstance(text, list) or len(pictures) != len(text) or not isinstance(pictures[0], Image.Image):
+        if (
+            not isinstance(text, list)
+            or not len(pictures) == len(text) > 0
+            or any(words.count(self.image_token) != 1 for words in text)
+            or not all(isinstance(picture, Image.Image) for picture in pictures)
+        ):
             return super().__call__(images=images, text=text, **kwargs)
         seen: dict[tuple, int] = {}
         copies = [
-            seen.setdefault((words, picture.mode, picture.size, picture.tobytes()), len(seen))
+            seen.setdefault((words, *_content(picture)), len(seen))
             for words, picture in zip(text, pictures, strict=True)
         ]
         first = [copies.index(place) for place in range(len(seen))]
@@ -85,8 +90,14 @@ class SharedPrompts:
             if name == "pixel_values":
                 output[name] = value[copied_rows(counts, copies, 1)]
             else:
-                output[name] = value[copies] if isinstance(value, torch.Tensor) else [value[place] for place in copies]
+                listed = isinstance(value, list)
+                output[name] = [value[place] for place in copies] if listed else value[copies]
         return output
+
+
+def _content(picture: Image.Image) -> tuple:
+    """What two pictures must share to be the same; the bytes of a palette picture are places in its palette."""
+    return picture.mode, picture.size, picture.tobytes(), bytes(picture.getpalette() or ())
 
 
 class TinyQwen3VLProcessor(SharedPrompts, Qwen3VLProcessor):
@@ -305,8 +316,11 @@ def load_policy(folder: str | Path, freeze_vision: bool = False) -> PreTrainedMo
     with quiet_transformers():
         model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     share_vision(model)
-    if freeze_vision and hasattr(model.model, "visual"):
-        model.model.visual.requires_grad_(False)
+    if config.get_text_config().tie_word_embeddings:
+        # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
+        model._keys_to_ignore_on_save = {"lm_head.weight"}
+    if freeze_vision and hasattr(model.base_model, "visual"):
+        model.base_model.visual.requires_grad_(False)
     return model
 
 
@@ -320,7 +334,10 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds model.safetensors.")
-    missing, unexpected = load_model(model, path, strict=False)
+    try:
+        missing, unexpected = load_model(model, path, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another architecture: {error}") from error
     if missing or unexpected:
         raise ValueError(
             f"{path} belongs to another architecture: missing {sorted(missing)[:3]}, "

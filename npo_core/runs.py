@@ -21,6 +21,9 @@ from .config import RunConfig
 SCHEMA = 1
 """Version of `result.json`."""
 
+DECISIONS = ("warning", "probe", "choice", "dismissed", "cache", "rollback")
+"""Events that a decision leaves, at most one of a kind at a compute step."""
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
@@ -73,7 +76,8 @@ class RunFolder:
                 raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
         else:
             write_json(saved, json.loads(config.to_json()))
-        write_json(self.path / "env.json", environment())
+        if self.result() is None:  # afterwards the folder is only read, maybe on another machine
+            write_json(self.path / "env.json", environment())
 
     @property
     def metrics_path(self) -> Path:
@@ -96,11 +100,18 @@ class RunFolder:
         return [record for record in read_lines(self.events_path) if kind in (None, record["event"])]
 
     def effective_events(self) -> list[dict[str, Any]]:
-        """Events without those that a restart after a kill did again; what a reader of the run should look at."""
+        """Events as a reader of the run should see them.
+
+        Left out is what a restart after a kill did again: events past the point where the run went on, and the first
+        of two records of the same decision.
+        """
         kept: list[dict[str, Any]] = []
         for record in self.events():
             if record["event"] == "resume":
-                kept = [e for e in kept if e.get("compute_step", 0) <= record["compute_step"]]
+                kept = [e for e in kept if e.get("compute_step", e.get("compute_start", 0)) <= record["compute_step"]]
+            elif record["event"] in DECISIONS:
+                same = (record["event"], record["compute_step"])
+                kept = [e for e in kept if (e["event"], e.get("compute_step")) != same]
             kept.append(record)
         return kept
 
@@ -135,9 +146,27 @@ class RunFolder:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(record, allow_nan=False) + "\n")
+    """Append one JSON line; a torn last line (a kill while writing) is cut off first."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                _mend_tail(path)
+        stream.write(line.encode())
+
+
+def _mend_tail(path: Path) -> None:
+    """Finish the last line of a log if it is whole, cut it off if it is torn; as `read_lines` sees it."""
+    whole = path.read_bytes()
+    start = whole.rfind(b"\n") + 1
+    try:
+        json.loads(whole[start:])
+    except json.JSONDecodeError:
+        os.truncate(path, start)
+    else:
+        with path.open("ab") as stream:
+            stream.write(b"\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

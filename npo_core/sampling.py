@@ -81,36 +81,40 @@ def sample_rollouts(
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        # as TRL does: an image token in a response stands for no picture, and the next forward pass would fail
+        suppress_tokens=[model.config.image_token_id] if hasattr(model.config, "image_token_id") else None,
     )
     was_training = model.training
     out: list[list[Trajectory]] = []
     model.eval()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        batch = max(1, ROLLOUT_BATCH // k)
-        for start in range(0, len(rows), batch):
-            part = list(rows[start : start + batch])
-            repeated = [row for row in part for _ in range(k)]
-            inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, repeated).items()}
-            ids = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-            completions = [_until_eos(row, tokenizer.eos_token_id) for row in ids.tolist()]
-            logps = completion_logps(model, processor, repeated, completions) if score else [()] * len(repeated)
-            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            trajectories = [
-                Trajectory(
-                    uid=row["uid"],
-                    token_ids=tuple(tokens),
-                    logps=tuple(scores),
-                    source_step=source_step,
-                    correct=verifier(text, row).correct,
-                    text=text,
-                )
-                for row, tokens, scores, text in zip(repeated, completions, logps, texts, strict=True)
-            ]
-            out += [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
-            if advance is not None:
-                advance(len(repeated))
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            batch = max(1, ROLLOUT_BATCH // k)
+            for start in range(0, len(rows), batch):
+                part = list(rows[start : start + batch])
+                repeated = [row for row in part for _ in range(k)]
+                inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, repeated).items()}
+                ids = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+                completions = [_until_eos(row, tokenizer.eos_token_id) for row in ids.tolist()]
+                logps = completion_logps(model, processor, repeated, completions) if score else [()] * len(repeated)
+                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+                trajectories = [
+                    Trajectory(
+                        uid=row["uid"],
+                        token_ids=tuple(tokens),
+                        logps=tuple(scores),
+                        source_step=source_step,
+                        correct=verifier(text, row).correct,
+                        text=text,
+                    )
+                    for row, tokens, scores, text in zip(repeated, completions, logps, texts, strict=True)
+                ]
+                out += [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
+                if advance is not None:
+                    advance(len(repeated))
+    finally:
+        model.train(was_training)
     return out
 
 

@@ -5,9 +5,6 @@ on from its last checkpoint. `start(config)` does the same in a process of its o
 """
 
 import io
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,7 +175,19 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     folder = RunFolder(config, root)
     if folder.result() is not None:
         return folder
-    started = time.monotonic()
+    before, started = torch.get_num_threads(), time.monotonic()
+    torch.set_num_threads(config.threads)
+    try:
+        scores = _execute(config, folder, quiet)
+    finally:
+        torch.set_num_threads(before)
+        folder.event("sitting", seconds=round(time.monotonic() - started, 1))
+    folder.finish(_result(folder, *scores))
+    return folder
+
+
+def _execute(config: RunConfig, folder: RunFolder, quiet: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train what is left to train; scores of the base and of the final policy."""
     world = prepare(config, quiet)
     base = load_policy(world.base)
     checkpoints = -(-config.compute_steps // config.checkpoint_every)
@@ -199,11 +208,9 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
         intervene=config.method == "autonpo",
         quiet=quiet,
     )
-    trainer = controller.run()
-    final_scores = _evaluate(config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet)
-    seconds = sum(event["seconds"] for event in folder.events("sitting")) + time.monotonic() - started
-    folder.finish(_result(folder, base_scores, final_scores, seconds))
-    return folder
+    with quiet_transformers():
+        trainer = controller.run()
+    return base_scores, _evaluate(config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet)
 
 
 def _evaluate(config: RunConfig, model, world: World, label: str, quiet: bool) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def _evaluate(config: RunConfig, model, world: World, label: str, quiet: bool) -
     )
 
 
-def _result(folder: RunFolder, base: dict, final: dict, seconds: float) -> dict[str, Any]:
+def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
     metrics = folder.metrics()
     events = folder.effective_events()
     choices = {event["compute_step"]: event for event in events if event["event"] == "choice"}
@@ -253,58 +260,11 @@ def _result(folder: RunFolder, base: dict, final: dict, seconds: float) -> dict[
         "compute_steps": metrics[-1]["compute_step"],
         "rollouts": metrics[-1]["compute_step"] * folder.config.rollouts_per_step + offline,
         "offline_rollouts": offline,
-        "wall_seconds": round(seconds, 1),
+        "wall_seconds": round(sum(event["seconds"] for event in events if event["event"] == "sitting"), 1),
         "base": base,
         "final": final,
         "interventions": interventions,
     }
-
-
-@dataclass(frozen=True)
-class BackgroundRun:
-    """A run in a process of its own.
-
-    Attributes:
-        config: Its settings.
-        process: The process, or None if the run was finished already.
-        root: Folder of all runs.
-    """
-
-    config: RunConfig
-    process: subprocess.Popen | None
-    root: Path | None
-
-    def wait(self) -> RunFolder:
-        """Wait for the end of the run and return its folder.
-
-        Raises:
-            RuntimeError: The process failed; the message holds the end of its output.
-        """
-        if self.process is not None and self.process.wait() != 0:
-            log = RunFolder(self.config, self.root).path / "process.log"
-            raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
-        return RunFolder(self.config, self.root)
-
-
-def start(config: RunConfig, root: Path | None = None, threads: int = 1) -> BackgroundRun:
-    """Start a run in a process of its own and return at once; a finished run is not run again.
-
-    Args:
-        config: Settings.
-        root: Folder of all runs; the project's `data/runs` if None.
-        threads: CPU threads of the process.
-    """
-    folder = RunFolder(config, root)
-    if folder.result() is not None:
-        return BackgroundRun(config, None, root)
-    command = [sys.executable, "-m", "npo_core", "run", "--config", str(folder.path / "config.json"), "--quiet"]
-    if root is not None:
-        command += ["--root", str(root)]
-    with (folder.path / "process.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-        )
-    return BackgroundRun(config, process, root)
 
 
 def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World | None = None) -> list[dict[str, Any]]:
@@ -334,6 +294,24 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
         }
         for row, group in zip(rows, groups, strict=True)
     ]
+
+
+def plan(config: RunConfig) -> dict[str, str]:
+    """What a run will cost, before it starts: a table of names and values with units."""
+    model = load_policy(base_policy_folder(config))
+    checkpoints = -(-config.compute_steps // config.checkpoint_every)
+    disk = retention_bytes(model.num_parameters(), 4, checkpoints, config.checkpoint_keep)
+    offline = config.max_interventions * config.probe_prompts * config.probe_rollouts
+    rollouts = config.compute_steps * config.rollouts_per_step
+    return {
+        "policy": f"{config.policy}, {model.num_parameters():,} parameters",
+        "optimiser steps (compute clock)": f"{config.compute_steps:,}",
+        "rollouts in training": f"{rollouts:,}",
+        "rollouts of probes, at most": f"{offline:,}",
+        "tokens sampled, at most": f"{(rollouts + offline) * config.max_completion_length:,}",
+        "checkpoints": f"{checkpoints}, {disk / 2**20:.0f} MiB on disk",
+        "evaluation rollouts": f"{2 * config.eval_problems * config.eval_rollouts:,}",
+    }
 
 
 def compare(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:

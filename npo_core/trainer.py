@@ -186,6 +186,11 @@ class NPOTrainer(GRPOTrainer):
     def _check_guide(self, guide: Trajectory, uid: str) -> None:
         if guide.uid != uid or not guide.correct:
             raise GuidanceRefused(f"The source gave a guide of {guide.uid!r} (correct: {guide.correct}) for {uid!r}.")
+        if not guide.token_ids or len(guide.logps) != len(guide.token_ids):
+            raise GuidanceRefused(
+                f"The guide of {uid!r} has {len(guide.token_ids)} tokens and {len(guide.logps)} log-probs; "
+                "it needs at least one token, and a log-prob for each."
+            )
         if len(guide.token_ids) > self.max_completion_length or guide.token_ids[-1] not in self.eos_token_ids:
             raise GuidanceRefused(
                 f"The guide of {uid!r} has {len(guide.token_ids)} tokens and ends with token {guide.token_ids[-1]}; "

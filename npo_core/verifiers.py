@@ -7,6 +7,7 @@ all rules are ours.
 """
 
 import enum
+import functools
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -104,8 +105,9 @@ def normalise_answer(answer: str) -> str:
     return (option.group(1) or option.group(2)) if option else text
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def verify(completion_text: str, answer: str) -> Verdict:
-    r"""Compare a completion's last boxed answer with the reference (ours).
+    r"""Compare a completion's last boxed answer with the reference (ours); verdicts are kept, as rollouts repeat.
 
     Correct when both are equal after `normalise_answer`, or both are plain numbers of equal value: integers, decimals,
     exponents (1e-3), thousands separators, fractions (a/b, `\frac{a}{b}`), percentages (50% is 0.5, not 50). Two

@@ -40,7 +40,8 @@ HOUSE = {
     "watch": (5, 1),
     "autonpo": (5, 2),
     "stages": (5, 3),
-    "figures": (5, 4),
+    "launch": (5, 4),
+    "figures": (5, 5),
     # floor 6, the command line
     "bench": (6, 0),
     "__main__": (6, 1),
@@ -153,7 +154,11 @@ def test_no_file_is_called_utils():
 
 def test_maths_and_figures_load_without_trl_and_transformers():
     # In a process of its own: what one import drags in shows only where nothing else was imported before.
-    light = [f"npo_core.{name}" for name in [*sorted(MATHS), "figures"] if (PACKAGE / f"{name}.py").exists()]
+    light = [
+        f"npo_core.{name}"
+        for name in [*sorted(MATHS), "figures"]
+        if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+    ]
     code = f"import sys, importlib\nfor name in {light!r}: importlib.import_module(name)\n"
     code += "print(*sorted({'trl', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

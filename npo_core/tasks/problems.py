@@ -150,10 +150,11 @@ def parse_uid(uid: str) -> Problem:
         ValueError: The uid is not one of this world's.
     """
     parts = uid.split("-")
-    if len(parts) != 3 or parts[0] not in SUITES or not (parts[1] + parts[2]).isdigit():
-        raise ValueError(f"{uid!r} is not a uid of this world; expected suite-start-glyphs, such as mathvista-3-0120.")
+    if len(parts) != 3 or parts[0] not in SUITES or not all(p.isascii() and p.isdigit() for p in parts[1:]):
+        raise ValueError(f"{uid!r} is not a uid of this world; expected suite-start-glyphs, such as mathvista-3-011.")
     problem = Problem(parts[0], int(parts[1]), tuple(map(int, parts[2])))
-    if problem.start >= problem.family.states or max(problem.glyphs) >= len(problem.family.glyphs):
+    known = problem.start < problem.family.states and max(problem.glyphs) < len(problem.family.glyphs)
+    if not known or problem.uid != uid:
         raise ValueError(f"{uid!r} names a state or a glyph that the family {problem.family.title} does not have.")
     return problem
 

@@ -1,0 +1,92 @@
+"""What a run folder tells the plots: metric lines on two clocks, and the events that hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runs import read_lines
+
+AVERAGE_WEIGHT = 0.9
+"""Weight of the past in the moving averages; the trigger's default."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the plots need of a run folder.
+
+    Attributes:
+        lines: Metric lines, in the order of `compute_step`.
+        events: Events that hold, in the order they were written.
+    """
+
+    lines: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RunRecord":
+        lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+        if not lines:
+            raise ValueError(f"{folder} holds no metric lines; give the folder of a run that has made a step.")
+        return cls(lines, effective_events(Path(folder)))
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def values(self, name: str) -> np.ndarray:
+        """A metric or clock over all lines; NaN where a line lacks it."""
+        return np.array([line.get(name, np.nan) for line in self.lines], dtype=float)
+
+    def kept(self) -> np.ndarray:
+        """Which lines lie on the final trajectory: those that no later branch starts before."""
+        starts = [(segment["branch"], segment["start"]) for segment in self.of_kind("segment")]
+        return np.array(
+            [
+                all(line["policy_step"] <= start for branch, start in starts if branch > line["branch"])
+                for line in self.lines
+            ]
+        )
+
+    def average(self, name: str) -> np.ndarray:
+        """Moving average over the steps behind each line; a branch goes on from the step that it starts at."""
+        states: dict[int, np.ndarray] = {}
+        state, branch, averages = np.zeros(2), None, []
+        for line, value in zip(self.lines, self.values(name), strict=True):
+            step = line["policy_step"]
+            if line["branch"] != branch:
+                earlier = [known for known in states if known < step]
+                state, branch = states[max(earlier)] if earlier else np.zeros(2), line["branch"]
+            if np.isfinite(value):
+                state = AVERAGE_WEIGHT * state + (1 - AVERAGE_WEIGHT) * np.array([value, 1.0])
+            states[step] = state
+            averages.append(state[0] / state[1] if state[1] else np.nan)
+        return np.array(averages)
+
+    def replays(self) -> list[dict[str, tuple[float, float]]]:
+        """Guided stretches that were executed: (from, to) on each clock."""
+        spans = []
+        for segment in self.of_kind("segment"):
+            steps = [line["policy_step"] for line in self.lines if line["branch"] == segment["branch"]]
+            if segment["guidance"] is None or not steps:
+                continue
+            start, moment = segment["start"], segment["compute_start"]
+            length = min(segment["guide_until"], max(steps)) - start
+            spans.append({"policy_step": (start, start + length), "compute_step": (moment, moment + length)})
+        return spans
+
+
+def effective_events(folder: Path) -> list[dict[str, Any]]:
+    """Events of a run without those that a kill undid: a resume takes back all that came after its compute step.
+
+    A decision that was interrupted is taken again at the same compute step; its last record holds.
+    """
+    events: dict[tuple[str, int], dict[str, Any]] = {}
+    for event in read_lines(folder / "events.jsonl"):
+        moment = event.get("compute_step", event.get("compute_start", 0))
+        if event["event"] == "resume":
+            events = {key: earlier for key, earlier in events.items() if key[1] <= moment}
+        else:
+            events.pop((event["event"], moment), None)
+            events[event["event"], moment] = event
+    return list(events.values())

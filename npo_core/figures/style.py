@@ -1,0 +1,69 @@
+"""Look of all figures, in a context of its own, and how a figure is written to disk."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+WIDTH = 7.0
+"""Width of a full figure in inches."""
+FONT = 8.0
+"""Smallest font size in points."""
+COLORS = seaborn.color_palette("colorblind").as_hex()
+GREY = "0.35"
+LAYOUT_PASSES = 2
+"""Layouts of a figure until it is fixed; the second knows the sizes that the first gave."""
+
+
+def style() -> AbstractContextManager:
+    """The settings that figures are drawn under; those of the session come back at the end of the context."""
+    look = seaborn.axes_style("ticks", {"axes.grid": True, "grid.color": "0.9", "font.sans-serif": ["DejaVu Sans"]})
+    sizes = dict.fromkeys(
+        ["font.size", "axes.labelsize", "legend.fontsize", "xtick.labelsize", "ytick.labelsize"], FONT
+    )
+    sizes |= {"axes.titlesize": FONT + 1, "figure.titlesize": FONT + 1, "axes.linewidth": 0.8, "grid.linewidth": 0.6}
+    return matplotlib.rc_context({**look, **sizes, "axes.formatter.useoffset": False, "svg.hashsalt": "npo_core"})
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, rows × columns. It is closed at once, or a notebook would show it twice."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def settle(figure: Figure) -> Figure:
+    """Fix the layout of a finished figure: laid out anew at each save, it would move by fractions of a pixel."""
+    with style():
+        for _ in range(LAYOUT_PASSES):
+            figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
+    """Write a figure as PNG (200 dpi) and SVG, so that the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        folder: Folder to write to; it is made if it is not there.
+        name: File name without suffix.
+
+    Returns:
+        Paths of the PNG and of the SVG. Each is written under another name first and then renamed.
+    """
+    paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        kind = path.suffix[1:]
+        with style():
+            figure.savefig(unfinished, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+        unfinished.replace(path)
+    return paths

@@ -1,0 +1,78 @@
+"""Both notebooks, run by papermill at the smallest size."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def runs_go_to_a_temporary_folder(runs, monkeypatch):
+    monkeypatch.setenv("NPO_RUNS", str(runs))
+
+
+def execute(name, tmp_path, **parameters):
+    target = tmp_path / f"{name}.ipynb"
+    papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", target, parameters={"preset": "smoke", **parameters}, progress_bar=False
+    )
+    return nbformat.read(target, as_version=4)
+
+
+def pictures(notebook):
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_03_autonpo_tells_the_whole_story(runs, tmp_path):
+    notebook = execute("03_autonpo", tmp_path)
+    (folder,) = runs.glob("autonpo-smoke-s0-*")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["compute_steps"] == 20
+    (intervention,) = result["interventions"]
+    assert len(intervention["candidates"]) >= 2
+    for candidate in intervention["candidates"]:
+        assert 0 <= candidate["quality"] <= 1
+        assert candidate["variance"] >= 1
+        assert candidate["signal"] == pytest.approx(candidate["quality"] / candidate["variance"])
+    for name in ("training", "signal", "group", "suites"):
+        for ending in ("png", "svg"):
+            assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
+    assert pictures(notebook) == 4
+    (grpo,) = runs.glob("grpo-smoke-s0-*")
+    assert json.loads((grpo / "result.json").read_text())["compute_steps"] == result["compute_steps"]
+
+
+def test_a_finished_run_is_loaded_not_run_again(runs, tmp_path):
+    execute("03_autonpo", tmp_path)
+    (folder,) = runs.glob("autonpo-smoke-s0-*")
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+    execute("03_autonpo", tmp_path)
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_01_grpo_shows_the_base_policy_and_the_plateau(runs, tmp_path):
+    notebook = execute("01_grpo", tmp_path, seed=1, examples=2)
+    (folder,) = runs.glob("grpo-smoke-s1-*")
+    assert json.loads((folder / "result.json").read_text())["interventions"] == []
+    assert pictures(notebook) == 3
+
+
+@pytest.mark.parametrize("name", ["01_grpo", "03_autonpo"])
+def test_an_unknown_parameter_is_refused(name, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown parameter 'sead'.*did you mean 'seed'"):
+        execute(name, tmp_path, sead=1)
+
+
+def test_an_unknown_setting_is_refused(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown setting 'tau'"):
+        execute("03_autonpo", tmp_path, overrides={"tau": 0.5})

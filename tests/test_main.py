@@ -1,0 +1,132 @@
+"""The command line: one line for a bad setting, all settings listed, and nothing heavy loaded for a help text."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from npo_core.__main__ import main
+from npo_core.config import RunConfig, resolve_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["grpo", "--set", "tau_gat=0.5"], "did you mean 'tau_gate'"),
+        (["autonpo", "--set", "tau_gate=2"], "tau_gate is 2.0"),
+        (["autonpo", "--set", "learning_rate=fast"], "learning_rate is 'fast' of type str; it must be float"),
+        (["grpo", "--set", "compute_steps=1.5"], "compute_steps"),
+        (["grpo", "--set", "compute_steps=true"], "compute_steps"),
+        (["grpo", "--set", "tau_gate"], "write NAME=VALUE"),
+        (["grpo", "--set", "seed=3"], "'seed' has a parameter of its own"),
+        (["grpo", "--preset", "smok"], "did you mean 'smoke'"),
+        (["plan", "--set", 'suites=["mathvison"]'], "did you mean 'mathvision'"),
+        (["run", "--config", "no/such/config.json"], "no/such/config.json"),
+    ],
+)
+def test_a_bad_setting_ends_with_status_2_and_one_line(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"npo_core {arguments[0]}: ")
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+def test_so_does_the_process():
+    done = python("-m", "npo_core", "grpo", "--set", "tau_gat=0.5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "tau_gate" in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"tau_gat": 1}', "not json"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 2
+    assert capsys.readouterr().err.startswith("npo_core run: ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["grpo", "--seed", "x"], ["run"]])
+def test_a_command_that_does_not_exist_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: python -m npo_core" in capsys.readouterr().err
+
+
+def test_all_settings_are_listed(capsys):
+    assert main(["settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [setting.name for setting in fields(RunConfig)]
+    for line, setting in zip(lines, fields(RunConfig), strict=True):
+        assert setting.metadata["help"] in line
+
+
+def test_help_and_settings_load_nothing_heavy():
+    code = (
+        "import sys\nfrom npo_core.__main__ import main\n"
+        "for arguments in (['--help'], ['grpo', '--help'], ['settings']):\n"
+        "    try:\n        main(arguments)\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "print('loaded:', *sorted({'trl', 'transformers', 'torch', 'datasets'} & sys.modules.keys()))"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "loaded:"
+    assert any("autonpo" in line for line in lines)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Stages that only note what they were asked to run."""
+    from npo_core import stages
+
+    asked = []
+
+    def run(config, root, quiet):
+        asked.append((config, root, quiet))
+        result = {"base": {"average": 0.25}, "final": {"average": 0.5}}
+        return SimpleNamespace(path=Path(config.run_name), result=lambda: result)
+
+    monkeypatch.setattr(stages, "run", run)
+    return asked
+
+
+@pytest.mark.parametrize("method", ["grpo", "autonpo"])
+def test_the_stage_is_the_method_and_values_are_json_or_bare_words(ran, method, capsys):
+    settings = ["tau_gate=0.5", "learning_rate=1e-4", 'suites=["mathvista", "mmstar"]', "ratio_mode=exact"]
+    settings += ['cache_rule="shortest"', "freeze_vision=false", "policy=/a=b"]
+    arguments = [method, "--preset", "smoke", "--seed", "3", "--root", "elsewhere", "--quiet"]
+    assert main([*arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
+    overrides = {
+        "tau_gate": 0.5,
+        "learning_rate": 1.0e-4,
+        "suites": ["mathvista", "mmstar"],
+        "ratio_mode": "exact",
+        "cache_rule": "shortest",
+        "freeze_vision": False,
+        "policy": "/a=b",
+    }
+    expected = resolve_config(method, "smoke", 3, overrides)
+    assert ran == [(expected, Path("elsewhere"), True)]
+    assert "0.250 -> 0.500" in capsys.readouterr().out
+
+
+def test_a_saved_configuration_runs_again_as_it_was(ran, tmp_path):
+    config = resolve_config("autonpo", "smoke", 7, {"tau_gate": 0.25})
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config.to_json())))
+    assert main(["run", "--config", str(tmp_path / "config.json")]) == 0
+    assert ran == [(config, None, False)]

@@ -1,0 +1,223 @@
+"""Off-line rollouts and scores: against an independent forward pass, and that sampling leaves no trace."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from npo_core import sampling
+from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
+from npo_core.sampling import completion_logps, encode_prompts, sample_rollouts
+from npo_core.tasks import make_dataset, sample_problems, vocabulary
+from npo_core.verifiers import BoxedVerifier
+
+WIDTH = 12
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(vocabulary())
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    policy = build_tiny_policy(processor, TinyPolicySpec(32, 2, 2, 32, 1), seed=0)
+    with torch.no_grad():  # sharper than at initialisation, so that a wrong score shows
+        policy.model.language_model.embed_tokens.weight.mul_(8)
+    return policy.eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(make_dataset(sample_problems("train", 8, 0)))
+
+
+@pytest.fixture
+def sample(model, processor, rows):
+    def call(seed=0, k=3, rows=rows, verifier=None, **settings):
+        settings = {"max_new_tokens": WIDTH} | settings
+        return sample_rollouts(model, processor, rows, k, verifier or BoxedVerifier(), seed=seed, **settings)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def groups(model, processor, rows):
+    return sample_rollouts(model, processor, rows, 6, BoxedVerifier(), seed=0, max_new_tokens=WIDTH, source_step=7)
+
+
+def alone(model, processor, row, tokens):
+    """Log-probs of one response by one full forward pass, without padding."""
+    inputs = encode_prompts(processor, [row])
+    prompt = inputs["input_ids"].shape[1]
+    tokens = torch.tensor([list(tokens)])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    types = torch.zeros_like(inputs["input_ids"])
+    types[:, :prompt] = inputs["mm_token_type_ids"]
+    with torch.no_grad():
+        logits = model(**{**inputs, "mm_token_type_ids": types}).logits[0, prompt - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, tokens[0].unsqueeze(-1))[:, 0].tolist()
+
+
+def test_scores_are_those_of_an_independent_forward_pass(model, processor, rows, groups):
+    for row, group in zip(rows, groups, strict=True):
+        for trajectory in group[:2]:
+            expected = alone(model, processor, row, trajectory.token_ids)
+            assert trajectory.logps == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_tell_tokens_and_pictures_apart(model, processor, rows, groups):
+    # the oracle above would pass on a policy that gives every token the same probability
+    tokens = groups[0][0].token_ids
+    scores = alone(model, processor, rows[0], tokens)
+    assert max(scores) - min(scores) > 0.1
+    other = {**rows[0], "image": rows[1]["image"]}
+    assert alone(model, processor, other, tokens) != pytest.approx(scores, abs=1e-3)
+
+
+def test_padding_does_not_change_a_score(model, processor, rows, groups):
+    lengths = {encode_prompts(processor, [row])["input_ids"].shape[1] for row in rows}
+    assert len(lengths) > 1  # prompts of different length, so some are padded on the left
+    completions = [group[0].token_ids[: 1 + place] for place, group in enumerate(groups)]
+    together = completion_logps(model, processor, rows, completions)
+    for row, tokens, scores in zip(rows, completions, together, strict=True):
+        assert scores == pytest.approx(completion_logps(model, processor, [row], [tokens])[0], abs=1e-4)
+        assert len(scores) == len(tokens)
+
+
+def test_scores_do_not_depend_on_the_batches(model, processor, rows, groups, monkeypatch):
+    completions = [group[0].token_ids for group in groups]
+    together = completion_logps(model, processor, rows, completions)
+    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 3)
+    apart = completion_logps(model, processor, rows, completions)
+    assert [pytest.approx(scores, abs=1e-4) for scores in together] == apart
+
+
+def test_scores_are_at_temperature_one_and_untruncated_however_it_was_sampled(model, processor, rows, sample):
+    for group, row in zip(sample(temperature=0.3, top_p=0.5, top_k=3, k=1), rows, strict=True):
+        assert group[0].logps == pytest.approx(alone(model, processor, row, group[0].token_ids), abs=1e-4)
+
+
+def test_there_are_k_per_row_in_the_order_of_the_rows(rows, groups):
+    assert [len(group) for group in groups] == [6] * len(rows)
+    for row, group in zip(rows, groups, strict=True):
+        assert {trajectory.uid for trajectory in group} == {row["uid"]}
+    assert {trajectory.source_step for group in groups for trajectory in group} == {7}
+
+
+def test_a_response_ends_with_the_first_end_of_sequence(processor, groups):
+    eos = processor.tokenizer.eos_token_id
+    responses = [trajectory.token_ids for group in groups for trajectory in group]
+    stopped = [tokens for tokens in responses if eos in tokens]
+    assert stopped
+    assert all(tokens.index(eos) == len(tokens) - 1 for tokens in stopped)
+    cut_off = [tokens for tokens in responses if eos not in tokens]
+    assert cut_off
+    assert {len(tokens) for tokens in cut_off} == {WIDTH}
+    assert all(len(t.token_ids) == len(t.logps) for group in groups for t in group)
+
+
+def test_the_verdict_is_that_of_the_verifier_on_the_decoded_text(processor, rows, sample):
+    asked = []
+
+    def verifier(text, row):
+        asked.append((text, row["uid"]))
+        return SimpleNamespace(correct=len(text) % 2 == 0)
+
+    flat = [trajectory for group in sample(verifier=verifier) for trajectory in group]
+    assert asked == [(trajectory.text, trajectory.uid) for trajectory in flat]
+    assert [trajectory.correct for trajectory in flat] == [len(text) % 2 == 0 for text, _ in asked]
+    for trajectory in flat:
+        assert trajectory.text == processor.tokenizer.decode(trajectory.token_ids, skip_special_tokens=True)
+
+
+def test_the_seed_decides_the_rollouts(sample):
+    assert sample(seed=3) == sample(seed=3)
+    assert sample(seed=3) != sample(seed=4)
+
+
+def test_sampling_leaves_no_trace(model, sample):
+    before, weights = torch.get_rng_state(), [parameter.clone() for parameter in model.parameters()]
+    for training in (True, False):
+        model.train(training)
+        sample(k=1)
+        assert model.training is training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_verifier_that_fails_leaves_no_trace_either(model, sample):
+    def verifier(text, row):
+        raise RuntimeError("no verdict")
+
+    before = torch.get_rng_state()
+    model.train()
+    with pytest.raises(RuntimeError, match="no verdict"):
+        sample(k=1, verifier=verifier)
+    assert model.training
+    model.eval()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_are_reported_and_joined_in_order(rows, sample, monkeypatch):
+    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 7)  # three rows of k = 2, then three, then two
+    done = []
+    groups = sample(k=2, advance=done.append)
+    assert done == [6, 6, 4]
+    assert [group[0].uid for group in groups] == [row["uid"] for row in rows]
+    assert all(len(group) == 2 for group in groups)
+
+
+def test_a_group_larger_than_a_batch_is_sampled_all_the_same(rows, sample, monkeypatch):
+    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 2)
+    assert [len(group) for group in sample(k=3, rows=rows[:2])] == [3, 3]
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}])
+def test_each_sampling_setting_arrives(sample, settings):
+    for group in sample(**settings):
+        assert len({trajectory.token_ids for trajectory in group}) == 1
+    assert any(len({trajectory.token_ids for trajectory in group}) > 1 for group in sample())
+
+
+def test_the_settings_that_a_pretrained_policy_brings_along_do_not_count(model, sample, monkeypatch):
+    # a pretrained Qwen3-VL comes with top_k 20, top_p 0.8 and temperature 0.7 of its own
+    expected = sample(k=2)
+    for name, value in {"do_sample": False, "top_k": 1, "top_p": 0.1, "temperature": 0.01}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert sample(k=2) == expected
+
+
+def test_no_image_token_is_sampled(model, processor, sample):
+    # one in a response stands for no picture: scoring it, or training on it, would fail
+    image = processor.image_token_id
+
+    def favour(module, inputs, logits):
+        logits[..., image] += 30
+        return logits
+
+    hook = model.lm_head.register_forward_hook(favour)
+    try:
+        flat = [trajectory for group in sample() for trajectory in group]
+    finally:
+        hook.remove()
+    assert not any(image in trajectory.token_ids for trajectory in flat)
+
+
+def test_without_scores_there_are_no_log_probs_but_the_same_tokens(sample):
+    for scored, unscored in zip(sample(k=2), sample(k=2, score=False), strict=True):
+        assert [t.token_ids for t in scored] == [t.token_ids for t in unscored]
+        assert all(t.logps == () for t in unscored)
+
+
+def test_what_cannot_be_sampled_or_scored_is_refused(model, processor, rows, sample):
+    with pytest.raises(ValueError, match="k is 0"):
+        sample(k=0)
+    with pytest.raises(ValueError, match="empty response"):
+        completion_logps(model, processor, rows[:2], [(5,), ()])
+
+
+def test_no_rows_give_no_groups(sample):
+    assert sample(rows=[]) == []

@@ -1,0 +1,235 @@
+"""Small worlds for the engine's tests: random tiny policies, prompts with exact solutions, rigged rollouts, a spy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from npo_core.policies import (
+    CHAT_TEMPLATE,
+    TinyPolicySpec,
+    build_processor,
+    build_tiny_policy,
+    build_tokenizer,
+    tokenizer_of,
+)
+from npo_core.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
+from npo_core.trainer import NPOConfig, NPOTrainer
+from npo_core.trajectories import Trajectory
+from npo_core.verifiers import BoxedVerifier, verifier_reward
+
+VERIFIER = BoxedVerifier()
+WIDTH = 12
+"""Longest response: four steps of two tokens, the box, end of sequence."""
+
+Write = Callable[[Mapping[str, Any], int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """A policy that can be built again and again, its processor, and a data set."""
+
+    processor: Any
+    dataset: Dataset
+    build: Callable[[], PreTrainedModel]
+
+    def solution(self, uid: str) -> list[int]:
+        """Token ids of the exact solution, with end of sequence."""
+        problem = parse_uid(uid)
+        return self.encode(write_response(problem, problem.states()))
+
+    def mistake(self, uid: str) -> list[int]:
+        """Token ids of the exact solution with a wrong last state."""
+        problem = parse_uid(uid)
+        *states, last = problem.states()
+        return self.encode(write_response(problem, [*states, (last + 1) % problem.family.states]))
+
+    def encode(self, text: str) -> list[int]:
+        tokenizer = tokenizer_of(self.processor)
+        return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+    def guide(self, uid: str, **changes: Any) -> Trajectory:
+        """The exact solution as a guide; log-probs that are far from any random policy's, and differ by token."""
+        ids = tuple(changes.pop("token_ids", self.solution(uid)))
+        logps = tuple(-0.5 - 0.4 * index for index in range(len(ids)))
+        guide = Trajectory(uid=uid, token_ids=ids, logps=logps, source_step=30, correct=True, text="for people")
+        return replace(guide, **changes)
+
+
+@cache
+def world(name: str) -> TinyWorld:
+    """`"text"`: a Qwen3 with a tokenizer. `"pictures"`: a Qwen3-VL with its processor. `"words"`: the same Qwen3-VL on
+    prompts without pictures."""
+    problems = sample_problems("train", 12, 0, ["mathvista", "mmstar"])
+    dataset = make_dataset(problems, text_only=name != "pictures")
+    if name == "text":
+        tokenizer = build_tokenizer(vocabulary())
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return TinyWorld(tokenizer, dataset, lambda: _tiny_qwen3(tokenizer))
+    processor = build_processor(vocabulary())
+    spec = TinyPolicySpec(hidden=32, layers=1, heads=1, vision_hidden=32, vision_depth=1)
+    return TinyWorld(processor, dataset, lambda: build_tiny_policy(processor, spec, 0))
+
+
+def _tiny_qwen3(tokenizer) -> Qwen3ForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                max_position_embeddings=128,
+                initializer_range=0.2,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                tie_word_embeddings=False,
+            )
+        )
+    return model
+
+
+class Guides(dict):
+    """A source that hands out whatever it holds, unchecked: `{uid: Trajectory}`."""
+
+    def guide(self, uid: str, policy_step: int) -> Trajectory | None:
+        return self.get(uid)
+
+
+class SpyTrainer(NPOTrainer):
+    """NPOTrainer that keeps what the generation returned, what each loss call got, and the weights it ran with."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.generated: list[dict[str, Any]] = []
+        self.loss_calls: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.generated.append({"uids": [row["uid"] for row in inputs], **_copied(output)})
+        return output
+
+    def _compute_loss(self, model, inputs):
+        self.loss_calls.append((_copied(model.state_dict()), _copied(inputs)))
+        return super()._compute_loss(model, inputs)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of every optimiser step, by parameter name."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+
+
+def trainer_of(
+    tiny: TinyWorld,
+    folder: Path,
+    kind: type[GRPOTrainer] = SpyTrainer,
+    *,
+    prompts: int = 4,
+    steps: int = 1,
+    n: int = 4,
+    reward: Callable | None = None,
+    eval_dataset: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    guidance: Any = None,
+    verifier: Any = VERIFIER,
+    dataset: Dataset | None = None,
+    **arguments: Any,
+) -> GRPOTrainer:
+    """A quiet trainer of a fresh policy; `prompts` × `n` rollouts fill one micro-batch unless `arguments` say else."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": prompts * n,
+        "num_generations": n,
+        "max_completion_length": WIDTH,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "loss_type": "grpo",
+        "beta": 0.0,
+        "shuffle_dataset": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        **arguments,
+    }
+    guided = issubclass(kind, NPOTrainer)
+    extra = {"guidance": guidance, "verifier": verifier} if guided else {}
+    trainer = kind(
+        model=tiny.build(),
+        reward_funcs=verifier_reward(VERIFIER) if reward is None else reward,
+        args=(NPOConfig if guided else GRPOConfig)(**settings),
+        train_dataset=tiny.dataset if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tiny.processor,
+        callbacks=list(callbacks),
+        **extra,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def rig(monkeypatch, write: Write) -> None:
+    """Replace sampling: rollout `slot` of a row is `write(row, slot)`. Everything after it is TRL's and NPO's own."""
+
+    def rigged(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+        rows = self._rollouts.rows
+        assert len(rows) == len(prompt_ids)
+        return [list(write(row, index % num_generations)) for index, row in enumerate(rows)], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", rigged)
+
+
+def correct_in(tiny: TinyWorld, slots: Mapping[str, Sequence[int]]) -> Write:
+    """Rollouts for `rig`: right in the given slots of each uid, wrong elsewhere."""
+
+    def write(row: Mapping[str, Any], slot: int) -> list[int]:
+        uid = row["uid"]
+        return tiny.solution(uid) if slot in slots.get(uid, ()) else tiny.mistake(uid)
+
+    return write
+
+
+def responses(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Token ids under the completion mask, a list per row."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
+
+
+def log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Full log-softmax of a plain forward pass at the completion tokens, `[rows, tokens, vocabulary]`."""
+    extra = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if name in batch}
+    width = batch["completion_ids"].shape[1]
+    logits = model(
+        input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+        **extra,
+    ).logits
+    return logits[:, -width - 1 : -1].log_softmax(dim=-1)
+
+
+def token_log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Log-probability of each completion token, `[rows, tokens]`, differentiable."""
+    return log_probs(model, batch).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)

@@ -97,7 +97,7 @@ class AutoNPO:
                     warning = watch.warning
                 elif resume_from is not None:
                     trainer._load_from_checkpoint(str(resume_from))
-                if warning is None:
+                if warning is None or watch.compute_step >= self.config.compute_steps:
                     return trainer
                 following = self._decide(trainer, watch, warning, segments)
                 if following is None:

@@ -153,7 +153,7 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(words: Sequence[str]) -> TinyQwen3VLProcessor:
-    """Processor of the tiny policy: 8-pixel patches merged 2 × 2, so a 48 × 48 picture is nine vision tokens."""
+    """Processor of the tiny policy: 8-pixel patches merged 2 × 2, so a 48 × 32 picture is six vision tokens."""
     images = Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 1 << 20}
     )
@@ -224,6 +224,27 @@ def share_vision(model: PreTrainedModel) -> None:
     visual = getattr(base, "visual", None)
     if isinstance(visual, Qwen3VLVisionModel):
         visual.forward = MethodType(_shared_vision_forward, visual)
+        base.get_rope_index = MethodType(_shared_rope_index, base)
+
+
+def _shared_rope_index(
+    self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None, **kwargs
+):
+    """Positions depend on the layout of a row, not on its words: rows of one layout are computed once."""
+    one_picture_each = image_grid_thw is not None and len(image_grid_thw) == len(input_ids) and video_grid_thw is None
+    if not one_picture_each or not (mm_token_type_ids == 1).any(dim=1).all():
+        return type(self).get_rope_index(
+            self, input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask, **kwargs
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    layouts = torch.cat([mm_token_type_ids.long(), mask.long(), image_grid_thw.to(input_ids.device)], dim=1)
+    distinct, inverse = layouts.unique(dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(layouts), device=inverse.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(layouts), device=inverse.device), "amin")
+    positions, deltas = type(self).get_rope_index(
+        self, input_ids[first], mm_token_type_ids[first], image_grid_thw[first], None, mask[first], **kwargs
+    )
+    return positions[:, inverse], deltas[inverse]
 
 
 def _shared_vision_forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig
-from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
+from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy, share_vision
 from .progress import progress
 from .runs import project_folder, runs_folder
 from .tasks import Problem, all_facts, conversation, sample_problems, vocabulary, write_response
@@ -112,6 +112,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     processor = build_processor(vocabulary())
     spec = TinyPolicySpec(config.hidden, config.layers, config.heads, config.vision_hidden, config.vision_depth)
     model = build_tiny_policy(processor, spec, config.policy_seed)
+    share_vision(model)
     rng = np.random.default_rng(config.policy_seed)
     errors = fact_errors(config)
     problems = sample_problems("train", WARMSTART_PROBLEMS, seed=config.policy_seed)

@@ -202,3 +202,15 @@ def test_the_marker_of_a_writer_names_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 12345)
     write_json(tmp_path / "x.json", 1)
     assert len(set(names)) == 2
+
+
+def test_a_decision_that_was_logged_twice_counts_once(run):
+    # killed between two records of one decision: the restart decides again at the same step
+    run.event("warning", compute_step=10)
+    run.event("probe", compute_step=10, quality=0.1)
+    run.event("probe", compute_step=10, quality=0.2)
+    run.event("segment", branch=1, compute_start=10)
+    run.event("warning", compute_step=12)
+    kept = run.effective_events()
+    assert [event["event"] for event in kept] == ["warning", "probe", "segment", "warning"]
+    assert kept[1]["quality"] == 0.2

@@ -178,7 +178,7 @@ def test_different_problems_have_different_uids(one, other):
     ],
 )
 def test_what_is_no_uid_is_refused_by_name(uid):
-    with pytest.raises(ValueError, match="uid of this world|does not have") as caught:
+    with pytest.raises(ValueError, match=r"uid of this world|does not have") as caught:
         parse_uid(uid)
     assert repr(uid) in str(caught.value)
 
@@ -417,12 +417,21 @@ def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass():
         ({"uid": [1], "prompt": ["p"], "answer": ["1"]}, "Row 0 has uid 1"),
         ({"uid": ["a"], "prompt": ["p"], "answer": [" "]}, "has answer ' '"),
         ({"uid": ["a"], "prompt": ["p"], "answer": [3]}, "has answer 3"),
-        ({"uid": ["a", "a"], "prompt": ["p", "q"], "answer": ["1", "2"]}, "Uid 'a' names two rows"),
+        ({"uid": ["a"], "prompt": [""], "answer": ["1"]}, "Row 0 .* has no prompt"),
+        ({"uid": ["a", "a"], "prompt": ["p", "p"], "answer": ["1", "2"]}, "Uid 'a' names two rows"),
+        ({"uid": ["a", "a"], "prompt": ["p", "q"], "answer": ["1", "1"]}, "Uid 'a' names two rows"),
     ],
 )
 def test_rows_that_npo_cannot_use_are_refused(columns, complaint):
     with pytest.raises(ValueError, match=complaint):
         require_columns(Dataset.from_dict(columns))
+
+
+def test_a_row_without_its_picture_is_refused():
+    rows = list(make_dataset(sample_problems("train", 2, 0)))
+    rows[1]["image"] = None
+    with pytest.raises(ValueError, match=r"Row 1 .* has no image"):
+        require_columns(Dataset.from_list(rows))
 
 
 def test_the_same_row_at_several_steps_is_fine():

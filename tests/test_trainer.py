@@ -1,7 +1,7 @@
-"""NPOTrainer through TRL's real training step: equality with GRPOTrainer, gate and slot, refusals, metrics, gradients.
+"""NPOTrainer through TRL's real training step: equality with GRPOTrainer, gate, slot, refusals, metrics, gradients.
 
-Only the sampling is replaced, where a test says so: rigged rollouts go through TRL's own rewards, advantages, shuffling,
-loss and optimiser.
+Only the sampling is replaced, where a test says so: rigged rollouts go through TRL's own rewards, advantages,
+shuffling, loss and optimiser.
 """
 
 import inspect

@@ -124,7 +124,7 @@ def test_the_closest_needs_log_probs_of_the_policy_to_be_guided():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="'longest'. Allowed: first, shortest, closest"):
+    with pytest.raises(ValueError, match=r"'longest'\. Allowed: first, shortest, closest"):
         cache().fill([], "longest")
 
 

@@ -5,6 +5,7 @@ NPOTrainer is used: each test subclasses or calls GRPOTrainer alone.
 """
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -120,7 +121,7 @@ def test_rewards_come_per_function_and_row_before_the_advantages(tmp_path):
 
 @pytest.mark.parametrize("name", ["text", "pictures"])
 def test_log_probs_come_as_a_triple_with_full_vocabulary_entropy(tmp_path, name):
-    """(logps with gradient, entropies, None), at temperature 1 the plain log-softmax; and the loss asks for entropies."""
+    """(logps with gradient, entropies, None): at temperature 1 those of a plain log-softmax."""
     tiny = world(name)
     calls = []
 
@@ -213,7 +214,8 @@ def test_extra_tensors_are_shuffled_and_split_along(tmp_path, name):
 
     trainer_of(world(name), tmp_path, Tag, steps=2, **ACCUMULATED).train()
     assert [len(rows) for rows in seen] == [4] * 4
-    assert sorted(sum(seen, [])) == list(range(16)) and sum(seen, []) != list(range(16))
+    order = list(itertools.chain(*seen))
+    assert sorted(order) == list(range(16)) and order != list(range(16))
 
 
 def test_shuffling_and_splitting_are_the_helpers_that_are_used():

@@ -23,6 +23,7 @@ OTHER = {
     "ratio_mode": "exact",
     "cache_rule": "shortest",
     "variance_proxy": "sequence",
+    "micro_batch": 128,
 }
 
 
@@ -142,8 +143,21 @@ def test_a_second_call_takes_what_is_there(made, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == written
 
 
-def test_a_warm_start_is_repeatable_and_trains(made, tmp_path):
-    again = warm_start(CONFIG, tmp_path / "again", quiet=True)
+class Read:
+    """A configuration that notes which of its settings are read."""
+
+    def __init__(self, config):
+        self.config, self.names = config, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.config, name)
+
+
+def test_a_warm_start_is_repeatable_trains_and_reads_the_settings_of_the_world_only(made, tmp_path):
+    config = Read(CONFIG)
+    again = warm_start(config, tmp_path / "again", quiet=True)
+    assert config.names == set(WORLD_FIELDS)
     one, two = (load_policy(folder).state_dict() for folder in (made, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     processor = load_processor(made)

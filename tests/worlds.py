@@ -215,7 +215,8 @@ def correct_in(tiny: TinyWorld, slots: Mapping[str, Sequence[int]]) -> Write:
 
 def responses(batch: Mapping[str, Any]) -> list[list[int]]:
     """Token ids under the completion mask, a list per row."""
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
+    rows = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
 
 
 def log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

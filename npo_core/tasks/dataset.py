@@ -45,20 +45,26 @@ def make_dataset(problems: Sequence[Problem], text_only: bool = False) -> Datase
 def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed: int) -> Dataset:
     """The explicit data order: row g·prompts_per_step + i is prompt i of optimiser step g.
 
-    Passes over the data are shuffled each on their own. The result is one epoch long, so that a resumed or rolled-back
+    Passes over the data are shuffled each on their own, and no step straddles two, so the prompts of a step are
+    distinct (rows that fill no whole step are left out of that pass). The result is one epoch long, so that a resumed or rolled-back
     run finds its place by step number alone.
     """
+    whole = len(dataset) // prompts_per_step * prompts_per_step
+    if not whole:
+        raise ValueError(
+            f"A step takes {prompts_per_step} distinct prompts, but the data set has {len(dataset)}; "
+            "lower prompts_per_step or add prompts."
+        )
     rng = np.random.default_rng([seed, 7])
-    needed = steps * prompts_per_step
-    passes = [rng.permutation(len(dataset)) for _ in range(-(-needed // len(dataset)))]
-    return dataset.select(np.concatenate(passes)[:needed])
+    passes = [rng.permutation(len(dataset))[:whole] for _ in range(-(-steps * prompts_per_step // whole))]
+    return dataset.select(np.concatenate(passes)[: steps * prompts_per_step])
 
 
 def require_columns(dataset: Dataset) -> None:
     """Refuse a data set whose rows NPO cannot use.
 
     Raises:
-        ValueError: A column is missing, a value is empty, or two different rows share a uid.
+        ValueError: A column is missing, a value is empty, an image is missing, or two different rows share a uid.
     """
     missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
     if missing:
@@ -66,13 +72,26 @@ def require_columns(dataset: Dataset) -> None:
             f"The data set has the columns {dataset.column_names}, but not {missing}. NPO needs "
             f"{list(REQUIRED_COLUMNS)} in every row: uid names the prompt in the guidance cache, answer is verified."
         )
-    answers: dict[str, str] = {}
-    for index, (uid, answer) in enumerate(zip(dataset["uid"], dataset["answer"], strict=True)):
+    seen: dict[str, tuple[str, str]] = {}
+    for index, (uid, answer, prompt) in enumerate(
+        zip(dataset["uid"], dataset["answer"], dataset["prompt"], strict=True)
+    ):
         if not isinstance(uid, str) or not uid:
             raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"Row {index} (uid {uid!r}) has answer {answer!r}; every row needs a non-empty string.")
-        if answers.setdefault(uid, answer) != answer:
+        if not prompt:
+            raise ValueError(f"Row {index} (uid {uid!r}) has no prompt.")
+        content = (answer, str(prompt))
+        if seen.setdefault(uid, content) != content:
             raise ValueError(
-                f"Uid {uid!r} names two rows with the answers {answers[uid]!r} and {answer!r}; make uids unique."
+                f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {answer!r}; "
+                "make uids unique."
+            )
+    if "image" in dataset.column_names:
+        column = dataset.with_format("arrow")[:]["image"]
+        if column.null_count:
+            index = column.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"Row {index} (uid {dataset['uid'][index]!r}) has no image; give every row one, or drop the column."
             )

@@ -2,8 +2,9 @@
 
 A pretrained model solves some prompts always, some rarely and some almost never. The corpus gives the tiny policy the
 same profile: each elementary fact (state, glyph → next state) is written wrongly with its own probability, and the
-chain then goes on from the wrong state. Deviations from ordinary supervised fine-tuning: responses are written afresh
-at every step, so nothing can be memorised but the facts' distribution, and there is one constant batch of pictures.
+chain then goes on from the wrong state. Easy and middling facts go wrong in any way, a hard fact in one way only: a
+misconception. Deviation from ordinary supervised fine-tuning: responses are written afresh at every step, so nothing
+can be memorised but the facts' distribution.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,16 @@ from .config import RunConfig
 from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy, share_vision
 from .progress import progress
 from .runs import project_folder, runs_folder
-from .tasks import Problem, all_facts, conversation, sample_problems, vocabulary, write_response
+from .tasks import (
+    Family,
+    Problem,
+    all_facts,
+    conversation,
+    family_of,
+    sample_problems,
+    vocabulary,
+    write_response,
+)
 
 WORLD_FIELDS = [
     "world_seed",
@@ -45,7 +56,7 @@ WORLD_FIELDS = [
 WARMSTART_PROBLEMS = 1024
 """Distinct training problems that the warm start draws from."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the world's code changes in a way that makes other base weights."""
 
 
@@ -55,29 +66,58 @@ def base_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def fact_errors(config: RunConfig) -> dict[tuple[str, int, int], float]:
-    """Probability with which the corpus writes each elementary fact (suite, state, glyph index) wrongly."""
+def fact_kinds(config: RunConfig) -> dict[tuple[str, int, int], str]:
+    """Kind of each elementary fact (suite, state, glyph index): easy, middling or hard, in the configured shares."""
     facts = all_facts()
     easy, middling = round(config.easy_share * len(facts)), round(config.middling_share * len(facts))
-    errors = np.full(len(facts), config.hard_error)
-    errors[:easy] = config.easy_error
-    errors[easy : easy + middling] = config.middling_error
-    np.random.default_rng(config.world_seed).shuffle(errors)
-    return dict(zip(facts, errors.tolist(), strict=True))
+    kinds = np.array(["easy"] * easy + ["middling"] * middling + ["hard"] * (len(facts) - easy - middling))
+    np.random.default_rng(config.world_seed).shuffle(kinds)
+    return dict(zip(facts, kinds.tolist(), strict=True))
+
+
+def fact_errors(config: RunConfig) -> dict[tuple[str, int, int], float]:
+    """Probability with which the corpus writes each elementary fact (suite, state, glyph index) wrongly."""
+    error = {"easy": config.easy_error, "middling": config.middling_error, "hard": config.hard_error}
+    return {fact: error[kind] for fact, kind in fact_kinds(config).items()}
+
+
+def misconceptions(config: RunConfig) -> dict[tuple[str, int, int], int]:
+    """The one wrong state that the corpus writes for each hard fact, drawn from `world_seed`."""
+    rng = np.random.default_rng([config.world_seed, 1])
+    hard = [fact for fact, kind in fact_kinds(config).items() if kind == "hard"]
+    wrong = {}
+    for suite, state, glyph in hard:
+        family = family_of(suite)
+        wrong[suite, state, glyph] = _other_state(family, family.rule(state, glyph), rng)
+    return wrong
 
 
 def imperfect_states(
-    problem: Problem, errors: dict[tuple[str, int, int], float], rng: np.random.Generator
+    problem: Problem,
+    errors: Mapping[tuple[str, int, int], float],
+    wrong: Mapping[tuple[str, int, int], int],
+    rng: np.random.Generator,
 ) -> list[int]:
-    """States that the corpus writes: each fact wrong with its probability, the wrong state uniform over the others."""
+    """States that the corpus writes: each fact wrong with its own probability, and the chain goes on from there.
+
+    Args:
+        problem: The task.
+        errors: Probability of writing each fact wrongly, see `fact_errors`.
+        wrong: The wrong state of each hard fact, see `misconceptions`; other facts go wrong uniformly.
+        rng: Source of randomness.
+    """
     state, states = problem.start, []
     for glyph in problem.glyphs:
-        following = problem.family.rule(state, glyph)
-        if rng.random() < errors[problem.suite, state, glyph]:
-            following = (following + int(rng.integers(1, problem.family.states))) % problem.family.states
-        states.append(following)
-        state = following
+        fact = (problem.suite, state, glyph)
+        state = problem.family.rule(state, glyph)
+        if rng.random() < errors[fact]:
+            state = wrong[fact] if fact in wrong else _other_state(problem.family, state, rng)
+        states.append(state)
     return states
+
+
+def _other_state(family: Family, state: int, rng: np.random.Generator) -> int:
+    return (state + int(rng.integers(1, family.states))) % family.states
 
 
 def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
@@ -114,7 +154,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     model = build_tiny_policy(processor, spec, config.policy_seed)
     share_vision(model)
     rng = np.random.default_rng(config.policy_seed)
-    errors = fact_errors(config)
+    errors, wrong = fact_errors(config), misconceptions(config)
     problems = sample_problems("train", WARMSTART_PROBLEMS, seed=config.policy_seed)
     prompts = processor.apply_chat_template(
         [conversation(problem, with_picture=True) for problem in problems],
@@ -134,7 +174,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
             texts = [
                 write_response(
                     problems[i],
-                    imperfect_states(problems[i], errors, rng),
+                    imperfect_states(problems[i], errors, wrong, rng),
                     second_form=rng.random() < config.second_form_share,
                 )
                 + processor.tokenizer.eos_token

@@ -21,9 +21,10 @@ from npo_core.runs import RunFolder, append_line
 from npo_core.tasks import sample_problems
 from npo_core.trainer import NPOTrainer
 from npo_core.trajectories import GuidanceCache, read_rollouts
+from npo_core.trigger import PlateauTrigger, PlateauWarning, TriggerSettings
 
-STEPS = 13
-"""Enough for one intervention (warning in step 7, roll-back, replay) and one step after its replay."""
+STEPS = 12
+"""Enough for a warning in step 5, a roll-back to 2 or 4, the replay, and some steps after it."""
 TIMED = {"step_time"}
 """Metrics that measure the machine; all others repeat bit for bit."""
 
@@ -34,7 +35,7 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "policy"
     problems = sample_problems("train", 32, 0, ["mathvista"])
     config = resolve_config("autonpo", "smoke").with_changes(
-        warmstart_steps=100, warmstart_batch=16, warmstart_learning_rate=1e-2
+        warmstart_steps=100, warmstart_batch=16, warmstart_learning_rate=1e-2, easy_error=0.1
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(npo_core.warmstart, "sample_problems", lambda *_, **__: problems)
@@ -48,20 +49,37 @@ def _config(base: Path, method: str = "autonpo", **overrides) -> RunConfig:
         overrides={
             "policy": str(base),
             "suites": ["mathvista"],
-            "train_problems": 32,
+            "train_problems": 16,
             "compute_steps": STEPS,
-            "trigger_window": 2,
-            "trigger_warmup": 4,
-            "trigger_cooldown": 4,
+            "probe_rollouts": 8,
+            "cache_rollouts": 16,
             "eval_problems": 4,
             **overrides,
         },
     )
 
 
+class Calendar(PlateauTrigger):
+    """Warns in every fifth step. Most of what is tested here must not hang on how a tiny policy happens to learn."""
+
+    def update(self, step, reward, entropy):
+        super().update(step, reward, entropy)
+        return PlateauWarning(step, reward, 0.0, entropy, -0.5) if step % 5 == 0 else None
+
+
+LOOSE = {"trigger_ema": 0.0, "trigger_window": 1, "trigger_warmup": 3, "trigger_cooldown": 4}
+"""The package's own trigger, which then fires as soon as the entropy falls from one step to the next."""
+
+
+@pytest.fixture
+def own_trigger(monkeypatch):
+    monkeypatch.setattr(npo_core.watch, "PlateauTrigger", PlateauTrigger)
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npo_core.watch, "PlateauTrigger", Calendar)
         patch.setenv("NPO_RUNS", str(tmp_path_factory.mktemp("runs")))
         yield lambda name: tmp_path_factory.mktemp(name)
 
@@ -217,6 +235,20 @@ def test_guides_are_those_of_the_cache_and_only_in_the_replayed_segment(autonpo)
     assert guided >= 1
 
 
+def test_the_replay_is_guided_from_the_roll_back_to_the_step_of_the_warning(autonpo):
+    world = stages.prepare(autonpo.config, quiet=True)
+    rows = {row["uid"]: row for row in world.train}
+    controller = AutoNPO(None, autonpo.config, autonpo, rows, world.processor, world.verifier)
+    segment = npo_core.autonpo._segment(autonpo.events("segment")[1])
+    source = controller._guidance(segment)
+    (uid, *_) = [guide.uid for guide in source.source]
+    done_before = [step for step in range(2 * STEPS) if source.guide(uid, step) is not None]
+    (intervention,) = autonpo.result()["interventions"]
+    assert done_before == list(
+        range(intervention["policy_step"] - intervention["distance"], intervention["policy_step"])
+    )
+
+
 def test_a_finished_run_is_loaded_not_run_again(autonpo, monkeypatch):
     monkeypatch.setattr(AutoNPO, "run", lambda self: pytest.fail("the run was executed again"))
     again = stages.run(autonpo.config, autonpo.path.parent, quiet=True)
@@ -341,19 +373,40 @@ def test_a_killed_autonpo_run_ends_as_if_nothing_had_happened(base, autonpo, tmp
 # Dismissal and limits
 
 
-def test_a_dismissed_warning_leaves_the_run_as_it_was(base, grpo, tmp_path):
+def _own_warnings(lines: list[dict]) -> list[int]:
+    """Steps in which the package's trigger, set to `LOOSE`, warns when fed metric lines."""
+    trigger = PlateauTrigger(
+        TriggerSettings(ema=0.0, window=1, reward_tolerance=1.0, entropy_drop=1e-6, warmup=3, cooldown=4)
+    )
+    updates = ((line["policy_step"], line["npo/reward"], line["npo/entropy"]) for line in lines)
+    return [step for step, *figures in updates if trigger.update(step, *figures) is not None]
+
+
+def test_the_trigger_reads_the_on_policy_metrics(base, grpo, tmp_path, own_trigger):
+    first, *_ = _own_warnings(grpo.metrics())
+    assert first < STEPS
+    run = stages.run(_config(base, **LOOSE, compute_steps=first + 1), tmp_path, quiet=True)
+    (warning,) = run.events("warning")
+    assert warning["policy_step"] == warning["compute_step"] == first
+    (intervention,) = run.result()["interventions"]
+    assert intervention["policy_step"] == first
+
+
+def test_a_dismissed_warning_leaves_the_run_as_it_was(base, grpo, tmp_path, own_trigger):
     """The probe has to stop training; resuming the same branch gives the bits of a run that never stopped."""
-    config = _config(base, confirm_quality=1.0, compute_steps=10)
+    config = _config(base, **LOOSE, confirm_quality=1.0, compute_steps=10)
+    expected = [step for step in _own_warnings(grpo.metrics()[:10]) if step < 10]
     run = stages.run(config, tmp_path, quiet=True)
-    (dismissed,) = run.events("dismissed")
-    assert "confirm_quality" in dismissed["reason"] and dismissed["compute_step"] < 10
+    dismissed = run.events("dismissed")
+    assert [event["compute_step"] for event in dismissed] == expected != []
+    assert all("confirm_quality" in event["reason"] for event in dismissed)
     assert run.result()["interventions"] == []
     assert [line["npo/entropy"] for line in run.metrics()] == [line["npo/entropy"] for line in grpo.metrics()[:10]]
     assert _same_bits(_weights(run), _weights(grpo, 10))
     # and killed in between, the dismissal is neither forgotten nor repeated
-    killed = _resumed(config, tmp_path / "killed", _kill_before_line(dismissed["compute_step"] + 1))
+    killed = _resumed(config, tmp_path / "killed", _kill_before_line(expected[0] + 1))
     _assert_as_if_nothing_had_happened(killed, run)
-    assert len(killed.events("dismissed")) == 1
+    assert len(killed.events("dismissed")) == len(expected)
 
 
 def test_a_warning_without_a_promising_distance_is_dismissed(base, grpo, tmp_path):
@@ -372,17 +425,17 @@ def test_without_interventions_to_spend_a_run_is_plain_grpo(base, grpo, tmp_path
 def test_a_run_stops_intervening_at_max_interventions(base, autonpo, tmp_path):
     """Two runs that differ in the limit alone: the second intervention is where they part."""
     once, twice = (
-        stages.run(_config(base, max_interventions=most, compute_steps=18), tmp_path, quiet=True) for most in (1, 2)
+        stages.run(_config(base, max_interventions=most, compute_steps=15), tmp_path, quiet=True) for most in (1, 2)
     )
     assert len(once.result()["interventions"]) == 1
     first, second = twice.result()["interventions"]
     assert first == once.result()["interventions"][0] == autonpo.result()["interventions"][0]
     assert first["policy_step"] < second["policy_step"], "a replay is judged when it is over"
     when = second["compute_step"]
-    assert first["compute_step"] < when < 18
+    assert first["compute_step"] < when < 15
     assert _lines(once)[:when] == _lines(twice)[:when]
     assert [event["branch"] for event in twice.events("segment")] == [0, 1, 2]
-    assert [line["compute_step"] for line in twice.metrics()] == list(range(1, 19))
+    assert [line["compute_step"] for line in twice.metrics()] == list(range(1, 16))
     # what branch 0 saved past the roll-back point belongs to another trajectory
     origin = first["policy_step"] - first["distance"]
     own = complete_checkpoints(twice.path / "branches" / "01")

@@ -381,13 +381,20 @@ def numbered(count: int) -> Dataset:
     return Dataset.from_dict({"uid": [str(index) for index in range(count)]})
 
 
-@given(count=st.integers(1, 40), steps=st.integers(1, 12), more=st.integers(0, 12), batch=st.integers(1, 9))
+@given(count=st.integers(9, 40), steps=st.integers(1, 12), more=st.integers(0, 12), batch=st.integers(1, 9))
 def test_a_longer_schedule_begins_with_the_shorter_one(count, steps, more, batch):
     rows = numbered(count)
     short = training_schedule(rows, steps, batch, seed=1)["uid"]
     long = training_schedule(rows, steps + more, batch, seed=1)["uid"]
     assert len(short) == steps * batch
     assert list(long)[: len(short)] == list(short)
+    for start in range(0, len(long), batch):
+        assert len(set(long[start : start + batch])) == batch, "a prompt twice in a step"
+
+
+def test_a_step_of_more_prompts_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="9 distinct prompts, but the data set has 8"):
+        training_schedule(numbered(8), 1, 9, seed=0)
 
 
 @given(count=st.integers(1, 40), passes=st.integers(1, 4), seed=st.integers(0, 99))

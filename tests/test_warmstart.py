@@ -11,7 +11,16 @@ from npo_core import warmstart
 from npo_core.config import RunConfig, resolve_config
 from npo_core.policies import TinyQwen3VLProcessor, load_policy, load_processor
 from npo_core.tasks import FAMILIES, Problem, all_facts, sample_problems, vocabulary
-from npo_core.warmstart import WORLD_FIELDS, base_digest, base_policy_folder, fact_errors, imperfect_states, warm_start
+from npo_core.warmstart import (
+    WORLD_FIELDS,
+    base_digest,
+    base_policy_folder,
+    fact_errors,
+    fact_kinds,
+    imperfect_states,
+    misconceptions,
+    warm_start,
+)
 
 CONFIG = resolve_config("grpo", "smoke", overrides={"warmstart_steps": 3, "warmstart_batch": 4})
 OTHER = {
@@ -74,10 +83,23 @@ def test_the_world_seed_decides_which_facts_are_hard():
     assert len({error for (suite, _, _), error in other.items() if suite == FAMILIES[0].suite}) > 1
 
 
+def test_a_hard_fact_goes_wrong_in_one_way_only():
+    config = resolve_config("grpo", "cpu")
+    wrong, kinds = misconceptions(config), fact_kinds(config)
+    assert set(wrong) == {fact for fact, kind in kinds.items() if kind == "hard"}
+    rng = np.random.default_rng(0)
+    for (suite, state, glyph), other in wrong.items():
+        problem = Problem(suite, state, (glyph,))
+        assert other != problem.states()[0]
+        assert other in range(problem.family.states)
+        errors = {(suite, state, glyph): 1.0}
+        assert all(imperfect_states(problem, errors, wrong, rng) == [other] for _ in range(20))
+
+
 def test_a_corpus_without_errors_is_the_exact_solution():
     errors = dict.fromkeys(all_facts(), 0.0)
     for problem in sample_problems("train", 40, 0):
-        assert imperfect_states(problem, errors, np.random.default_rng(0)) == problem.states()
+        assert imperfect_states(problem, errors, {}, np.random.default_rng(0)) == problem.states()
 
 
 def test_the_chain_goes_on_from_the_wrong_state():
@@ -85,7 +107,7 @@ def test_the_chain_goes_on_from_the_wrong_state():
     for problem in sample_problems("train", 80, 0):
         first = (problem.suite, problem.start, problem.glyphs[0])
         errors = dict.fromkeys(all_facts(), 0.0) | {first: 1.0}
-        states = imperfect_states(problem, errors, np.random.default_rng(0))
+        states = imperfect_states(problem, errors, {}, np.random.default_rng(0))
         before = [problem.start, *states[:-1]]
         for state, glyph, following in zip(before, problem.glyphs, states, strict=True):
             right = problem.family.rule(state, glyph)
@@ -101,7 +123,7 @@ def test_each_fact_is_wrong_as_often_as_it_should_be_and_evenly_over_the_wrong_s
     for _ in range(12_000):
         glyphs = tuple(rng.integers(0, len(family.glyphs), size=4).tolist())
         problem = Problem(family.suite, int(rng.integers(family.states)), glyphs)
-        states = imperfect_states(problem, errors, rng)
+        states = imperfect_states(problem, errors, {}, rng)
         for state, glyph, following in zip([problem.start, *states[:-1]], glyphs, states, strict=True):
             written.setdefault((state, glyph), Counter())[following] += 1
     assert len(written) == len(family.facts)

@@ -46,8 +46,8 @@ def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed:
     """The explicit data order: row g·prompts_per_step + i is prompt i of optimiser step g.
 
     Passes over the data are shuffled each on their own, and no step straddles two, so the prompts of a step are
-    distinct (rows that fill no whole step are left out of that pass). The result is one epoch long, so that a resumed or rolled-back
-    run finds its place by step number alone.
+    distinct (rows that fill no whole step are left out of that pass). The result is one epoch long, so that a resumed
+    or rolled-back run finds its place by step number alone.
     """
     whole = len(dataset) // prompts_per_step * prompts_per_step
     if not whole:

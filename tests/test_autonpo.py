@@ -22,6 +22,7 @@ from npo_core.tasks import sample_problems
 from npo_core.trainer import NPOTrainer
 from npo_core.trajectories import GuidanceCache, read_rollouts
 from npo_core.trigger import PlateauTrigger, PlateauWarning, TriggerSettings
+from npo_core.watch import Segment, Watch
 
 STEPS = 12
 """Enough for a warning in step 5, a roll-back to 2 or 4, the replay, and some steps after it."""
@@ -247,6 +248,23 @@ def test_the_replay_is_guided_from_the_roll_back_to_the_step_of_the_warning(auto
     assert done_before == list(
         range(intervention["policy_step"] - intervention["distance"], intervention["policy_step"])
     )
+
+
+def test_a_replay_feeds_the_pool_but_not_the_trigger(base, tmp_path):
+    """Averages that hold guided steps would judge the intervention; they start afresh when the replay is over."""
+    config = _config(base)
+    segments = [Segment(0, 0, 0), Segment(1, 2, 5, "branches/00/checkpoint-2", "guidance/x.parquet", guide_until=5)]
+    watch = Watch(config, RunFolder(config, tmp_path), segments, None, acts=True)
+    averages = []
+    for step, branch in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)):
+        groups = {f"prompt {step}": 0.0}
+        watch.observe(
+            {"policy_step": step, "branch": branch, "npo/reward": 0.1, "npo/entropy": float(step), "groups": groups}
+        )
+        averages.append(watch.trigger.entropy_ema)
+    assert averages[1] is not None and averages[1:5] == [averages[1]] * 3 + [None]
+    assert averages[5] == pytest.approx(6.0)
+    assert [mistake.step for mistake in watch.pool.since(0)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_finished_run_is_loaded_not_run_again(autonpo, monkeypatch):

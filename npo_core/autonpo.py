@@ -164,10 +164,14 @@ class AutoNPO:
         """Probe, choose, fill the cache. The next segment, or None when the warning is dismissed."""
         run, config, step = self.run_folder, self.config, warning.step
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
-        origins = [saved for saved in self._checkpoints(segments) if saved < step]
+        left = config.compute_steps - watch.compute_step
+        # a replay that the budget would cut short is no candidate
+        origins = [saved for saved in self._checkpoints(segments) if saved < step <= saved + left]
         mistakes = watch.pool.since(min(origins, default=step))
         if not mistakes:
-            run.event("dismissed", **clocks, reason="no checkpoint to roll back to, or no mistake since the first one")
+            run.event(
+                "dismissed", **clocks, reason="no checkpoint that the budget allows to replay from, or no mistake since"
+            )
             return None
         probed = self._probe(trainer, mistakes, step)
         quality = float(np.mean([t.correct for group in probed for t in group]))

@@ -42,9 +42,7 @@ class RunConfig:
     middling_share: float = _setting(0.35, "Share of facts with error probability `middling_error`; the rest is hard.")
     easy_error: float = _setting(0.05, "Probability that the corpus writes an easy fact wrongly.")
     middling_error: float = _setting(0.5, "Probability that the corpus writes a middling fact wrongly.")
-    hard_error: float = _setting(
-        1.0, "Probability that the corpus writes a hard fact wrongly, always in the same way."
-    )
+    hard_error: float = _setting(1.0, "Probability that the corpus writes a hard fact wrongly, always in the same way.")
     second_form_share: float = _setting(0.1, "Share of corpus responses that write states as letters, not digits.")
 
     # Policy
@@ -66,7 +64,7 @@ class RunConfig:
     num_generations: int = _setting(8, "Rollouts in a group, n.", "paper")
     micro_batch: int = _setting(256, "Rollouts in a forward pass; a step accumulates as many as it needs.")
     max_completion_length: int = _setting(16, "Longest response in tokens, end of sequence included.", "paper")
-    learning_rate: float = _setting(1.5e-4, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper")
+    learning_rate: float = _setting(1.0e-4, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper")
     weight_decay: float = _setting(0.01, "AdamW weight decay.", "paper")
     max_grad_norm: float = _setting(1.0, "Gradient norm clip.", "paper")
     epsilon: float = _setting(0.2, "Lower clip of the importance ratio.", "paper")

@@ -105,7 +105,6 @@ class NPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, NPOConfig):
             raise TypeError(f"args is a {type(self.args).__name__}; NPOTrainer needs an NPOConfig.")
-        self.guidance = guidance
         self.verifier = verifier
         self.rollout_sink = rollout_sink
         self.record_rollouts = False
@@ -113,8 +112,18 @@ class NPOTrainer(GRPOTrainer):
         self._rollouts: _Step | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: dict[str, Any] | None = None
-        if guidance is not None:
+        self.guidance = guidance
+
+    @property
+    def guidance(self) -> GuidanceSource | None:
+        """Where guides come from; None trains as GRPOTrainer does. May be set between steps."""
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, source: GuidanceSource | None) -> None:
+        if source is not None:
             self._check_guided()
+        self._guidance = source
 
     def _check_guided(self) -> None:
         if self.verifier is None:

@@ -32,8 +32,8 @@ class Mistake:
 class MistakePool:
     """The mistake pool B: prompts of recent batches with a very low pass rate (paper).
 
-    A prompt has one entry, its newest. A success after the failure removes the prompt (ours): it is no longer failed by
-    the current policy.
+    A prompt has one entry, its newest failure. A later success does not remove it: what an earlier policy failed and the
+    current one solves is what a replay can be guided with, and what gives Q̂ its value.
 
     Args:
         cutoff: largest pass rate that counts as a failure, in [0, 1]. 0.125 is one of eight (ours).
@@ -56,7 +56,7 @@ class MistakePool:
         self._newest: int | None = None
 
     def add(self, uid: str, step: int, pass_rate: float) -> bool:
-        """Record the outcome of one prompt's group; call it for every group, successes too.
+        """Record the outcome of one prompt's group; call it for every group: successes advance the expiry.
 
         Args:
             uid: the prompt.
@@ -81,10 +81,10 @@ class MistakePool:
         known = self._entries.get(uid)
         if (known is not None and step < known.step) or step < self._newest - self.expiry:
             return False
-        # Removed first, so that a renewed entry is also the youngest among those of its step.
-        self._entries.pop(uid, None)
         if pass_rate > self.cutoff + _RATE_SLACK:
             return False
+        # Removed first, so that a renewed entry is also the youngest among those of its step.
+        self._entries.pop(uid, None)
         self._entries[uid] = Mistake(uid=uid, step=step, pass_rate=pass_rate)
         if len(self._entries) > self.capacity:
             oldest = min(self._entries.values(), key=lambda mistake: mistake.step)
@@ -108,7 +108,7 @@ class MistakePool:
     def truncate(self, step: int) -> None:
         """Forget failures after `step`, as a roll-back to `step` requires (ours).
 
-        Entries that had been replaced, removed by a success or expired do not come back.
+        Entries that had been replaced or expired do not come back.
 
         Args:
             step: policy step, inclusive: an entry of this step stays.

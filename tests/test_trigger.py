@@ -27,13 +27,14 @@ def _falling(steps, rate=0.01):
 # ---- mistake pool
 
 
-def test_pool_keeps_failures_up_to_the_cutoff_and_a_success_removes_them():
+def test_pool_keeps_failures_up_to_the_cutoff_and_a_later_success_does_not_remove_them():
+    """What an earlier policy failed and the current one solves is what a replay is guided with."""
     pool = MistakePool()
     assert pool.add("a", 1, 0.125) and pool.add("b", 1, 0.0)
     assert not pool.add("c", 1, 0.25)
     assert "a" in pool and "c" not in pool and len(pool) == 2
     assert not pool.add("a", 2, 0.5)
-    assert "a" not in pool and len(pool) == 1
+    assert pool.since(0) == [Mistake("a", 1, 0.125), Mistake("b", 1, 0.0)]
 
 
 def test_pool_cutoff_holds_for_rounded_fractions():

@@ -381,14 +381,15 @@ def tokenizer_digest(processor) -> str:
 @contextmanager
 def quiet_transformers():
     """Silence transformers' progress bars and notices (not its warnings) for a block."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:  # blocks may be nested
+            transformers_logging.enable_progress_bar()
 
 
 def _policy_config(folder: str | Path):

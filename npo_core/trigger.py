@@ -32,8 +32,8 @@ class Mistake:
 class MistakePool:
     """The mistake pool B: prompts of recent batches with a very low pass rate (paper).
 
-    A prompt has one entry, its newest failure. A later success does not remove it: what an earlier policy failed and the
-    current one solves is what a replay can be guided with, and what gives Q̂ its value.
+    A prompt has one entry, its newest failure. A later success does not remove it: what an earlier policy failed and
+    the current one solves is what a replay can be guided with, and what gives Q̂ its value.
 
     Args:
         cutoff: largest pass rate that counts as a failure, in [0, 1]. 0.125 is one of eight (ours).

@@ -10,14 +10,18 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPO_RUNS", str(folder))
+        yield folder
 
 
-@pytest.fixture(autouse=True)
-def runs_go_to_a_temporary_folder(runs, monkeypatch):
-    monkeypatch.setenv("NPO_RUNS", str(runs))
+@pytest.fixture(scope="module")
+def story(runs, tmp_path_factory):
+    """The executed 03_autonpo."""
+    return execute("03_autonpo", tmp_path_factory.mktemp("story"))
 
 
 def execute(name, tmp_path, **parameters):
@@ -32,8 +36,7 @@ def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def test_03_autonpo_tells_the_whole_story(runs, tmp_path):
-    notebook = execute("03_autonpo", tmp_path)
+def test_03_autonpo_tells_the_whole_story(runs, story):
     (folder,) = runs.glob("autonpo-smoke-s0-*")
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "finished"
@@ -47,13 +50,12 @@ def test_03_autonpo_tells_the_whole_story(runs, tmp_path):
     for name in ("training", "signal", "group", "suites"):
         for ending in ("png", "svg"):
             assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
-    assert pictures(notebook) == 4
+    assert pictures(story) == 4
     (grpo,) = runs.glob("grpo-smoke-s0-*")
     assert json.loads((grpo / "result.json").read_text())["compute_steps"] == result["compute_steps"]
 
 
-def test_a_finished_run_is_loaded_not_run_again(runs, tmp_path):
-    execute("03_autonpo", tmp_path)
+def test_a_finished_run_is_loaded_not_run_again(runs, story, tmp_path):
     (folder,) = runs.glob("autonpo-smoke-s0-*")
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     execute("03_autonpo", tmp_path)

@@ -105,7 +105,6 @@ def normalise_answer(answer: str) -> str:
     return (option.group(1) or option.group(2)) if option else text
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def verify(completion_text: str, answer: str) -> Verdict:
     r"""Compare a completion's last boxed answer with the reference (ours); verdicts are kept, as rollouts repeat.
 
@@ -128,6 +127,11 @@ def verify(completion_text: str, answer: str) -> Verdict:
         raise TypeError(
             f"the reference answer is a string; got {type(answer).__name__}. Write str(answer) in the dataset."
         )
+    return _verdict(completion_text, answer)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _verdict(completion_text: str, answer: str) -> Verdict:
     reference = normalise_answer(answer)
     if not reference:
         raise ValueError(f"the reference answer {answer!r} is empty after normalisation. Repair the dataset row.")

@@ -111,7 +111,12 @@ class TrainerMaker:
 
     def __init__(self, config: RunConfig, world: World, run: RunFolder | None = None):
         self.config, self.world, self.run = config, world, run
-        self.schedule = training_schedule(world.train, config.compute_steps, config.prompts_per_step, config.data_seed)
+        order = training_schedule(world.train, config.compute_steps, config.prompts_per_step, config.data_seed)
+        # a step asks for every picture n times: decoded once here, not n times from PNG
+        pictures = dict(zip(world.train["uid"], world.train["image"], strict=True))
+        self.schedule = order.remove_columns("image").with_transform(
+            lambda rows: {**rows, "image": [pictures[uid] for uid in rows["uid"]]}
+        )
         self.reward = verifier_reward(world.verifier)
 
     def __call__(

@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     stages = parser.add_subparsers(dest="name", required=True, metavar="STAGE")
     for name, function, text in (
         ("grpo", _train, "Train plain GRPO and evaluate it."),
+        ("npo", _train, "Train with manual interventions (scout and restart, plateau and roll-back) and evaluate it."),
         ("autonpo", _train, "Train with AutoNPO's own interventions and evaluate it."),
         ("warmstart", _warmstart, "Make the base policy of a preset and keep it in data/base."),
         ("plan", _plan, "Print what a run will cost before it starts."),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from typing import Any, Literal, get_args, get_origin
 
-Method = Literal["grpo", "autonpo"]
+Method = Literal["grpo", "npo", "autonpo"]
 
 SUITES = ("mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mmbench", "mmstar", "mathverse")
 """Suites of the paper's Table 1, in its order."""
@@ -58,6 +58,10 @@ class RunConfig:
     warmstart_batch: int = _setting(64, "Responses in a warm-start step.")
     warmstart_learning_rate: float = _setting(2.0e-3, "Peak learning rate of the warm start.")
 
+    # External teacher: a policy of another seed, trained on a clean corpus in another form
+    teacher_seed: int = _setting(1, "Seed of the external teacher's initial weights and of its corpus.")
+    teacher_form_share: float = _setting(1.0, "Share of the teacher's corpus that writes states as letters.")
+
     # Training (GRPO)
     compute_steps: int = _setting(400, "Optimiser steps that the run may spend, rolled-back ones included.")
     prompts_per_step: int = _setting(32, "Prompts in a step (paper: 256).", "paper")
@@ -85,6 +89,12 @@ class RunConfig:
     cache_rule: Literal["first", "shortest", "closest"] = _setting(
         "first", "Which correct rollout of a prompt is kept as its guide."
     )
+
+    # Manual interventions (method npo); 0 leaves a stage out
+    scout_steps: int = _setting(40, "Early stage: length of the scout run, whose last policy is the guide; 0 for none.")
+    early_window: int = _setting(40, "Early stage: guided steps after the restart from the base policy.")
+    late_step: int = _setting(200, "Late stage: policy step past the plateau, whose policy is the guide; 0 for none.")
+    late_start: int = _setting(100, "Late stage: policy step that is rolled back to, the start of the plateau.")
 
     # Trigger and choice (AutoNPO)
     trigger_ema: float = _setting(0.9, "Weight of the past in the averages of reward and entropy.")
@@ -120,72 +130,32 @@ class RunConfig:
         for setting in fields(self):
             object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
         _check_suites(self.suites)
-        for name in [
-            "easy_share",
-            "middling_share",
-            "easy_error",
-            "middling_error",
-            "hard_error",
-            "second_form_share",
-            "tau_gate",
-            "pool_cutoff",
-            "confirm_quality",
-            "quality_floor",
-            "eval_top_p",
-        ]:
+        for name in (
+            "easy_share", "middling_share", "easy_error", "middling_error", "hard_error", "second_form_share",
+            "teacher_form_share", "tau_gate", "pool_cutoff", "confirm_quality", "quality_floor", "eval_top_p",
+        ):  # fmt: skip
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        for name in [
-            "threads",
-            "train_problems",
-            "warmstart_steps",
-            "warmstart_batch",
-            "compute_steps",
-            "prompts_per_step",
-            "micro_batch",
-            "max_completion_length",
-            "cache_rollouts",
-            "trigger_window",
-            "pool_capacity",
-            "pool_expiry",
-            "probe_prompts",
-            "probe_rollouts",
-            "checkpoint_every",
-            "eval_problems",
-            "eval_rollouts",
-            "hidden",
-            "layers",
-            "heads",
-            "vision_hidden",
-            "vision_depth",
-        ]:
+        for name in (
+            "threads", "train_problems", "warmstart_steps", "warmstart_batch", "compute_steps",
+            "prompts_per_step", "micro_batch", "max_completion_length", "cache_rollouts", "trigger_window",
+            "pool_capacity", "pool_expiry", "probe_prompts", "probe_rollouts", "checkpoint_every",
+            "eval_problems", "eval_rollouts", "hidden", "layers", "heads", "vision_hidden", "vision_depth",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in [
-            "learning_rate",
-            "warmstart_learning_rate",
-            "temperature",
-            "eval_temperature",
-            "variance_c",
-            "ratio_gamma",
-            "ratio_truncation",
-        ]:
+        for name in (
+            "learning_rate", "warmstart_learning_rate", "temperature", "eval_temperature", "variance_c",
+            "ratio_gamma", "ratio_truncation",
+        ):  # fmt: skip
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in [
-            "seed",
-            "world_seed",
-            "data_seed",
-            "policy_seed",
-            "weight_decay",
-            "max_grad_norm",
-            "epsilon",
-            "epsilon_high",
-            "trigger_warmup",
-            "trigger_cooldown",
-            "max_interventions",
-            "checkpoint_keep",
-            "rollout_every",
-            "eval_top_k",
-        ]:
+        for name in (
+            "seed", "world_seed", "data_seed", "policy_seed", "weight_decay", "max_grad_norm", "epsilon",
+            "epsilon_high", "trigger_warmup", "trigger_cooldown", "max_interventions", "checkpoint_keep",
+            "rollout_every", "eval_top_k", "scout_steps", "early_window", "late_step", "late_start",
+            "teacher_seed",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        if self.method == "npo":
+            self._check_interventions()
         _require(
             self.eval_problems >= 2 * len(self.suites),
             "eval_problems",
@@ -205,6 +175,35 @@ class RunConfig:
             "micro_batch",
             self.micro_batch,
             f"a divisor of prompts_per_step × num_generations = {rollouts}",
+        )
+
+    def _check_interventions(self) -> None:
+        """Refuse manual interventions that this run could not carry out."""
+        early, late, every = self.scout_steps, self.late_step, self.checkpoint_every
+        _require(bool(early or late), "scout_steps and late_step", (early, late), "above 0, at least one of them")
+        if early:
+            _require(self.early_window >= 1, "early_window", self.early_window, "at least 1")
+        if late:
+            first = self.early_window if early else 1
+            _require(
+                first <= self.late_start < late and self.late_start % every == 0,
+                "late_start",
+                self.late_start,
+                f"a checkpoint (a multiple of {every}) from {first} to below late_step = {late}",
+            )
+            kept = (self.checkpoint_keep - 1) * every if self.checkpoint_keep else late
+            _require(
+                late - self.late_start <= kept,
+                "late_step - late_start",
+                late - self.late_start,
+                f"at most {kept}: checkpoint_keep = {self.checkpoint_keep} keeps no older one resumable",
+            )
+        needed = early + (2 * late - self.late_start if late else self.early_window)
+        _require(
+            needed <= self.compute_steps,
+            "compute_steps",
+            self.compute_steps,
+            f"at least {needed}: what scout, roll-backs and replays take",
         )
 
     @property

@@ -21,7 +21,7 @@ from .config import RunConfig
 SCHEMA = 1
 """Version of `result.json`."""
 
-DECISIONS = ("warning", "probe", "choice", "dismissed", "cache", "rollback")
+DECISIONS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rollback")
 """Events that a decision leaves, at most one of a kind at a compute step."""
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")

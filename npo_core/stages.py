@@ -18,7 +18,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from .autonpo import AutoNPO
 from .checkpoints import retention_bytes
 from .config import RunConfig
+from .controller import Controller
 from .evaluation import evaluate
+from .interventions import ScheduledNPO
 from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
 from .runs import RunFolder
 from .sampling import sample_rollouts
@@ -31,6 +33,9 @@ from .warmstart import base_policy_folder
 
 TEST_SEED = 0
 """Seed of the test problems: one fixed test set for all runs."""
+
+CONTROLLERS: Mapping[str, type[Controller]] = {"grpo": Controller, "npo": ScheduledNPO, "autonpo": AutoNPO}
+"""What drives the training of each method."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     """Do a whole run, or what is left of it: train, evaluate, write `result.json`.
 
     Args:
-        config: Settings; `config.method` is "grpo" or "autonpo".
+        config: Settings; `config.method` is "grpo", "npo" (manual interventions) or "autonpo".
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
 
@@ -203,16 +208,7 @@ def _execute(config: RunConfig, folder: RunFolder, quiet: bool) -> tuple[dict[st
     del base
     maker = TrainerMaker(config, world, folder)
     rows = {row["uid"]: row for row in world.train}
-    controller = AutoNPO(
-        maker,
-        config,
-        folder,
-        rows,
-        world.processor,
-        world.verifier,
-        intervene=config.method == "autonpo",
-        quiet=quiet,
-    )
+    controller = CONTROLLERS[config.method](maker, config, folder, rows, world.processor, world.verifier, quiet)
     with quiet_transformers():
         trainer = controller.run()
     return base_scores, _evaluate(config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet)
@@ -238,25 +234,20 @@ def _evaluate(config: RunConfig, model, world: World, label: str, quiet: bool) -
 def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
     metrics = folder.metrics()
     events = folder.effective_events()
-    choices = {event["compute_step"]: event for event in events if event["event"] == "choice"}
-    caches = {event["compute_step"]: event for event in events if event["event"] == "cache"}
+    found = {
+        kind: {event["compute_step"]: event for event in events if event["event"] == kind}
+        for kind in ("choice", "planned", "cache")
+    }
     interventions = []
     for event in events:
         if event["event"] != "rollback":
             continue
-        choice = choices[event["compute_step"]]
-        chosen = next(c for c in choice["candidates"] if c["distance"] == event["distance"])
+        when = event["compute_step"]
         interventions.append(
             {
-                "policy_step": event["policy_step"],
-                "compute_step": event["compute_step"],
-                "distance": event["distance"],
-                "quality": chosen["quality"],
-                "variance": chosen["variance"],
-                "signal": chosen["signal"],
-                "at_edge": choice["at_edge"],
-                "cached": caches[event["compute_step"]]["cached"],
-                "candidates": choice["candidates"],
+                **{name: event[name] for name in ("policy_step", "compute_step", "distance")},
+                "cached": found["cache"][when]["cached"],
+                **_grounds(event["distance"], found["choice"].get(when), found["planned"].get(when)),
             }
         )
     offline = sum(event["rollouts"] for event in events if event["event"] in ("probe", "cache"))
@@ -269,6 +260,18 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
         "base": base,
         "final": final,
         "interventions": interventions,
+    }
+
+
+def _grounds(distance: int, choice: Mapping | None, planned: Mapping | None) -> dict[str, Any]:
+    """Why a roll-back happened: the candidates of a choice, or the stage of a schedule, which measures no signal."""
+    if choice is None:
+        return {"stage": planned["stage"], **dict.fromkeys(("quality", "variance", "signal", "at_edge"))}
+    chosen = next(candidate for candidate in choice["candidates"] if candidate["distance"] == distance)
+    return {
+        **{name: chosen[name] for name in ("quality", "variance", "signal")},
+        "at_edge": choice["at_edge"],
+        "candidates": choice["candidates"],
     }
 
 

@@ -45,15 +45,24 @@ class Watch(TrainerCallback):
         segments: All segments so far; the last one is being trained.
         bar: Progress bar over compute steps.
         acts: Stop at a warning; False trains on, as plain GRPO does.
+        stop_at: Policy step of the last segment at which training stops for a scheduled decision, or None.
 
     Attributes:
-        warning: The warning that stopped training, or None.
+        due: Policy step at which training stopped for a decision, or None.
         compute_step: Optimiser steps executed so far.
         pool: Mistake pool of the current trajectory.
     """
 
-    def __init__(self, config: RunConfig, run: RunFolder, segments: Sequence[Segment], bar: ProgressBar, acts: bool):
-        self.config, self.run_folder, self.bar, self.acts = config, run, bar, acts
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        segments: Sequence[Segment],
+        bar: ProgressBar,
+        acts: bool,
+        stop_at: int | None = None,
+    ):
+        self.config, self.run_folder, self.bar, self.acts, self.stop_at = config, run, bar, acts, stop_at
         self.segments = list(segments)
         self.trigger = PlateauTrigger(
             TriggerSettings(
@@ -66,21 +75,25 @@ class Watch(TrainerCallback):
             )
         )
         self.pool = MistakePool(config.pool_cutoff, config.pool_capacity, config.pool_expiry)
-        self.warning: PlateauWarning | None = None
+        self.due: int | None = None
         self.compute_step = 0
         self.trainer: NPOTrainer | None = None
 
-    def replay(self, lines: Sequence[Mapping[str, Any]]) -> PlateauWarning | None:
-        """Rebuild trigger and pool from the current trajectory; a warning at its very end that is not decided yet."""
-        warning = None
+    def replay(self, lines: Sequence[Mapping[str, Any]]) -> int | None:
+        """Rebuild trigger and pool from the current trajectory; the step of a decision that is still due at its end."""
+        due = None
         for line in lines:
             warning = self.observe(line)
+            due = line["policy_step"] if warning is not None or self._stops(line) else None
         self.compute_step = max((line["compute_step"] for line in lines), default=0)
         self.compute_step = max(self.compute_step, self.segments[-1].compute_start)
         decided = {
             event["compute_step"] for event in self.run_folder.effective_events() if event["event"] == "dismissed"
         }
-        return None if warning is None or self.compute_step in decided else warning
+        return None if self.compute_step in decided else due
+
+    def _stops(self, line: Mapping[str, Any]) -> bool:
+        return line["policy_step"] == self.stop_at and line["branch"] == self.segments[-1].branch
 
     def observe(self, line: Mapping[str, Any]) -> PlateauWarning | None:
         """Feed one metric line; a warning that calls for an intervention, or None."""
@@ -114,13 +127,14 @@ class Watch(TrainerCallback):
             "groups": {uid: round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
         }
         append_line(self.run_folder.metrics_path, line)
-        self.warning = self.observe(line)
+        warning = self.observe(line)
+        self.due = state.global_step if warning is not None or self._stops(line) else None
         self.bar.advance(reward=f"{line['npo/reward']:.2f}", entropy=f"{line['npo/entropy']:.2f}", at=state.global_step)
-        if self.warning is not None:
+        if warning is not None:
             self.run_folder.event(
-                "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(self.warning)
+                "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(warning)
             )
-        if self.warning is not None or self.compute_step >= self.config.compute_steps:
+        if self.due is not None or self.compute_step >= self.config.compute_steps:
             control.should_save = True
             control.should_training_stop = True
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import responses
 
-import npo_core.autonpo
+import npo_core.controller
 import npo_core.warmstart
 import npo_core.watch
 from npo_core import stages
@@ -240,7 +240,7 @@ def test_the_replay_is_guided_from_the_roll_back_to_the_step_of_the_warning(auto
     world = stages.prepare(autonpo.config, quiet=True)
     rows = {row["uid"]: row for row in world.train}
     controller = AutoNPO(None, autonpo.config, autonpo, rows, world.processor, world.verifier)
-    segment = npo_core.autonpo._segment(autonpo.events("segment")[1])
+    segment = npo_core.controller._segment(autonpo.events("segment")[1])
     source = controller._guidance(segment)
     (uid, *_) = [guide.uid for guide in source.source]
     done_before = [step for step in range(2 * STEPS) if source.guide(uid, step) is not None]

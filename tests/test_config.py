@@ -55,7 +55,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(overrides, nearest):
 def test_an_unknown_preset_and_method_are_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match=r"'smok'; did you mean 'smoke'\? Allowed: .*'cpu'"):
         resolve_config(preset="smok")
-    with pytest.raises(ValueError, match=r"did you mean 'autonpo'\? Allowed: 'grpo', 'autonpo'"):
+    with pytest.raises(ValueError, match=r"did you mean 'autonpo'\? Allowed: 'grpo', 'npo', 'autonpo'"):
         resolve_config(method="auto_npo")
 
 

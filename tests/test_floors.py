@@ -38,10 +38,12 @@ HOUSE = {
     # floor 5, procedures, and the plots
     "evaluation": (5, 0),
     "watch": (5, 1),
-    "autonpo": (5, 2),
-    "stages": (5, 3),
-    "launch": (5, 4),
-    "figures": (5, 5),
+    "controller": (5, 2),
+    "interventions": (5, 3),
+    "autonpo": (5, 4),
+    "stages": (5, 5),
+    "launch": (5, 6),
+    "figures": (5, 7),
     # floor 6, the command line
     "bench": (6, 0),
     "__main__": (6, 1),

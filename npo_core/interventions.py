@@ -1,0 +1,77 @@
+"""Manual interventions: roll back at steps fixed before the run, and replay with the policy of that moment as guide.
+
+The paper's two manual forms of NPO are one mechanism with different steps. *Early-stage bootstrapping*: a short scout
+run from the base policy; its last policy is the guide; restart from the base policy with guidance over an early window.
+*Late-stage plateau breakthrough*: train past the plateau, roll back to its start, replay with the later policy as the
+guide. The steps are settings; the paper's are not public.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .checkpoints import checkpoint_folder, require_complete
+from .config import RunConfig
+from .controller import Controller
+from .trainer import NPOTrainer
+from .watch import Segment, Watch
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One scheduled roll-back.
+
+    Attributes:
+        stage: "early" or "late".
+        at: Policy step at which training stops; the policy there is the guide.
+        back_to: Policy step that is rolled back to; 0 is the base policy.
+        guide_until: Policy step at which guidance ends.
+    """
+
+    stage: str
+    at: int
+    back_to: int
+    guide_until: int
+
+
+def planned_interventions(config: RunConfig) -> tuple[Intervention, ...]:
+    """Interventions of a configuration in the order they happen; a stage whose first setting is 0 is left out."""
+    plan = []
+    if config.scout_steps:
+        plan.append(Intervention("early", config.scout_steps, 0, config.early_window))
+    if config.late_step:
+        plan.append(Intervention("late", config.late_step, config.late_start, config.late_step))
+    return tuple(plan)
+
+
+class ScheduledNPO(Controller):
+    """Controller of a run with manual interventions, at the steps that the configuration names.
+
+    The cache covers the prompts of the window that is replayed; the gate alone decides which groups are guided (paper:
+    the pool of mistakes belongs to AutoNPO). Arguments are those of `Controller`.
+    """
+
+    def _next(self, segments: Sequence[Segment]) -> Intervention | None:
+        """The intervention that the last segment leads to; a dismissed one is not tried again."""
+        dismissed = [event for event in self.run_folder.effective_events() if event["event"] == "dismissed"]
+        return dict(enumerate(planned_interventions(self.config))).get(len(segments) - 1 + len(dismissed))
+
+    def _stop_at(self, segments: Sequence[Segment]) -> int | None:
+        intervention = self._next(segments)
+        return None if intervention is None else intervention.at
+
+    def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
+        intervention = self._next(segments)
+        origin = None
+        if intervention.back_to:
+            origin = self._checkpoints(segments).get(intervention.back_to)
+            if origin is None:
+                # names what is wrong with it: missing, half written or slimmed
+                require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
+        per_step = self.config.prompts_per_step
+        window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
+        uids = list(dict.fromkeys(trainer.train_dataset.with_format(None)["uid"][window]))
+        clocks = {"policy_step": step, "compute_step": watch.compute_step}
+        self.run_folder.event(
+            "planned", **clocks, stage=intervention.stage, to=intervention.back_to, guide_until=intervention.guide_until
+        )
+        return self._replay(trainer, watch, step, origin, uids, intervention.guide_until)

@@ -134,29 +134,36 @@ def completion_logps(
     """
     if any(len(tokens) == 0 for tokens in completions):
         raise ValueError("An empty response has no log-probs; leave it out.")
-    tokenizer = tokenizer_of(processor)
     scores: list[list[float]] = []
     with torch.no_grad():
         for start in range(0, len(rows), ROLLOUT_BATCH):
             tokens = completions[start : start + ROLLOUT_BATCH]
-            inputs = {
-                name: value.to(model.device)
-                for name, value in encode_prompts(processor, rows[start : start + ROLLOUT_BATCH]).items()
-            }
-            width = max(map(len, tokens))
-            ids = torch.full((len(tokens), width), tokenizer.pad_token_id, device=model.device)
-            mask = torch.zeros_like(ids)
-            for index, row in enumerate(tokens):
-                ids[index, : len(row)] = torch.tensor(row, device=model.device)
-                mask[index, : len(row)] = 1
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-            inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
-            if "mm_token_type_ids" in inputs:
-                inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
-            logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
-            logps = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            logps = forced_logps(model, processor, rows[start : start + ROLLOUT_BATCH], tokens)
             scores += [logps[index, : len(row)].tolist() for index, row in enumerate(tokens)]
     return scores
+
+
+def forced_logps(
+    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Teacher-forced log-probabilities of one batch of responses, shape (responses, longest), in nats, differentiable.
+
+    Entries past the end of a response are those of padding: mask them by its length.
+    """
+    tokenizer = tokenizer_of(processor)
+    inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, rows).items()}
+    width = max(map(len, completions))
+    ids = torch.full((len(completions), width), tokenizer.pad_token_id, device=model.device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(completions):
+        ids[index, : len(row)] = torch.tensor(row, device=model.device)
+        mask[index, : len(row)] = 1
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
+    logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
+    return logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def _until_eos(ids: list[int], eos: int) -> list[int]:

@@ -22,6 +22,7 @@ from .controller import Controller
 from .evaluation import evaluate
 from .interventions import ScheduledNPO
 from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
+from .prefix import take_prefix
 from .runs import RunFolder
 from .sampling import sample_rollouts
 from .sources import GuidanceSource
@@ -185,6 +186,9 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     folder = RunFolder(config, root)
     if folder.result() is not None:
         return folder
+    shared = take_prefix(folder)
+    if shared and not quiet:
+        print(f"{folder.path.name}: the first {shared} steps are those of a run on disk")
     before, started = torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(config.threads)
     try:

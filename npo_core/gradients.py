@@ -1,0 +1,170 @@
+"""Per-sample gradients of importance-weighted log-likelihoods: the measured side of the variance cost V.
+
+The gradient of one trajectory y of a source q under the policy π is 1/|y| · Σ_t w_t ∇ log π(y_t), the update of NPO
+without its advantage (ours: with A = 1 the number belongs to the two policies and not to a reward, and all trajectories
+count, not only correct ones). Three weightings:
+
+- `current`: w = 1, ratio mode current. Distance still costs, through the longer gradient of unlikely tokens.
+- `exact`: w_t = π/q of the token, ratio mode exact before the clip.
+- `sequence`: W, the product over the sequence: the textbook importance weight.
+
+In the weighted two the mean gradient is 0 (the score's expectation), so the variance is the second moment E_q‖·‖². From
+q's samples alone it reads far too low: what q hardly writes any more and π still does has a huge weight, and is not in
+the sample. It is therefore estimated from samples of both policies, each weighted by the balance heuristic
+q/(½q + ½π) = 2/(1 + W) (Veach and Guibas 1995), which is bounded by 2.
+
+Gradients are taken one trajectory at a time by autograd, over all trainable parameters unless told otherwise. `vmap`
+of `torch.func` would need a model without boolean indexing, which Qwen3-VL's vision path is not.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from transformers import PreTrainedModel
+
+from .sampling import forced_logps
+
+WEIGHTINGS = ("current", "exact", "sequence")
+"""Names of the weightings, see the module."""
+
+LARGEST_MATRIX = 4 * 2**30
+"""Bytes that the gradients of one pair of policies may take in memory."""
+
+LOG_CAP = 20.0
+"""Nats at which ln w of a token and ln W of a sequence are cut, as in `learning_signal.variance_cost`."""
+
+
+def selected_parameters(model: PreTrainedModel, pattern: str = "") -> list[torch.nn.Parameter]:
+    """Trainable parameters whose name holds a match of the regular expression `pattern`; all of them by default.
+
+    Raises:
+        ValueError: No trainable parameter matches.
+    """
+    found = [p for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)]
+    if not found:
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        raise ValueError(f"No trainable parameter matches {pattern!r}; there are {len(names)}, such as {names[:3]}.")
+    return found
+
+
+@dataclass(frozen=True)
+class SourceGradients:
+    """Gradients of a source's trajectories under the policy.
+
+    Attributes:
+        plain: Gradient with weight 1, shape (trajectories, parameters), float32 on the CPU.
+        exact: Squared norm of the token-weighted gradient, shape (trajectories,).
+        log_weight: ln W of each trajectory, nats, shape (trajectories,).
+    """
+
+    plain: Float[np.ndarray, "samples params"]
+    exact: Float[np.ndarray, " samples"]
+    log_weight: Float[np.ndarray, " samples"]
+
+
+def source_gradients(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    source_logps: Sequence[Sequence[float]],
+    parameters: str = "",
+) -> SourceGradients:
+    """Gradients of trajectories that a source sampled.
+
+    Args:
+        model: The policy π; its mode and its accumulated gradients are left as they are.
+        processor: Its processor or tokenizer.
+        rows: One data set row per trajectory.
+        completions: Token ids of the trajectories.
+        source_logps: ln q of each token, nats.
+        parameters: Regular expression that selects parameters by name; "" takes all trainable ones.
+
+    Raises:
+        ValueError: No parameter matches, an empty trajectory, or the matrix would not fit `LARGEST_MATRIX`.
+    """
+    chosen = _checked(model, parameters, completions)
+    size = sum(parameter.numel() for parameter in chosen)
+    needed = 4 * size * len(rows)
+    if needed > LARGEST_MATRIX:
+        raise ValueError(
+            f"{len(rows)} gradients over {size:,} parameters take {needed / 2**30:.1f} GiB, more than "
+            f"{LARGEST_MATRIX / 2**30:.0f}. Select fewer parameters (such as 'layers.35.') or gradients."
+        )
+    plain, exact, log_weights = np.empty((len(rows), size), np.float32), np.empty(len(rows)), np.empty(len(rows))
+    for index, (row, tokens, behaviour) in enumerate(zip(rows, completions, source_logps, strict=True)):
+        with torch.enable_grad():
+            logps = forced_logps(model, processor, [row], [tokens])[0]
+            log_weight = logps.detach() - torch.tensor(behaviour, device=logps.device)
+            plain[index] = _flat(logps.mean(), chosen, keep=True).numpy()
+            weighted = _flat((log_weight.clamp(max=LOG_CAP).exp() * logps).mean(), chosen, keep=False)
+        exact[index] = weighted.double().square().sum()
+        log_weights[index] = log_weight.sum()
+    return SourceGradients(plain, exact, log_weights)
+
+
+def own_gram(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    parameters: str = "",
+) -> list[Float[np.ndarray, "tokens tokens"]]:
+    """Inner products of the token gradients ∇ log π(y_t) of each trajectory: ‖Σ w_t ∇ log π(y_t)‖² = wᵀKw for any w.
+
+    The policy's own trajectories serve in every pair, each time with other weights; this makes a pair cost nothing.
+    """
+    chosen = _checked(model, parameters, completions)
+    grams = []
+    for row, tokens in zip(rows, completions, strict=True):
+        with torch.enable_grad():
+            logps = forced_logps(model, processor, [row], [tokens])[0]
+            last = len(logps) - 1
+            flat = torch.stack([_flat(value, chosen, keep=place < last) for place, value in enumerate(logps)]).double()
+        grams.append((flat @ flat.T).numpy())
+    return grams
+
+
+def both_sided(
+    source: SourceGradients,
+    own: Sequence[Float[np.ndarray, "tokens tokens"]],
+    own_log_weights: Sequence[Float[np.ndarray, " tokens"]],
+) -> dict[str, Float[np.ndarray, " samples"]]:
+    """Contributions to the measured variances from samples of both policies, see the module.
+
+    Args:
+        source: Gradients of n trajectories y ~ q.
+        own: Gram matrices of n trajectories y ~ π.
+        own_log_weights: ln w = ln π − ln q of their tokens, nats.
+
+    Returns:
+        Per sample, shape (n,): `own` (mean estimates E_π‖g‖²), `exact` (mean estimates E_q‖G‖²), `sequence` (mean
+        estimates E_q[W²‖g‖²]).
+    """
+    plain = np.square(source.plain, dtype=np.float64).sum(axis=1)
+    own_plain = np.array([gram.sum() / len(gram) ** 2 for gram in own])
+    weights = [np.exp(np.minimum(log_weight, LOG_CAP)) for log_weight in own_log_weights]
+    own_exact = np.array([w @ gram @ w / len(w) ** 2 for w, gram in zip(weights, own, strict=True)])
+    of_source = np.exp(np.minimum(source.log_weight, LOG_CAP))
+    of_own = np.exp(np.minimum([log_weight.sum() for log_weight in own_log_weights], LOG_CAP))
+    return {
+        "own": own_plain,
+        "exact": source.exact / (1 + of_source) + own_exact / (1 + of_own),
+        "sequence": of_source**2 / (1 + of_source) * plain + of_own**2 / (1 + of_own) * own_plain,
+    }
+
+
+def _checked(model: PreTrainedModel, pattern: str, completions: Sequence[Sequence[int]]) -> list[torch.nn.Parameter]:
+    if any(len(tokens) == 0 for tokens in completions):
+        raise ValueError("An empty response has no gradient; leave it out.")
+    return selected_parameters(model, pattern)
+
+
+def _flat(value: torch.Tensor, parameters: list[torch.nn.Parameter], keep: bool) -> torch.Tensor:
+    grads = torch.autograd.grad(value, parameters, retain_graph=keep, materialize_grads=True)
+    return torch.cat([grad.detach().float().flatten() for grad in grads]).cpu()

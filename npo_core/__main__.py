@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from .config import RunConfig, preset_names, resolve_config
@@ -34,11 +35,15 @@ def _parser() -> argparse.ArgumentParser:
         _settings(stage)
         stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
         stage.add_argument("--quiet", action="store_true", help="no progress bars")
+        if name == "warmstart":
+            stage.add_argument("--teacher", action="store_true", help="make the external teacher instead")
     again = stages.add_parser("run", help="Run a saved configuration, or what is left of it.")
     again.set_defaults(stage=_run)
     again.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
     again.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     again.add_argument("--quiet", action="store_true", help="no progress bars")
+    _signal_parser(stages)
+    _gain_parser(stages)
     settings = stages.add_parser("settings", help="List every setting with its default, source and meaning.")
     settings.set_defaults(stage=_list_settings)
     bench = stages.add_parser("bench", help="Measure speed and memory; writes data/runs/bench.json.")
@@ -56,6 +61,58 @@ def _settings(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a setting; VALUE is JSON or a bare word; may be given several times",
     )
+
+
+def _signal_parser(stages) -> None:
+    text = (
+        "Measure Q, V and S = Q/V over distances: of a folder of Hugging Face checkpoints (--checkpoints, --data, "
+        "--out), or of the GRPO run of a preset. Writes table.parquet, signal.json and figures; a second call goes on "
+        "where the first stopped."
+    )
+    stage = stages.add_parser("signal", help="Measure Q, V and S over distances, on any checkpoints.", description=text)
+    stage.set_defaults(stage=_signal)
+    _settings(stage)
+    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    stage.add_argument("--quiet", action="store_true", help="no progress bars")
+    own = stage.add_argument_group("your own run")
+    own.add_argument("--checkpoints", type=Path, help="folder that holds checkpoint-<step> folders")
+    own.add_argument("--data", type=Path, help="parquet or jsonl file with uid, prompt, answer and maybe image")
+    own.add_argument("--out", type=Path, help="folder of the measurement")
+    own.add_argument("--verifier", default="boxed", help='"boxed" (default) or module:name of a verifier')
+    own.add_argument("--base", type=Path, help="folder of the policy that the run started from, step 0")
+    own.add_argument("--processor", type=Path, help="folder of processor or tokenizer (default: the first policy's)")
+    own.add_argument("--teacher", type=Path, help="folder of a policy outside the run")
+    how = stage.add_argument_group("measurement")
+    how.add_argument("--origins", type=int, nargs="+", help="policy steps to measure from")
+    how.add_argument("--distances", type=int, default=20, help="distances above 0 from each origin (default: 20)")
+    how.add_argument("--also", type=int, nargs="+", default=[], help="distances beside that grid")
+    for name, kind, text in (
+        ("prompts", int, "prompts, the first of the data set"),
+        ("rollouts", int, "rollouts per prompt and policy"),
+        ("scored", int, "rollouts per prompt that are scored in each pair"),
+        ("gradients", int, "prompts with a measured gradient in each pair; 0 leaves the measured variance out"),
+        ("parameters", str, "regular expression of the parameters of the gradients"),
+        ("max-new-tokens", int, "longest response in tokens"),
+        ("c", float, "constant of the proxy e^(c·KL)"),
+        ("resamples", int, "bootstrap resamples"),
+        ("temperature", float, "must be 1"),
+        ("top-p", float, "must be 1"),
+        ("top-k", int, "must be 0"),
+    ):
+        how.add_argument(f"--{name}", type=kind, help=text)
+
+
+def _gain_parser(stages) -> None:
+    text = "Does S predict the gain? Guided training from one policy over one window, with guides of many distances."
+    stage = stages.add_parser("gain", help=text, description=text)
+    stage.set_defaults(stage=_gain)
+    _settings(stage)
+    stage.add_argument("--origins", type=int, nargs="+", help="policy steps that the arms start from")
+    stage.add_argument("--distances", type=int, nargs="+", help="distances of the guides; the run's end is added")
+    stage.add_argument("--window", type=int, help="guided steps of an arm")
+    stage.add_argument("--modes", nargs="+", help="ratio modes of the guide slot")
+    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    stage.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _config(options: argparse.Namespace, method: str) -> RunConfig:
@@ -90,9 +147,11 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
 
 def _warmstart(options: argparse.Namespace) -> int:
     from .runs import project_folder
-    from .warmstart import base_digest, warm_start
+    from .warmstart import base_digest, teacher_config, warm_start
 
     config = _config(options, "grpo")
+    if options.teacher:
+        config = teacher_config(config)
     folder = project_folder() / "data" / "base" / f"tiny-{base_digest(config)}"
     print(warm_start(config, folder, options.quiet))
     return 0
@@ -103,6 +162,63 @@ def _plan(options: argparse.Namespace) -> int:
 
     for name, value in stages.plan(_config(options, "autonpo")).items():
         print(f"{name:<34} {value}")
+    return 0
+
+
+def _signal(options: argparse.Namespace) -> int:
+    from . import figures, signal_stages
+    from .signal_report import SignalSettings
+
+    names = [field.name for field in fields(SignalSettings)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    if options.checkpoints is None:
+        config = _config(options, "grpo")
+        settings = SignalSettings(**{"max_new_tokens": config.max_completion_length, "seed": options.seed, **given})
+        origins = options.origins or signal_stages.default_origins(config)
+        measured = signal_stages.measure_run(
+            config,
+            origins,
+            settings,
+            distances=options.distances,
+            also=options.also,
+            root=options.root,
+            quiet=options.quiet,
+        )
+    else:
+        if options.data is None or options.out is None:
+            raise ValueError("--checkpoints needs --data (prompts with answers) and --out (folder of the measurement).")
+        measured = signal_stages.measure_folder(
+            options.checkpoints,
+            options.data,
+            options.out,
+            SignalSettings(**{"seed": options.seed, **given}),
+            verifier=options.verifier,
+            base=options.base,
+            processor=options.processor,
+            teacher=options.teacher,
+            origins=options.origins,
+            distances=options.distances,
+            also=options.also,
+            quiet=options.quiet,
+        )
+    print(signal_stages.describe(measured))
+    figures.save_figure(figures.signal_curves(measured.folder), measured.folder / "figures", "signal")
+    figures.save_figure(figures.quality_stability(measured.folder), measured.folder / "figures", "plane")
+    print(f"Table, summary and figures: {measured.folder}")
+    return 0
+
+
+def _gain(options: argparse.Namespace) -> int:
+    from .gain import GainPlan, GainStudy
+
+    names = [field.name for field in fields(GainPlan)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    plan = GainPlan(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    config = _config(options, "grpo")
+    for record in GainStudy(config, plan, options.root, options.quiet).run():
+        print(
+            f"{record['origin']:>5} {record['source']:<10} {record['mode'] or '':<9} {record['final']['average']:.3f}"
+        )
     return 0
 
 

@@ -128,7 +128,12 @@ def distance_grid(available: Sequence[int], count: int) -> list[int]:
 
 
 def plan_pairs(
-    steps: Sequence[int], origins: Sequence[int], count: int = 20, past: int = 3, others: Sequence[str] = ()
+    steps: Sequence[int],
+    origins: Sequence[int],
+    count: int = 20,
+    past: int = 3,
+    others: Sequence[str] = (),
+    also: Sequence[int] = (),
 ) -> list[Pair]:
     """Pairs of a measurement: from each origin its resample, a grid of later and some earlier checkpoints, the others.
 
@@ -138,6 +143,7 @@ def plan_pairs(
         count: Distances above 0 from each origin, at most.
         past: Earlier checkpoints from each origin, at most.
         others: Names of policies outside the run.
+        also: Distances beside the grid, where there is a checkpoint.
 
     Raises:
         ValueError: No checkpoint or a single one, an origin without checkpoint, or one with nothing after it.
@@ -155,8 +161,9 @@ def plan_pairs(
         if not later:
             raise ValueError(f"Origin {origin} is the last checkpoint; nothing in its future can be measured.")
         earlier = distance_grid([origin - step for step in ordered if step < origin], past) if past else []
+        grid = sorted({*distance_grid(later, count), *(set(also) & set(later))})
         pairs.append(Pair(origin, RESAMPLE, 0))
-        pairs += [Pair(origin, f"{origin + distance:06d}", distance) for distance in distance_grid(later, count)]
+        pairs += [Pair(origin, f"{origin + distance:06d}", distance) for distance in grid]
         pairs += [Pair(origin, f"{origin - distance:06d}", -distance) for distance in earlier]
         pairs += [Pair(origin, name, None) for name in others]
     return pairs

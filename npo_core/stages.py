@@ -208,17 +208,20 @@ def _execute(config: RunConfig, folder: RunFolder, quiet: bool) -> tuple[dict[st
     size = retention_bytes(base.num_parameters(), 4, checkpoints, config.checkpoint_keep)
     if not quiet:
         print(f"{folder.path.name}: checkpoints will take {size / 2**20:.0f} MiB")
-    base_scores = _evaluate(config, base, world, "base policy", quiet)
+    base_scores = evaluate_policy(config, base, world, "base policy", quiet)
     del base
     maker = TrainerMaker(config, world, folder)
     rows = {row["uid"]: row for row in world.train}
     controller = CONTROLLERS[config.method](maker, config, folder, rows, world.processor, world.verifier, quiet)
     with quiet_transformers():
         trainer = controller.run()
-    return base_scores, _evaluate(config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet)
+    return base_scores, evaluate_policy(
+        config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet
+    )
 
 
-def _evaluate(config: RunConfig, model, world: World, label: str, quiet: bool) -> dict[str, Any]:
+def evaluate_policy(config: RunConfig, model, world: World, label: str, quiet: bool = False) -> dict[str, Any]:
+    """Scores of a policy on the test problems, see `evaluation.evaluate`."""
     return evaluate(
         model,
         world.processor,

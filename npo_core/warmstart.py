@@ -141,6 +141,34 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     return warm_start(config, folder, quiet=quiet)
 
 
+def teacher_folder(config: RunConfig, quiet: bool = False) -> Path:
+    """Folder of the external teacher: the shipped one, or one that is made now and kept; see `teacher_config`."""
+    return base_policy_folder(teacher_config(config), quiet)
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """Settings of the external teacher: another seed, warm-started on a clean corpus in another form (ours).
+
+    It solves nearly everything, and says it in words that the base policy hardly uses.
+
+    Raises:
+        ValueError: The policy is not the tiny one; its teacher must be given as a folder.
+    """
+    if config.policy != "tiny":
+        raise ValueError(
+            f"policy is {config.policy!r}; only the tiny policy has a teacher of its own. Give its folder."
+        )
+    if config.teacher_seed == config.policy_seed:
+        raise ValueError(f"teacher_seed and policy_seed are both {config.policy_seed}; a teacher is another policy.")
+    return config.with_changes(
+        policy_seed=config.teacher_seed,
+        second_form_share=config.teacher_form_share,
+        easy_error=0.0,
+        middling_error=0.0,
+        hard_error=0.0,
+    )
+
+
 def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     """Train the base policy on the imperfect corpus and save it to `folder` in the Hugging Face format.
 

@@ -48,8 +48,9 @@ HOUSE = {
     "stages": (5, 6),
     "launch": (5, 7),
     "measure": (5, 8),
-    "gain": (5, 9),
-    "figures": (5, 10),
+    "signal_stages": (5, 9),
+    "gain": (5, 10),
+    "figures": (5, 11),
     # floor 6, the command line
     "bench": (6, 0),
     "__main__": (6, 1),

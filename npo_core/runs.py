@@ -11,10 +11,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .config import RunConfig
 
@@ -180,6 +182,31 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             if index != len(lines) - 1:
                 raise ValueError(f"{path}, line {index + 1} is not JSON: {line[:80]!r}.") from None
+
+
+def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:
+    """Bias-corrected moving average of a metric over the steps behind each line.
+
+    Args:
+        lines: Metric lines in the order of `compute_step`; a branch goes on from the step that it starts at.
+        name: Metric; lines without it, or with NaN, leave the average as it was.
+        weight: Weight of the past.
+
+    Returns:
+        A value per line, NaN before the first finite one.
+    """
+    states: dict[int, np.ndarray] = {}
+    state, branch, averages = np.zeros(2), None, []
+    for line in lines:
+        step, value = line["policy_step"], line.get(name, np.nan)
+        if line["branch"] != branch:
+            earlier = [known for known in states if known < step]
+            state, branch = states[max(earlier)] if earlier else np.zeros(2), line["branch"]
+        if np.isfinite(value):
+            state = weight * state + (1 - weight) * np.array([value, 1.0])
+        states[step] = state
+        averages.append(state[0] / state[1] if state[1] else np.nan)
+    return np.array(averages)
 
 
 def environment() -> dict[str, Any]:

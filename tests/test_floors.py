@@ -28,6 +28,7 @@ HOUSE = {
     "checkpoints": (2, 3),
     "progress": (2, 4),
     "signal_report": (2, 5),
+    "findings": (2, 6),
     # floor 3, world: answers, tasks, policies
     "verifiers": (3, 0),
     "tasks": (3, 1),
@@ -50,7 +51,8 @@ HOUSE = {
     "measure": (5, 8),
     "signal_stages": (5, 9),
     "gain": (5, 10),
-    "figures": (5, 11),
+    "study": (5, 11),
+    "figures": (5, 12),
     # floor 6, the command line
     "bench": (6, 0),
     "__main__": (6, 1),

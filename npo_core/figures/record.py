@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runs import read_lines
+from ..runs import moving_average, read_lines
 
 AVERAGE_WEIGHT = 0.9
 """Weight of the past in the moving averages; the trigger's default."""
@@ -49,19 +49,8 @@ class RunRecord:
         )
 
     def average(self, name: str) -> np.ndarray:
-        """Moving average over the steps behind each line; a branch goes on from the step that it starts at."""
-        states: dict[int, np.ndarray] = {}
-        state, branch, averages = np.zeros(2), None, []
-        for line, value in zip(self.lines, self.values(name), strict=True):
-            step = line["policy_step"]
-            if line["branch"] != branch:
-                earlier = [known for known in states if known < step]
-                state, branch = states[max(earlier)] if earlier else np.zeros(2), line["branch"]
-            if np.isfinite(value):
-                state = AVERAGE_WEIGHT * state + (1 - AVERAGE_WEIGHT) * np.array([value, 1.0])
-            states[step] = state
-            averages.append(state[0] / state[1] if state[1] else np.nan)
-        return np.array(averages)
+        """Moving average of a metric over the steps behind each line."""
+        return moving_average(self.lines, name, AVERAGE_WEIGHT)
 
     def replays(self) -> list[dict[str, tuple[float, float]]]:
         """Guided stretches that were executed: (from, to) on each clock."""

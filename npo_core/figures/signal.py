@@ -1,0 +1,313 @@
+"""What a signal measurement found: Q, V and S over distances, sources between quality and stability, proxies of V."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from ..signal_curve import COSTS, MEASURED_COSTS
+from ..signal_report import PROXIES, RESAMPLE
+from .scores import LOG_RANGE
+from .style import COLORS, GREY, WIDTH, canvas, settle, style
+
+QUALITY_COLORS = {"quality": "black", "quality_1": COLORS[9]}
+COST_COLORS = {"kl": COLORS[1], "gradient_current": COLORS[2], "gradient_exact": COLORS[4]}
+"""Costs of `signal_curves`; a cost and its S share a colour."""
+
+COST_NAMES = {
+    "kl": "exp(c·KL(q‖π))",
+    "kl_policy": "exp(c·KL(π‖q))",
+    "second_moment": "tokens, E[w²] over q",
+    "second_moment_policy": "tokens, E[w] over π",
+    "sequence": "sequences, E[W²] over q",
+    "sequence_policy": "sequences, E[W] over π",
+    "gradient_current": "measured, mode current",
+    "gradient_exact": "measured, mode exact",
+    "gradient_sequence": "measured, sequence weights",
+}
+PROXY_NAMES = {"token_kl": "KL(q‖π), nats per token", "token_kl_policy": "KL(π‖q), nats per token", **COST_NAMES}
+
+SOURCES = {
+    RESAMPLE: ("own resample (Δ = 0)", "s", COLORS[0]),
+    "future": ("near future: later checkpoints", "o", COLORS[1]),
+    "far": ("far future: the latest checkpoint", "D", COLORS[3]),
+    "past": ("past: earlier checkpoints", "v", COLORS[7]),
+    "teacher": ("external teacher", "*", COLORS[2]),
+}
+"""Kind of a source to its name, marker and colour."""
+
+STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(np.arange(10, 100, 5) / 10), tuple(np.arange(1, 10, 0.1)))
+"""Round numbers within a decade, from coarse to fine."""
+
+
+def signal_curves(folder: str | Path) -> Figure:
+    """Q, V and S = Q/V over the distance, a column per policy that would learn (paper: Figure 2b and c).
+
+    S is formed of Q with all rollouts; a cost and its S share a colour. Costs that were not measured are left out.
+
+    Args:
+        folder: Folder of a signal measurement.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished measurement.
+        ValueError: No pair, or none with a distance of 0 or more.
+    """
+    table, summary = _read(folder)
+    ahead = _ahead(table, folder)
+    origins = sorted(ahead["origin"].unique())
+    costs = {cost: color for cost, color in COST_COLORS.items() if cost in table}
+    names = {"quality": f"Q, {summary['settings']['rollouts']} rollouts", "quality_1": "Q, 1 rollout"}
+    names |= {cost: f"V and S, {COST_NAMES[cost]}" for cost in costs}
+    names["kl"] += f", c = {summary['settings']['c']:g}"
+    band, fit = "95 % interval over prompts", "fit: Q = q (1 − exp(−Δ/τ)), V = exp(βΔ)"
+    marks: dict[str, Any] = {band: Patch(color=GREY, alpha=0.2, lw=0)}
+    with style():
+        figure, grid = canvas(3, len(origins), (min(WIDTH, 4.6 + len(origins)), 6.6), sharex="col", sharey="row")
+        for column, origin in zip(grid.T, origins, strict=True):
+            rows, found = ahead[ahead["origin"] == origin], summary["origins"][str(origin)]
+            column[0].set_title(_title(origin))
+            smooth = np.linspace(0, rows["distance"].max(), 200)
+            shapes = []
+            for name, color in QUALITY_COLORS.items():
+                _draw_band(column[0], rows, name, color)
+                rise = found["fit"][name]["kl"]
+                if rise["tau"] is not None:
+                    shapes.append((column[0], name, -rise["q_inf"] * np.expm1(-smooth / rise["tau"]), color))
+            for cost, color in costs.items():
+                _draw_band(column[1], rows, cost, color)
+                _draw_band(column[2], rows, f"signal_{cost}", color)
+                best = found["optimum"][f"signal_{cost}"]
+                look = {"ls": "", "marker": "*", "ms": 11, "mec": "black", "mew": 0.7, "zorder": 5}
+                look |= {"color": color, "mfc": "white" if best["at_edge"] else color}
+                column[2].plot(best["distance"], best["signal"], label=f"Δ*, {cost}", **look)
+                text = "Δ* at an edge of the distances" if best["at_edge"] else "Δ*, the maximum of S"
+                marks[text] = Line2D([], [], **{**look, "color": GREY, "mfc": "white" if best["at_edge"] else GREY})
+            growth = found["fit"]["quality"]["kl"]["beta"]
+            if growth is not None:
+                shapes.append((column[1], "kl", np.exp(growth * smooth), costs["kl"]))
+            for axes, name, values, color in shapes:
+                axes.plot(smooth, values, color=color, ls="--", lw=0.9, label=f"{name}, fit")
+                marks[fit] = Line2D([], [], color=GREY, ls="--", lw=0.9)
+            column[2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            column[2].set_xlabel("distance Δ (policy steps)")
+        for axes, label in zip(
+            grid[:, 0],
+            ["quality Q\n(share of failures shown)", "variance cost V\n(on-policy = 1)", "signal\nS = Q / V"],
+            strict=True,
+        ):
+            axes.set_ylabel(label)
+        for axes in grid[1:, 0]:
+            axes.set_ylim(bottom=None if axes is grid[1, 0] else 0)
+        log_axis(grid[1, 0].yaxis)
+        lines = [
+            Line2D([], [], color=({**QUALITY_COLORS, **costs})[name], marker="o", ms=3, lw=1.4, label=names[name])
+            for name in names
+        ]
+        wide = len(origins) > 1
+        figure.legend(handles=lines, loc="outside upper center", ncols=3 if wide else 2, frameon=False)
+        order = sorted(marks, key=lambda mark: mark.startswith("Δ*"))
+        figure.legend([marks[m] for m in order], order, loc="outside lower center", ncols=2, frameon=False)
+    return settle(figure)
+
+
+def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figure:
+    """Sources between quality and stability: Q over V, a panel per policy that would learn (paper: Figures 1b and 2a).
+
+    Thin grey curves join equal S = Q/V; up and to the left is better.
+
+    Args:
+        folder: Folder of a signal measurement.
+        cost: What stands for V, a name of `npo_core.signal_curve.COSTS`.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished measurement.
+        ValueError: No pair, or a cost that was not measured.
+    """
+    table, summary = _read(folder)
+    _require(table, cost, COSTS, folder)
+    origins = sorted(table["origin"].unique())
+    rollouts = summary["settings"]["rollouts"]
+    marks: dict[str, Any] = {}
+    with style():
+        columns = min(len(origins), 3)
+        lines = -(-len(origins) // columns)
+        figure, grid = canvas(lines, columns, (min(WIDTH, 4.6 + columns), 1.0 + 3.1 * lines), sharey=True)
+        for axes in grid.flat[len(origins) :]:
+            axes.remove()
+        panels = dict(zip(origins, grid.flat, strict=False))
+        for origin, axes in panels.items():
+            axes.set_title(_title(origin))
+            rows = table[table["origin"] == origin].sort_values("distance")
+            kinds = rows["kind"].mask((rows["distance"] > 0) & (rows["distance"] == rows["distance"].max()), "far")
+            for kind in [*SOURCES, *sorted(set(kinds) - set(SOURCES))]:
+                own = rows[kinds == kind]
+                if len(own):
+                    name, marker, color = SOURCES.get(kind, (kind, "X", COLORS[4]))
+                    joined = kind == "future"
+                    look = {"color": color, "marker": marker, "ms": 9 if marker == "*" else 4.5, "mec": "black"}
+                    look |= {"mew": 0.5, "ls": "-" if joined else "", "lw": 0.9, "zorder": 4 if joined else 5}
+                    axes.plot(own[cost], own["quality"], label=name, **look)
+                    marks[name] = Line2D([], [], **look)
+                    axes.hlines(own["quality"], own[f"{cost}_low"], own[f"{cost}_high"], color, lw=0.7, alpha=0.5)
+                    axes.vlines(own[cost], own["quality_low"], own["quality_high"], color, lw=0.7, alpha=0.5)
+            axes.set_xlabel(f"variance cost V\n({COST_NAMES[cost]})")
+        bottom, top = grid[0, 0].get_ylim()
+        grid[0, 0].set_ylim(min(bottom, 0.0), top * 1.3)
+        for axes in panels.values():
+            log_axis(axes.xaxis)
+            _draw_equal_signal(axes)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"quality Q, {rollouts} rollouts\n(share of failures shown)")
+        marks["95 % interval over prompts"] = Line2D([], [], color=GREY, lw=0.7, alpha=0.7)
+        marks["equal signal S = Q / V"] = Line2D([], [], color="0.75", lw=0.8)
+        figure.legend(marks.values(), marks, loc="outside lower center", ncols=3 if columns > 1 else 2, frameon=False)
+        figure.draw_without_rendering()
+        for origin, axes in panels.items():
+            _label_distances(axes, table[table["origin"] == origin], cost)
+    return settle(figure)
+
+
+def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
+    """Proxies of V against a measured cost over the distances, a panel per proxy, with Spearman's ρ (ours).
+
+    Lines show ln V = c·KL with the c that fits all points.
+
+    Args:
+        folder: Folder of a signal measurement.
+        cost: The measured cost, a name of `npo_core.signal_curve.MEASURED_COSTS`.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished measurement.
+        ValueError: No pair, none with a distance of 0 or more, or a cost that was not measured.
+    """
+    table, summary = _read(folder)
+    _require(table, cost, MEASURED_COSTS, folder)
+    ahead = _ahead(table, folder)
+    colors = {origin: COLORS[index % len(COLORS)] for index, origin in enumerate(sorted(ahead["origin"].unique()))}
+    with style():
+        height = 4.6 + 0.3 * len(colors)
+        figure, grid = canvas(2, 3, (WIDTH, height), sharey=True)
+        for axes, proxy in zip(grid.flat, PROXIES, strict=True):
+            ranks = []
+            for origin, color in colors.items():
+                rows = ahead[ahead["origin"] == origin]
+                axes.plot(rows[proxy], rows[cost], "o", color=color, ms=4, alpha=0.8, mew=0, label=str(origin))
+                rank = summary["origins"][str(origin)]["agreement"].get(cost, {}).get(proxy)
+                ranks.append(f"from {origin}: ρ {interval_text(rank)}")
+            axes.set_title("\n".join(ranks), fontsize="medium")
+            axes.set_xlabel(PROXY_NAMES[proxy])
+            fitted = summary.get("c", {}).get(proxy, {}).get(cost)
+            if fitted is not None and fitted["value"] is not None:
+                kl = np.array([0.0, max(ahead[proxy].max(), 0.0)])
+                axes.plot(kl, np.exp(fitted["value"] * kl), color=GREY, lw=1.0, label="ln V = c·KL")
+                place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "color": GREY}
+                axes.text(0.97, 0.04, f"c = {fitted['value']:.3g}", **place)
+            if not proxy.startswith("token") and ahead[proxy].max() > LOG_RANGE * ahead[proxy].min():
+                log_axis(axes.xaxis)
+        log_axis(grid[0, 0].yaxis)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"V ({COST_NAMES[cost]})")
+        lines = [Line2D([], [], ls="", marker="o", ms=4, color=c, label=_title(o)) for o, c in colors.items()]
+        if any(axes.texts for axes in grid.flat):
+            lines.append(Line2D([], [], color=GREY, lw=1.0, label="ln V = c·KL"))
+        figure.legend(handles=lines, loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
+        note = [Line2D([], [], ls="", label="a point is a distance Δ ≥ 0; ρ: Spearman's, [95 % interval over prompts]")]
+        figure.legend(handles=note, loc="outside lower center", frameon=False, handlelength=0)
+    return settle(figure)
+
+
+def log_axis(axis: Axis) -> None:
+    """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+    decades = np.log10(max(axis.get_view_interval()) / min(axis.get_view_interval()))
+    if decades < 2:
+        axis.set_major_locator(LogLocator(subs=STEPS[2] if decades > 0.7 else STEPS[3], numticks=10))
+    else:
+        axis.set_major_locator(LogLocator(numticks=6))
+
+
+def interval_text(found: dict[str, Any] | None) -> str:
+    """ "0.52 [0.10, 0.80]", or "undefined"."""
+    if found is None or found["value"] is None:
+        return "undefined"
+    ends = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{found['value']:.2f}{ends}".replace("-", "−")
+
+
+def _read(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    table = pd.read_parquet(Path(folder) / "table.parquet")
+    if table.empty:
+        raise ValueError(f"{folder} compares nothing: its table has no row. Measure at least one pair of policies.")
+    return table.assign(distance=pd.to_numeric(table["distance"])), json.loads(
+        (Path(folder) / "signal.json").read_text()
+    )
+
+
+def _ahead(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """Rows of the origin's resample and of later checkpoints, in the order of the distance."""
+    rows = table[table["distance"] >= 0].sort_values(["origin", "distance"])
+    if rows.empty:
+        raise ValueError(f"{folder} has no pair with a distance of 0 or more, so there is no curve to draw.")
+    return rows
+
+
+def _require(table: pd.DataFrame, cost: str, names: Sequence[str], folder: str | Path) -> None:
+    available = [name for name in names if name in table]
+    if cost not in available:
+        raise ValueError(f"{folder} holds no cost {cost!r}; available: {', '.join(available) or 'none'}.")
+
+
+def _title(origin: int) -> str:
+    return f"from policy step {origin}" if origin else "from the base policy"
+
+
+def _draw_band(axes: Axes, rows: pd.DataFrame, name: str, color: str) -> None:
+    axes.fill_between(rows["distance"], rows[f"{name}_low"], rows[f"{name}_high"], color=color, alpha=0.16, lw=0)
+    axes.plot(rows["distance"], rows[name], "o-", color=color, ms=3, lw=1.4, label=name)
+
+
+def _draw_equal_signal(axes: Axes) -> None:
+    """Curves of constant S that leave the panel at its top, with their S at that end."""
+    (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
+    x = np.geomspace(left, right, 200)
+    decades = range(int(np.floor(np.log10(top / right))), int(np.ceil(np.log10(top / left))) + 1)
+    for steps in STEPS:
+        levels = [step * 10.0**decade for decade in decades for step in steps]
+        levels = [s for s in levels if 0.06 < np.log(top / s / left) / np.log(right / left) < 0.98]
+        if len(levels) >= 3:
+            break
+    for level in levels[:: -(-len(levels) // 6)]:
+        axes.plot(x, level * x, color="0.75", lw=0.8, zorder=1, scalex=False, scaley=False, label="equal signal")
+        look = {"rotation": 90, "ha": "right", "va": "top", "color": GREY, "clip_on": True}
+        axes.text(top / level, top * 0.985, f"S = {level:g}", **look)
+    axes.set_xlim(left, right)
+
+
+def _label_distances(axes: Axes, rows: pd.DataFrame, cost: str) -> None:
+    """Δ beside the largest, the smallest and the middle distance, each where there is room, or not at all."""
+    later = rows[rows["distance"] > 0].sort_values("distance")
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [Bbox.from_bounds(*(place - 4), 8, 8) for place in axes.transData.transform(rows[[cost, "quality"]])]
+    frame = axes.get_window_extent()
+    for index in dict.fromkeys([len(later) - 1, 0, len(later) // 2, len(later) // 4, 3 * len(later) // 4]):
+        row = later.iloc[index]
+        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (10, 12), (-10, 12), (10, -20), (-10, -20)):
+            place = {"xytext": (x, y), "textcoords": "offset points", "ha": "left" if x > 0 else "right"}
+            text = axes.annotate(f"Δ = {row['distance']:g}", (row[cost], row["quality"]), **place)
+            box = text.get_window_extent()
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()

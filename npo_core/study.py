@@ -1,0 +1,345 @@
+"""The signal study over seeds: runs what is missing, and writes the small results that figures and claims rest on.
+
+`python -m npo_core signal-study` makes `data/results/`: `interventions.json` (manual interventions beside GRPO),
+`signal.json` (Q, V, S, Δ*, proxies, c), `gain.json` (does S predict the gain) and `signal-seed<N>/` (the measurement of
+the first seed). Runs are resumed and loaded as always; intervals are over seeds, from Student's t.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import stages
+from .checkpoints import checkpoint_folder
+from .config import RunConfig, resolve_config
+from .findings import PREDICTORS, SCHEMA, results_folder
+from .gain import GainPlan, GainStudy
+from .policies import load_policy
+from .runs import RunFolder, environment, moving_average, write_json
+from .signal_curve import MEASURED_COSTS, QUALITIES, SIGNALS, rank_correlation
+from .signal_report import PROXIES, SignalSettings
+from .signal_stages import default_origins, measure_run
+from .stats import mean_interval
+
+ARMS = {"GRPO": None, "NPO early": {"late_step": 0}, "NPO late": {"scout_steps": 0}, "NPO early+late": {}}
+"""Arms of the manual interventions: settings of method npo, None for GRPO."""
+
+LEVEL_SHARE = 0.8
+"""Reference level of the speed-up: this share of the way from GRPO's first ten steps to its second quarter."""
+
+PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
+"""The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""
+
+PLAN = GainPlan()
+OVERRIDES = {"checkpoint_keep": 0}
+"""The study's GRPO runs keep every checkpoint resumable; settings are otherwise the preset's."""
+DISTANCES, ALSO = 12, (20, 60, 160)
+"""Distances that are measured from each origin in the study; the second are those of the gain plan."""
+
+
+def write(
+    preset: str,
+    seeds: Sequence[int],
+    parts: Sequence[str] = ("interventions", "signal", "gain"),
+    root: Path | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> list[Path]:
+    """Do the study and write its results; what is on disk is not done again.
+
+    Args:
+        preset: Name of a preset.
+        seeds: Seeds, two or more for an interval.
+        parts: "interventions", "signal" and "gain"; the last needs the second.
+        root: Folder of all runs; the project's `data/runs` if None.
+        out: Folder of the results; the project's `data/results` if None.
+        quiet: Without progress bars.
+
+    Returns:
+        The files written.
+    """
+    folder = results_folder() if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    if "interventions" in parts:
+        found["interventions"] = interventions(preset, seeds, OVERRIDES, root, quiet)
+    if "signal" in parts:
+        settings = {"distances": DISTANCES, "also": ALSO, "root": root, "out": folder, "quiet": quiet}
+        found["signal"], table = signal(preset, seeds, OVERRIDES, SignalSettings(), **settings)
+        if "gain" in parts:
+            found["gain"] = gain(preset, seeds, OVERRIDES, PLAN, table, root, quiet)
+    for name, content in found.items():
+        write_json(folder / f"{name}.json", content)
+    return [folder / f"{name}.json" for name in found]
+
+
+def interventions(
+    preset: str, seeds: Sequence[int], overrides: Mapping[str, Any], root: Path | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Manual interventions beside GRPO, each seed on both clocks.
+
+    GRPO and the run with both interventions come first: the other two share their beginnings. `overrides` are GRPO's.
+    """
+    runs: dict[tuple[str, int], RunFolder] = {}
+    for seed in seeds:
+        for arm in ("GRPO", "NPO early+late", "NPO early", "NPO late"):
+            runs[arm, seed] = stages.run(_arm(arm, preset, seed, overrides), root, quiet)
+    records = [_run_record(arm, seed, runs[arm, seed]) for seed in seeds for arm in ARMS]
+    differences = []
+    for arm in ARMS:
+        if arm == "GRPO":
+            continue
+        for clock in ("compute", "policy"):
+            values = []
+            for seed in seeds:
+                result, grpo = runs[arm, seed].result(), runs["GRPO", seed]
+                same = grpo.config.compute_steps if clock == "compute" else result["policy_steps"]
+                values.append(result["final"]["average"] - _score_at(grpo, same))
+            differences.append({"arm": arm, "clock": clock, **_over_seeds(values)})
+    return {
+        "schema": SCHEMA,
+        **_provenance(preset, seeds, overrides),
+        "runs": records,
+        "speed_up": _speed_up(runs, seeds),
+        "differences": differences,
+    }
+
+
+def _arm(arm: str, preset: str, seed: int, overrides: Mapping[str, Any]) -> RunConfig:
+    stage = ARMS[arm]
+    return (
+        resolve_config("grpo", preset, seed, overrides) if stage is None else resolve_config("npo", preset, seed, stage)
+    )
+
+
+def _run_record(arm: str, seed: int, run: RunFolder) -> dict[str, Any]:
+    result, lines = run.result(), run.metrics()
+    chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts")
+    stages_of = [
+        {name: entry[name] for name in ("stage", "policy_step", "compute_step", "distance", "cached")}
+        for entry in result["interventions"]
+    ]
+    return {
+        "arm": arm,
+        "seed": seed,
+        **{name: result[name] for name in chosen},
+        "base": result["base"]["average"],
+        "final": result["final"]["average"],
+        "suites": result["final"]["suites"],
+        "interventions": stages_of,
+        "policy_step": [line["policy_step"] for line in lines],
+        "compute_step": [line["compute_step"] for line in lines],
+        "pass_rate": [round(line["npo/pass_rate"], 5) for line in lines],
+        "entropy": [round(line["npo/entropy"], 5) for line in lines],
+    }
+
+
+def _score_at(run: RunFolder, step: int) -> float:
+    """Test pass rate of a GRPO run at a policy step; evaluated once and kept beside the checkpoint's run."""
+    if step == run.config.compute_steps:
+        return run.result()["final"]["average"]
+    path = run.path / "scores" / f"{step:06d}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        policy = load_policy(checkpoint_folder(run.path / "branches" / "00", step))
+        world = stages.prepare(run.config, quiet=True)
+        write_json(path, stages.evaluate_policy(run.config, policy, world, f"GRPO at {step}", quiet=True))
+    return json.loads(path.read_text())["average"]
+
+
+def _speed_up(runs: Mapping[tuple[str, int], RunFolder], seeds: Sequence[int]) -> dict[str, Any]:
+    """Compute steps of GRPO over those of NPO to a reference level, counted three ways."""
+    ratios: dict[str, list[float | None]] = {"without scout": [], "with scout": [], "with scout and off-line": []}
+    levels = []
+    for seed in seeds:
+        grpo, npo = runs["GRPO", seed], runs["NPO early", seed]
+        rates = [line["npo/pass_rate"] for line in grpo.metrics()]
+        steps = len(rates)
+        first, plateau = np.mean(rates[: max(1, steps // 40)]), np.mean(rates[steps // 4 : steps // 2])
+        levels.append(float(first + LEVEL_SHARE * (plateau - first)))
+        slow, fast = _reached(grpo, levels[-1], branch=0), _reached(npo, levels[-1], branch=1)
+        if slow is None or fast is None:
+            for values in ratios.values():
+                values.append(None)
+            continue
+        offline = npo.result()["interventions"][0]
+        cache = next(e for e in npo.effective_events() if e["event"] == "cache" and e["compute_step"]
+                     == offline["compute_step"])  # fmt: skip
+        extra = cache["rollouts"] / npo.config.rollouts_per_step
+        ratios["without scout"].append(slow["compute_step"] / fast["policy_step"])
+        ratios["with scout"].append(slow["compute_step"] / fast["compute_step"])
+        ratios["with scout and off-line"].append(slow["compute_step"] / (fast["compute_step"] + extra))
+    rows = [{"arm": "NPO early", "count": count, **_over_seeds(values)} for count, values in ratios.items()]
+    return {"level_share": LEVEL_SHARE, "levels": levels, "rows": rows}
+
+
+def _reached(run: RunFolder, level: float, branch: int) -> dict[str, Any] | None:
+    """First metric line of a branch at which the moving average of the pass rate reaches a level."""
+    lines = run.metrics()
+    averages = moving_average(lines, "npo/pass_rate")
+    at = (line for line, value in zip(lines, averages, strict=True) if line["branch"] >= branch and value >= level)
+    return next(at, None)
+
+
+def signal(
+    preset: str,
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any],
+    settings: SignalSettings,
+    *,
+    distances: int = 12,
+    also: Sequence[int] = (),
+    root: Path | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Measure Q, V and S along the GRPO run of each seed.
+
+    Returns:
+        What `signal.json` holds, and the rows of all seeds' tables.
+    """
+    tables, summaries = [], []
+    for seed in seeds:
+        config = resolve_config("grpo", preset, seed, overrides)
+        own = SignalSettings(**{**asdict(settings), "seed": seed, "max_new_tokens": config.max_completion_length})
+        origins = default_origins(config)
+        measured = measure_run(config, origins, own, distances=distances, also=also, root=root, quiet=quiet)
+        tables.append(pd.read_parquet(measured.folder / "table.parquet").assign(seed=seed))
+        summaries.append(measured.summary)
+        if seed == seeds[0] and out is not None:
+            target = out / f"signal-seed{seed}"
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("table.parquet", "signal.json"):
+                shutil.copy(measured.folder / name, target / name)
+    pooled = {
+        origin: {
+            "failing": [summary["origins"][origin]["failing"] for summary in summaries],
+            "optimum": {
+                name: [summary["origins"][origin]["optimum"][name] for summary in summaries] for name in SIGNALS
+            },
+            "fit": {
+                quality: [summary["origins"][origin]["fit"][quality]["kl"] for summary in summaries]
+                for quality in QUALITIES
+            },
+            "agreement": {
+                cost: {
+                    proxy: _over_seeds([s["origins"][origin]["agreement"][cost][proxy]["value"] for s in summaries])
+                    for proxy in PROXIES
+                }
+                for cost in MEASURED_COSTS
+            },
+        }
+        for origin in summaries[0]["origins"]
+    }
+    constants = {
+        kl: {cost: _over_seeds([s["c"][kl][cost]["value"] for s in summaries]) for cost in MEASURED_COSTS}
+        for kl in summaries[0]["c"]
+    }
+    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "settings": asdict(settings)}
+    return {**about, "origins": pooled, "c": constants}, pd.concat(tables, ignore_index=True)
+
+
+def gain(
+    preset: str,
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any],
+    plan: GainPlan,
+    table: pd.DataFrame,
+    root: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Gain of each arm over the unguided one, joined with the signal of its source, and their rank correlation.
+
+    Args:
+        preset: Name of a preset.
+        seeds: Seeds.
+        overrides: Settings that replace the preset's.
+        plan: What is compared.
+        table: Rows of `signal`; every source of the plan must be in it.
+        root: Folder of all runs.
+        quiet: Without progress bars.
+    """
+    arms = []
+    for seed in seeds:
+        records = GainStudy(resolve_config("grpo", preset, seed, overrides), plan, root, quiet).run()
+        unguided = {record["origin"]: record for record in records if record["source"] == "unguided"}
+        for record in records:
+            if record["source"] == "unguided":
+                continue
+            arms.append(_arm_record(record, unguided[record["origin"]], table))
+    correlation = []
+    for origin in plan.origins:
+        for mode in plan.modes:
+            chosen = pd.DataFrame([arm for arm in arms if arm["origin"] == origin and arm["mode"] == mode])
+            for name in PREDICTORS:
+                rhos = [_rho(part, name) for _, part in chosen.groupby("seed")]
+                correlation.append({"origin": origin, "mode": mode, "signal": name, **_over_seeds(rhos)})
+    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "plan": asdict(plan)}
+    return {**about, "primary": PRIMARY, "arms": arms, "correlation": correlation}
+
+
+def _arm_record(record: Mapping[str, Any], unguided: Mapping[str, Any], table: pd.DataFrame) -> dict[str, Any]:
+    match = table[
+        (table["seed"] == record["seed"])
+        & (table["origin"] == record["origin"])
+        & (table["source"] == record["source"])
+    ]
+    if len(match) != 1:
+        raise ValueError(
+            f"The measurement holds {len(match)} rows for seed {record['seed']}, origin {record['origin']}, source "
+            f"{record['source']}; it must hold one. Measure the distances of the plan too (also=…)."
+        )
+    measured = match.iloc[0]
+    kept = (
+        "seed",
+        "origin",
+        "source",
+        "distance",
+        "mode",
+        "prompts",
+        "cached",
+        "replaced_slots",
+        "guide_kl",
+        "entropy",
+    )
+    return {
+        **{name: record[name] for name in kept},
+        "final": record["final"]["average"],
+        "gain": record["final"]["average"] - unguided["final"]["average"],
+        "pass_rate_gain": record["pass_rate"] - unguided["pass_rate"],
+        **{name: float(measured[name]) for name in (*PREDICTORS, "token_kl", "token_kl_policy", *MEASURED_COSTS)},
+    }
+
+
+def _rho(part: pd.DataFrame, name: str) -> float | None:
+    value = rank_correlation(part[[name]].to_numpy(float).T, part[["gain"]].to_numpy(float).T)[0]
+    return float(value) if np.isfinite(value) else None
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean over seeds with its t interval; seeds without a value are listed as None and left out of both."""
+    known = np.array([value for value in values if value is not None], dtype=float)
+    out: dict[str, Any] = {"value": None, "low": None, "high": None, "per_seed": list(values)}
+    if len(known):
+        out["value"] = float(known.mean())
+    if len(known) > 1:
+        estimate = mean_interval(known)
+        out |= {"low": estimate.low, "high": estimate.high}
+    return out
+
+
+def _provenance(preset: str, seeds: Sequence[int], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    about = environment()
+    return {
+        "preset": preset,
+        "seeds": list(seeds),
+        "overrides": dict(overrides),
+        "packages": about["packages"],
+        "git_revision": about["git_revision"],
+    }

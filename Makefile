@@ -22,10 +22,10 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo bench plan base lab test lint clean
+.PHONY: help setup autonpo npo signal signal-study figures bench plan base lab test lint clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: PRESET=$(PRESET) SEED=$(SEED) PYTHON=$(PYTHON) ARGS='extra arguments for the command'"
 
@@ -54,6 +54,20 @@ autonpo: setup ## Run notebooks/03_autonpo.ipynb from start to end (PRESET, SEED
 	@echo "Executed notebook: $(RUNS)/03_autonpo.out.ipynb"
 	@echo "Figures: in it, and in $$(ls -1dt $(RUNS)/autonpo-$(PRESET)-s$(SEED)-*/figures 2>/dev/null | head -1)"
 
+npo: setup ## Run notebooks/02_npo.ipynb: manual interventions beside GRPO (PRESET, SEED)
+	@mkdir -p $(RUNS)
+	$(THREADS) $(BIN)/papermill notebooks/02_npo.ipynb $(RUNS)/02_npo.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
+
+signal: setup ## Run notebooks/04_signal.ipynb: Q, V and S over distance (PRESET, SEED)
+	@mkdir -p $(RUNS)
+	$(THREADS) $(BIN)/papermill notebooks/04_signal.ipynb $(RUNS)/04_signal.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
+
+signal-study: setup ## Make data/results/ anew: interventions, signal and gain over five seeds (hours)
+	$(THREADS) $(BIN)/python -m npo_core signal-study --preset $(PRESET) $(ARGS)
+
+figures: setup ## Draw the committed figures from data/results/, in seconds
+	$(BIN)/python -m npo_core figures $(ARGS)
+
 bench: setup ## Measure speed, print a table, and write data/runs/bench.json
 	@mkdir -p $(RUNS)
 	$(CORE) bench $(ARGS)
@@ -61,8 +75,9 @@ bench: setup ## Measure speed, print a table, and write data/runs/bench.json
 plan: setup ## Print what a preset would cost before it is run (PRESET)
 	$(CORE) plan --preset $(PRESET) $(ARGS)
 
-base: setup ## Remake the shipped base policy of the small world
+base: setup ## Remake the shipped base policy and teacher of the small world
 	$(CORE) warmstart $(ARGS)
+	$(CORE) warmstart --teacher $(ARGS)
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)

@@ -45,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     _signal_parser(stages)
     _gain_parser(stages)
     _study_parser(stages)
+    draw = stages.add_parser("figures", help="Draw the committed figures of the study from its results.")
+    draw.set_defaults(stage=_figures)
+    draw.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
+    draw.add_argument("--out", type=Path, help="folder of the figures (default: figures)")
     settings = stages.add_parser("settings", help="List every setting with its default, source and meaning.")
     settings.set_defaults(stage=_list_settings)
     bench = stages.add_parser("bench", help="Measure speed and memory; writes data/runs/bench.json.")
@@ -240,6 +244,18 @@ def _study(options: argparse.Namespace) -> int:
     from . import study
 
     study.write(options.preset, options.seeds, options.parts, options.root, options.out, options.quiet)
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from . import figures
+    from .findings import results_folder
+    from .runs import project_folder
+
+    source = results_folder() if options.results is None else options.results
+    target = project_folder() / "figures" if options.out is None else options.out
+    for path in figures.draw_study(source, target):
+        print(path)
     return 0
 
 

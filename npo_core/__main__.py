@@ -191,7 +191,7 @@ def _signal(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     if options.checkpoints is None:
         config = _config(options, "grpo")
-        settings = SignalSettings(**{"max_new_tokens": config.max_completion_length, "seed": options.seed, **given})
+        settings = signal_stages.settings_for(config, **given)
         origins = options.origins or signal_stages.default_origins(config)
         measured = signal_stages.measure_run(
             config,
@@ -243,7 +243,7 @@ def _gain(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     from . import study
 
-    study.write(options.preset, options.seeds, options.parts, options.root, options.out, options.quiet)
+    study.write(options.preset, options.seeds, options.parts, root=options.root, out=options.out, quiet=options.quiet)
     return 0
 
 

@@ -89,13 +89,7 @@ def source_gradients(
         ValueError: No parameter matches, an empty trajectory, or the matrix would not fit `LARGEST_MATRIX`.
     """
     chosen = _checked(model, parameters, completions)
-    size = sum(parameter.numel() for parameter in chosen)
-    needed = 4 * size * len(rows)
-    if needed > LARGEST_MATRIX:
-        raise ValueError(
-            f"{len(rows)} gradients over {size:,} parameters take {needed / 2**30:.1f} GiB, more than "
-            f"{LARGEST_MATRIX / 2**30:.0f}. Select fewer parameters (such as 'layers.35.') or gradients."
-        )
+    size = _fitting(chosen, len(rows), 4, "or gradients")
     plain, exact, log_weights = np.empty((len(rows), size), np.float32), np.empty(len(rows)), np.empty(len(rows))
     for index, (row, tokens, behaviour) in enumerate(zip(rows, completions, source_logps, strict=True)):
         with torch.enable_grad():
@@ -118,8 +112,13 @@ def own_gram(
     """Inner products of the token gradients ∇ log π(y_t) of each trajectory: ‖Σ w_t ∇ log π(y_t)‖² = wᵀKw for any w.
 
     The policy's own trajectories serve in every pair, each time with other weights; this makes a pair cost nothing.
+
+    Raises:
+        ValueError: As `source_gradients`; here the token gradients of the longest trajectory must fit.
     """
     chosen = _checked(model, parameters, completions)
+    # single precision, and double for the product
+    _fitting(chosen, max(map(len, completions), default=0), 12, "or shorter responses")
     grams = []
     for row, tokens in zip(rows, completions, strict=True):
         with torch.enable_grad():
@@ -163,6 +162,18 @@ def _checked(model: PreTrainedModel, pattern: str, completions: Sequence[Sequenc
     if any(len(tokens) == 0 for tokens in completions):
         raise ValueError("An empty response has no gradient; leave it out.")
     return selected_parameters(model, pattern)
+
+
+def _fitting(parameters: list[torch.nn.Parameter], rows: int, width: int, remedy: str) -> int:
+    """Number of parameters, if `rows` gradients over them with `width` bytes a number fit `LARGEST_MATRIX`."""
+    size = sum(parameter.numel() for parameter in parameters)
+    needed = width * size * rows
+    if needed > LARGEST_MATRIX:
+        raise ValueError(
+            f"{rows} gradients over {size:,} parameters take {needed / 2**30:.1f} GiB, more than "
+            f"{LARGEST_MATRIX / 2**30:.0f}. Select fewer parameters (such as 'layers.35.') {remedy}."
+        )
+    return size
 
 
 def _flat(value: torch.Tensor, parameters: list[torch.nn.Parameter], keep: bool) -> torch.Tensor:

@@ -37,6 +37,9 @@ ESTIMATES = (*QUALITIES, "token_kl", "token_kl_policy", *COSTS)
 SIGNALS = tuple(f"{quality.replace('quality', 'signal')}_{cost}" for quality in QUALITIES for cost in COSTS)
 """Names of S: "signal_" and a cost for Q with k rollouts, "signal_1_" and a cost for Q with one."""
 
+FLAT = 1e-6
+"""Growth of ln V over the whole grid below which a fit counts as flat: less is the optimiser's rounding (ours)."""
+
 
 @dataclass(frozen=True)
 class PairSums:
@@ -242,6 +245,8 @@ def curve_fits(curve: SignalCurve, cost: str, quality: str = "quality") -> dict[
         out |= {"q_inf": rise.q_inf, "tau": rise.tau, "q_rmse": rise.rmse}
         growth = fit_variance(grid, np.maximum(curve.values(cost), 1.0))
         out |= {"beta": growth.beta, "v_rmse": growth.rmse}
+        if growth.beta * grid[-1] < FLAT:
+            raise ValueError("V does not grow over the grid, so no best distance follows from the fits: it is an edge.")
         out["fitted_optimum"] = fitted_optimum(rise.tau, growth.beta)
     except (ValueError, RuntimeError) as error:
         out["reason"] = str(error)

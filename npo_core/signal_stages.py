@@ -151,6 +151,19 @@ def measure_folder(
     return MeasuredSignal(measurement.folder, pairs, measurement.run())
 
 
+def settings_for(config: RunConfig, **given: Any) -> SignalSettings:
+    """Settings of a measurement of one of our runs: its response length, seed and c, and no more prompts than it has.
+
+    Args:
+        config: Settings of the run.
+        given: Settings that take the place of those.
+    """
+    out = {"max_new_tokens": config.max_completion_length, "seed": config.seed, "c": config.variance_c, **given}
+    out["prompts"] = min(out.get("prompts", SignalSettings.prompts), config.train_problems)
+    out["gradients"] = min(out.get("gradients", SignalSettings.gradients), out["prompts"])
+    return SignalSettings(**out)
+
+
 def default_origins(config: RunConfig) -> list[int]:
     """The base policy, the start of the plateau (`late_start`), and the middle of the run, each with a checkpoint."""
     every = config.checkpoint_every

@@ -23,8 +23,8 @@ from .gain import GainPlan, GainStudy
 from .policies import load_policy
 from .runs import RunFolder, environment, moving_average, write_json
 from .signal_curve import MEASURED_COSTS, QUALITIES, SIGNALS, rank_correlation
-from .signal_report import PROXIES, SignalSettings
-from .signal_stages import default_origins, measure_run
+from .signal_report import PROXIES
+from .signal_stages import default_origins, measure_run, settings_for
 from .stats import mean_interval
 
 ARMS = {"GRPO": None, "NPO early": {"late_step": 0}, "NPO late": {"scout_steps": 0}, "NPO early+late": {}}
@@ -36,7 +36,6 @@ LEVEL_SHARE = 0.8
 PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
 """The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""
 
-PLAN = GainPlan()
 OVERRIDES = {"checkpoint_keep": 0}
 """The study's GRPO runs keep every checkpoint resumable; settings are otherwise the preset's."""
 DISTANCES, ALSO = 12, (20, 60, 160)
@@ -47,6 +46,8 @@ def write(
     preset: str,
     seeds: Sequence[int],
     parts: Sequence[str] = ("interventions", "signal", "gain"),
+    measurement: Mapping[str, Any] | None = None,
+    plan: GainPlan | None = None,
     root: Path | None = None,
     out: Path | None = None,
     quiet: bool = False,
@@ -57,6 +58,8 @@ def write(
         preset: Name of a preset.
         seeds: Seeds, two or more for an interval.
         parts: "interventions", "signal" and "gain"; the last needs the second.
+        measurement: Settings of `SignalSettings` that are not its defaults.
+        plan: Plan of the gain study; `GainPlan()` if None.
         root: Folder of all runs; the project's `data/runs` if None.
         out: Folder of the results; the project's `data/results` if None.
         quiet: Without progress bars.
@@ -70,10 +73,10 @@ def write(
     if "interventions" in parts:
         found["interventions"] = interventions(preset, seeds, OVERRIDES, root, quiet)
     if "signal" in parts:
-        settings = {"distances": DISTANCES, "also": ALSO, "root": root, "out": folder, "quiet": quiet}
-        found["signal"], table = signal(preset, seeds, OVERRIDES, SignalSettings(), **settings)
+        options = {"distances": DISTANCES, "also": ALSO, "root": root, "out": folder, "quiet": quiet}
+        found["signal"], table = signal(preset, seeds, OVERRIDES, measurement or {}, **options)
         if "gain" in parts:
-            found["gain"] = gain(preset, seeds, OVERRIDES, PLAN, table, root, quiet)
+            found["gain"] = gain(preset, seeds, OVERRIDES, plan or GainPlan(), table, root, quiet)
     for name, content in found.items():
         write_json(folder / f"{name}.json", content)
     return [folder / f"{name}.json" for name in found]
@@ -191,7 +194,7 @@ def signal(
     preset: str,
     seeds: Sequence[int],
     overrides: Mapping[str, Any],
-    settings: SignalSettings,
+    settings: Mapping[str, Any],
     *,
     distances: int = 12,
     also: Sequence[int] = (),
@@ -201,13 +204,15 @@ def signal(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Measure Q, V and S along the GRPO run of each seed.
 
+    `settings` are those of `SignalSettings` that are not the run's own or the defaults.
+
     Returns:
         What `signal.json` holds, and the rows of all seeds' tables.
     """
     tables, summaries = [], []
     for seed in seeds:
         config = resolve_config("grpo", preset, seed, overrides)
-        own = SignalSettings(**{**asdict(settings), "seed": seed, "max_new_tokens": config.max_completion_length})
+        own = settings_for(config, **settings)
         origins = default_origins(config)
         measured = measure_run(config, origins, own, distances=distances, also=also, root=root, quiet=quiet)
         tables.append(pd.read_parquet(measured.folder / "table.parquet").assign(seed=seed))
@@ -241,7 +246,7 @@ def signal(
         kl: {cost: _over_seeds([s["c"][kl][cost]["value"] for s in summaries]) for cost in MEASURED_COSTS}
         for kl in summaries[0]["c"]
     }
-    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "settings": asdict(settings)}
+    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "settings": summaries[0]["settings"]}
     return {**about, "origins": pooled, "c": constants}, pd.concat(tables, ignore_index=True)
 
 

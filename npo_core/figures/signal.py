@@ -1,6 +1,7 @@
 """What a signal measurement found: Q, V and S over distances, sources between quality and stability, proxies of V."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..signal_curve import COSTS, MEASURED_COSTS
@@ -40,13 +42,13 @@ PROXY_NAMES = {"token_kl": "KL(q‖π), nats per token", "token_kl_policy": "KL(
 SOURCES = {
     RESAMPLE: ("own resample (Δ = 0)", "s", COLORS[0]),
     "future": ("near future: later checkpoints", "o", COLORS[1]),
-    "far": ("far future: the latest checkpoint", "D", COLORS[3]),
+    "far": ("far future: the largest distance", "D", COLORS[3]),
     "past": ("past: earlier checkpoints", "v", COLORS[7]),
     "teacher": ("external teacher", "*", COLORS[2]),
 }
 """Kind of a source to its name, marker and colour."""
 
-STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(np.arange(10, 100, 5) / 10), tuple(np.arange(1, 10, 0.1)))
+STEPS = ((1,), (1, 3), (1, 2, 5))
 """Round numbers within a decade, from coarse to fine."""
 
 
@@ -72,7 +74,10 @@ def signal_curves(folder: str | Path) -> Figure:
     band, fit = "95 % interval over prompts", "fit: Q = q (1 − exp(−Δ/τ)), V = exp(βΔ)"
     marks: dict[str, Any] = {band: Patch(color=GREY, alpha=0.2, lw=0)}
     with style():
-        figure, grid = canvas(3, len(origins), (min(WIDTH, 4.6 + len(origins)), 6.6), sharex="col", sharey="row")
+        figure, grid = canvas(3, len(origins), (min(WIDTH, 4.6 + len(origins)), 6.6), sharex="col")
+        for axes in grid[0, 1:]:  # V and S differ too much between policies to share an axis
+            axes.sharey(grid[0, 0])
+            axes.tick_params(labelleft=False)
         for column, origin in zip(grid.T, origins, strict=True):
             rows, found = ahead[ahead["origin"] == origin], summary["origins"][str(origin)]
             column[0].set_title(_title(origin))
@@ -86,12 +91,11 @@ def signal_curves(folder: str | Path) -> Figure:
             for cost, color in costs.items():
                 _draw_band(column[1], rows, cost, color)
                 _draw_band(column[2], rows, f"signal_{cost}", color)
-                best = found["optimum"][f"signal_{cost}"]
-                look = {"ls": "", "marker": "*", "ms": 11, "mec": "black", "mew": 0.7, "zorder": 5}
-                look |= {"color": color, "mfc": "white" if best["at_edge"] else color}
-                column[2].plot(best["distance"], best["signal"], label=f"Δ*, {cost}", **look)
-                text = "Δ* at an edge of the distances" if best["at_edge"] else "Δ*, the maximum of S"
-                marks[text] = Line2D([], [], **{**look, "color": GREY, "mfc": "white" if best["at_edge"] else GREY})
+                _draw_optimum(
+                    column[2], found["optimum"][f"signal_{cost}"], list(costs).index(cost), cost, color, marks
+                )
+            log_axis(column[1].yaxis)
+            column[2].set_ylim(0, column[2].get_ylim()[1] * 1.15)
             growth = found["fit"]["quality"]["kl"]["beta"]
             if growth is not None:
                 shapes.append((column[1], "kl", np.exp(growth * smooth), costs["kl"]))
@@ -100,19 +104,11 @@ def signal_curves(folder: str | Path) -> Figure:
                 marks[fit] = Line2D([], [], color=GREY, ls="--", lw=0.9)
             column[2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
             column[2].set_xlabel("distance Δ (policy steps)")
-        for axes, label in zip(
-            grid[:, 0],
-            ["quality Q\n(share of failures shown)", "variance cost V\n(on-policy = 1)", "signal\nS = Q / V"],
-            strict=True,
-        ):
+        labels = "quality Q\n(share of failures shown)", "variance cost V\n(on-policy = 1)", "signal\nS = Q / V"
+        for axes, label in zip(grid[:, 0], labels, strict=True):
             axes.set_ylabel(label)
-        for axes in grid[1:, 0]:
-            axes.set_ylim(bottom=None if axes is grid[1, 0] else 0)
-        log_axis(grid[1, 0].yaxis)
-        lines = [
-            Line2D([], [], color=({**QUALITY_COLORS, **costs})[name], marker="o", ms=3, lw=1.4, label=names[name])
-            for name in names
-        ]
+        colors = {**QUALITY_COLORS, **costs}
+        lines = [Line2D([], [], color=colors[name], marker="o", ms=3, lw=1.4, label=names[name]) for name in names]
         wide = len(origins) > 1
         figure.legend(handles=lines, loc="outside upper center", ncols=3 if wide else 2, frameon=False)
         order = sorted(marks, key=lambda mark: mark.startswith("Δ*"))
@@ -162,12 +158,15 @@ def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figur
                     axes.vlines(own[cost], own["quality_low"], own["quality_high"], color, lw=0.7, alpha=0.5)
             axes.set_xlabel(f"variance cost V\n({COST_NAMES[cost]})")
         bottom, top = grid[0, 0].get_ylim()
-        grid[0, 0].set_ylim(min(bottom, 0.0), top * 1.3)
+        grid[0, 0].set_ylim(min(bottom, 0.0), top * 1.3)  # room for the names of the curves; Q itself ends at 1
+        grid[0, 0].set_yticks([tick for tick in grid[0, 0].get_yticks() if 0 <= tick <= min(1.0, top * 1.3) + 1e-9])
         for axes in panels.values():
             log_axis(axes.xaxis)
             _draw_equal_signal(axes)
         for axes in grid[:, 0]:
             axes.set_ylabel(f"quality Q, {rollouts} rollouts\n(share of failures shown)")
+        order = [name for name, *_ in SOURCES.values()]
+        marks = dict(sorted(marks.items(), key=lambda mark: order.index(mark[0]) if mark[0] in order else len(order)))
         marks["95 % interval over prompts"] = Line2D([], [], color=GREY, lw=0.7, alpha=0.7)
         marks["equal signal S = Q / V"] = Line2D([], [], color="0.75", lw=0.8)
         figure.legend(marks.values(), marks, loc="outside lower center", ncols=3 if columns > 1 else 2, frameon=False)
@@ -211,7 +210,7 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
                 kl = np.array([0.0, max(ahead[proxy].max(), 0.0)])
                 axes.plot(kl, np.exp(fitted["value"] * kl), color=GREY, lw=1.0, label="ln V = c·KL")
                 place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "color": GREY}
-                axes.text(0.97, 0.04, f"c = {fitted['value']:.3g}", **place)
+                axes.text(0.97, 0.04, f"c = {fitted['value']:.3g}".replace("-", "−"), **place)
             if not proxy.startswith("token") and ahead[proxy].max() > LOG_RANGE * ahead[proxy].min():
                 log_axis(axes.xaxis)
         log_axis(grid[0, 0].yaxis)
@@ -229,13 +228,27 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
 def log_axis(axis: Axis) -> None:
     """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_locator(FixedLocator(_round_numbers(*getattr(axis.axes, f"get_{axis.axis_name}lim")())))
+    axis.set_major_formatter(lambda value, place: _short(value))
     axis.set_minor_formatter(NullFormatter())
-    decades = np.log10(max(axis.get_view_interval()) / min(axis.get_view_interval()))
-    if decades < 2:
-        axis.set_major_locator(LogLocator(subs=STEPS[2] if decades > 0.7 else STEPS[3], numticks=10))
-    else:
-        axis.set_major_locator(LogLocator(numticks=6))
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """About three to six round numbers in a range > 0, evenly spread in logarithm where the range is wide."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in STEPS:
+        numbers = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(numbers) > 2:
+            return numbers[:: -(-len(numbers) // 6)]
+    return [number for number in MaxNLocator(5).tick_values(low, high) if low <= number <= high]
+
+
+def _short(number: float) -> str:
+    text = f"{number:g}"
+    if not 1e-3 <= number < 1e4:
+        digits, exponent = f"{number:e}".split("e")
+        text = f"{float(digits):g}e{int(exponent)}"
+    return text.replace("-", "−")
 
 
 def interval_text(found: dict[str, Any] | None) -> str:
@@ -278,35 +291,65 @@ def _draw_band(axes: Axes, rows: pd.DataFrame, name: str, color: str) -> None:
     axes.plot(rows["distance"], rows[name], "o-", color=color, ms=3, lw=1.4, label=name)
 
 
+def _draw_optimum(axes: Axes, best: dict[str, Any], row: int, cost: str, color: str, marks: dict[str, Any]) -> None:
+    """Δ* on its curve of S, hollow at an edge, and its interval as a bar above the curves."""
+    look = {"ls": "", "marker": "*", "ms": 11, "mec": "black", "mew": 0.7, "zorder": 5}
+    axes.plot(
+        best["distance"],
+        best["signal"],
+        color=color,
+        mfc="white" if best["at_edge"] else color,
+        label=f"Δ*, {cost}",
+        **look,
+    )
+    text = "Δ* at an edge of the distances measured" if best["at_edge"] else "Δ*, the maximum of S"
+    marks[text] = Line2D([], [], color=GREY, mfc="white" if best["at_edge"] else GREY, **look)
+    if best["low"] is not None:
+        ends, height = [best["low"], best["high"]], [0.96 - 0.04 * row] * 2
+        place = axes.get_xaxis_transform()
+        axes.plot(ends, height, color=color, lw=2.0, transform=place, label=f"interval of Δ*, {cost}")
+        marks["Δ*: its 95 % interval (bars at the top)"] = Line2D([], [], color=GREY, lw=2.0)
+
+
 def _draw_equal_signal(axes: Axes) -> None:
     """Curves of constant S that leave the panel at its top, with their S at that end."""
     (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
     x = np.geomspace(left, right, 200)
-    decades = range(int(np.floor(np.log10(top / right))), int(np.ceil(np.log10(top / left))) + 1)
-    for steps in STEPS:
-        levels = [step * 10.0**decade for decade in decades for step in steps]
-        levels = [s for s in levels if 0.06 < np.log(top / s / left) / np.log(right / left) < 0.98]
-        if len(levels) >= 3:
-            break
-    for level in levels[:: -(-len(levels) // 6)]:
+    width = right / left
+    for level in _round_numbers(top / right * width**0.08, top / left / width**0.03):
         axes.plot(x, level * x, color="0.75", lw=0.8, zorder=1, scalex=False, scaley=False, label="equal signal")
-        look = {"rotation": 90, "ha": "right", "va": "top", "color": GREY, "clip_on": True}
-        axes.text(top / level, top * 0.985, f"S = {level:g}", **look)
+        look = {"rotation": 90, "ha": "left", "va": "top", "color": GREY, "clip_on": True}
+        axes.text(top / level, top * 0.985, f"S = {_short(level)}", **look)
     axes.set_xlim(left, right)
 
 
 def _label_distances(axes: Axes, rows: pd.DataFrame, cost: str) -> None:
     """Δ beside the largest, the smallest and the middle distance, each where there is room, or not at all."""
-    later = rows[rows["distance"] > 0].sort_values("distance")
+    later = rows[rows["distance"] > 0].dropna(subset=[cost, "quality"]).sort_values("distance")
+    if later.empty:
+        return
     taken = [text.get_window_extent() for text in axes.texts]
     taken += [Bbox.from_bounds(*(place - 4), 8, 8) for place in axes.transData.transform(rows[[cost, "quality"]])]
     frame = axes.get_window_extent()
-    for index in dict.fromkeys([len(later) - 1, 0, len(later) // 2, len(later) // 4, 3 * len(later) // 4]):
+    for index in dict.fromkeys([len(later) - 1, 0, len(later) // 2]):
         row = later.iloc[index]
-        for x, y in ((6, 4), (6, -11), (-6, 4), (-6, -11), (10, 12), (-10, 12), (10, -20), (-10, -20)):
+        for x, y in (
+            (8, 3),
+            (8, -10),
+            (-8, 3),
+            (-8, -10),
+            (14, 12),
+            (-14, 12),
+            (14, -20),
+            (-14, -20),
+            (30, -4),
+            (-30, -4),
+        ):
             place = {"xytext": (x, y), "textcoords": "offset points", "ha": "left" if x > 0 else "right"}
+            place["arrowprops"] = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
             text = axes.annotate(f"Δ = {row['distance']:g}", (row[cost], row["quality"]), **place)
-            box = text.get_window_extent()
+            text.get_window_extent()  # places the text; its own extent leaves the line to the point out
+            box = Text.get_window_extent(text)
             if frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and not box.count_overlaps(taken):
                 taken.append(box)
                 break

@@ -13,8 +13,9 @@ q's samples alone it reads far too low: what q hardly writes any more and π sti
 the sample. It is therefore estimated from samples of both policies, each weighted by the balance heuristic
 q/(½q + ½π) = 2/(1 + W) (Veach and Guibas 1995), which is bounded by 2.
 
-Gradients are taken one trajectory at a time by autograd, over all trainable parameters unless told otherwise. `vmap`
-of `torch.func` would need a model without boolean indexing, which Qwen3-VL's vision path is not.
+Gradients are over all trainable parameters unless told otherwise. A few trajectories share a forward pass, and their
+vector-Jacobian products are vmapped (`is_grads_batched`, the vmap of `torch.func`). `torch.func.grad` under `vmap`
+would need a forward pass without boolean indexing, which Qwen3-VL's vision path is not.
 """
 
 import re
@@ -34,6 +35,9 @@ WEIGHTINGS = ("current", "exact", "sequence")
 
 LARGEST_MATRIX = 4 * 2**30
 """Bytes that the gradients of one pair of policies may take in memory."""
+
+CHUNK = 4
+"""Trajectories that share a forward pass: more waste time in each other's backward pass, fewer in overhead."""
 
 LOG_CAP = 20.0
 """Nats at which ln w of a token and ln W of a sequence are cut, as in `learning_signal.variance_cost`."""
@@ -91,14 +95,21 @@ def source_gradients(
     chosen = _checked(model, parameters, completions)
     size = _fitting(chosen, len(rows), 4, "or gradients")
     plain, exact, log_weights = np.empty((len(rows), size), np.float32), np.empty(len(rows)), np.empty(len(rows))
-    for index, (row, tokens, behaviour) in enumerate(zip(rows, completions, source_logps, strict=True)):
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, min(start + CHUNK, len(rows)))
+        count = part.stop - part.start
         with torch.enable_grad():
-            logps = forced_logps(model, processor, [row], [tokens])[0]
-            log_weight = logps.detach() - torch.tensor(behaviour, device=logps.device)
-            plain[index] = _flat(logps.mean(), chosen, keep=True).numpy()
-            weighted = _flat((log_weight.clamp(max=LOG_CAP).exp() * logps).mean(), chosen, keep=False)
-        exact[index] = weighted.double().square().sum()
-        log_weights[index] = log_weight.sum()
+            logps = _responses(model, processor, rows[part], completions[part])
+            log_weight = [
+                own.detach() - torch.tensor(behaviour, device=own.device)
+                for own, behaviour in zip(logps, source_logps[part], strict=True)
+            ]
+            values = [own.mean() for own in logps]
+            values += [(w.clamp(max=LOG_CAP).exp() * own).mean() for w, own in zip(log_weight, logps, strict=True)]
+            flat = _gradients(values, chosen)
+        plain[part] = flat[:count].numpy()
+        exact[part] = flat[count:].double().square().sum(dim=1)
+        log_weights[part] = [float(w.sum()) for w in log_weight]
     return SourceGradients(plain, exact, log_weights)
 
 
@@ -122,9 +133,7 @@ def own_gram(
     grams = []
     for row, tokens in zip(rows, completions, strict=True):
         with torch.enable_grad():
-            logps = forced_logps(model, processor, [row], [tokens])[0]
-            last = len(logps) - 1
-            flat = torch.stack([_flat(value, chosen, keep=place < last) for place, value in enumerate(logps)]).double()
+            flat = _gradients(list(_responses(model, processor, [row], [tokens])[0]), chosen).double()
         grams.append((flat @ flat.T).numpy())
     return grams
 
@@ -176,6 +185,17 @@ def _fitting(parameters: list[torch.nn.Parameter], rows: int, width: int, remedy
     return size
 
 
-def _flat(value: torch.Tensor, parameters: list[torch.nn.Parameter], keep: bool) -> torch.Tensor:
-    grads = torch.autograd.grad(value, parameters, retain_graph=keep, materialize_grads=True)
-    return torch.cat([grad.detach().float().flatten() for grad in grads]).cpu()
+def _responses(
+    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Differentiable log-probs of each response, without padding."""
+    logps = forced_logps(model, processor, rows, completions)
+    return [logps[index, : len(tokens)] for index, tokens in enumerate(completions)]
+
+
+def _gradients(values: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Gradient of each value, shape (values, parameters), float32 on the CPU."""
+    stacked = torch.stack(list(values))
+    each = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device)
+    grads = torch.autograd.grad(stacked, parameters, each, is_grads_batched=True, materialize_grads=True)
+    return torch.cat([grad.detach().float().flatten(1) for grad in grads], dim=1).cpu()

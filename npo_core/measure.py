@@ -13,7 +13,6 @@ import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ class Measurement:
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        about = {"settings": asdict(settings), "uids": [row["uid"] for row in self.rows]}
+        about = {"settings": settings.of_rollouts(), "uids": [row["uid"] for row in self.rows]}
         saved = self.folder / "settings.json"
         if saved.exists() and json.loads(saved.read_text()) != about:
             raise ValueError(f"{saved} holds other settings or prompts; give another folder, or move that one away.")

@@ -83,6 +83,10 @@ class SignalSettings:
         if self.gradients == 1 or not 0 <= self.gradients <= self.prompts:
             raise ValueError(f"gradients is {self.gradients}; it must be 0 or from 2 to prompts = {self.prompts}.")
 
+    def of_rollouts(self) -> dict[str, Any]:
+        """Settings that decide what is on disk; c and the number of resamples only enter the summary."""
+        return {name: value for name, value in asdict(self).items() if name not in ("c", "resamples")}
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -211,10 +215,18 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
         summary["origins"][str(origin)] = entry
     if measured:
         summary["c"] = {
-            kl: {cost: asdict(calibrated_c(list(found.values()), cost, kl)) for cost in MEASURED_COSTS}
+            kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS}
             for kl in ("token_kl", "token_kl_policy")
         }
     return _plain(summary)
+
+
+def _constant(curves: Sequence[SignalCurve], cost: str, kl: str) -> dict[str, Any]:
+    """The calibrated c; no numbers where it has none: policies that do not differ have a table all the same."""
+    try:
+        return asdict(calibrated_c(curves, cost, kl))
+    except ValueError:
+        return {"value": None, "low": None, "high": None, "n": sum(len(curve.distances) for curve in curves)}
 
 
 def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def measure_run(
     if config.policy == "tiny":
         policies[TEACHER] = teacher_folder(config, quiet)
     pairs = plan_pairs(list(saved), origins, distances, others=[TEACHER] if TEACHER in policies else [], also=also)
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(json.dumps(settings.of_rollouts(), sort_keys=True).encode()).hexdigest()[:6]
     measurement = Measurement(
         run.path / f"signal-{digest}",
         policies,

@@ -1,4 +1,4 @@
-"""Both notebooks, run by papermill at the smallest size."""
+"""The notebooks, run by papermill at the smallest size."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,33 @@ def test_01_grpo_shows_the_base_policy_and_the_plateau(runs, tmp_path):
     assert pictures(notebook) == 3
 
 
-@pytest.mark.parametrize("name", ["01_grpo", "03_autonpo"])
+def test_02_npo_runs_all_four_arms_and_draws_the_study(runs, tmp_path):
+    notebook = execute("02_npo", tmp_path)
+    arms = {folder.name.split("-")[0]: folder for folder in runs.glob("*-smoke-s0-*")}
+    assert {"grpo", "npo"} <= set(arms)
+    stages = [
+        [entry["stage"] for entry in json.loads((folder / "result.json").read_text())["interventions"]]
+        for folder in runs.glob("npo-smoke-s0-*")
+    ]
+    assert sorted(stages) == [["early"], ["early", "late"], ["late"]]
+    assert pictures(notebook) == 5
+
+
+def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
+    small = {"distances": 3, "prompts": 16, "gradients": 4}
+    notebook = execute("04_signal", tmp_path, origins=[0, 6], **small)
+    (folder,) = runs.glob("grpo-smoke-s0-*/signal-*")
+    found = json.loads((folder / "signal.json").read_text())
+    assert set(found["origins"]) == {"0", "6"} and found["c"]["token_kl"].keys() == {
+        *("gradient_current", "gradient_exact", "gradient_sequence")
+    }
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("signal", "plane", "proxies") for kind in ("png", "svg")
+    }
+    assert pictures(notebook) == 5
+
+
+@pytest.mark.parametrize("name", ["01_grpo", "02_npo", "03_autonpo", "04_signal"])
 def test_an_unknown_parameter_is_refused(name, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown parameter 'sead'.*did you mean 'seed'"):
         execute(name, tmp_path, sead=1)

@@ -1,0 +1,49 @@
+"""The figures of the study that are committed, drawn again from its results in seconds."""
+
+from pathlib import Path
+
+from .signal import proxy_agreement, quality_stability, signal_curves
+from .study import final_differences, gain_against_signal, gain_over_distance, learning_curves, speed_up
+from .style import save_figure
+
+FROM_FILE = {
+    "npo_learning_curves": ("interventions.json", learning_curves),
+    "npo_speed_up": ("interventions.json", speed_up),
+    "npo_differences": ("interventions.json", final_differences),
+    "gain_signal": ("gain.json", gain_against_signal),
+    "gain_distance": ("gain.json", gain_over_distance),
+}
+"""Name of a figure to its results file and the function that draws it."""
+
+FROM_MEASUREMENT = {
+    "signal_curves": signal_curves,
+    "signal_plane": quality_stability,
+    "signal_proxies": proxy_agreement,
+}
+"""Name of a figure to the function that draws it from the first seed's measurement."""
+
+
+def draw_study(results: str | Path, target: str | Path) -> list[Path]:
+    """Draw every figure of the study and save it as PNG and SVG.
+
+    Args:
+        results: Folder that `python -m npo_core signal-study` made.
+        target: Folder of the figures.
+
+    Returns:
+        Paths of the PNGs.
+
+    Raises:
+        FileNotFoundError: A results file is missing; nothing is drawn then.
+    """
+    results = Path(results)
+    measurements = sorted(results.glob("signal-seed*"))
+    missing = sorted({name for name, _ in FROM_FILE.values() if not (results / name).is_file()})
+    if missing or not measurements:
+        absent = [*missing, *([] if measurements else ["signal-seed*/"])]
+        raise FileNotFoundError(
+            f"{results} lacks {', '.join(absent)}; `python -m npo_core signal-study` makes the results."
+        )
+    figures = {name: draw(results / file) for name, (file, draw) in FROM_FILE.items()}
+    figures |= {name: draw(measurements[0]) for name, draw in FROM_MEASUREMENT.items()}
+    return [save_figure(figure, target, name)[0] for name, figure in figures.items()]

@@ -36,6 +36,9 @@ LEVEL_SHARE = 0.8
 PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
 """The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""
 
+GAIN_PLANS = (GainPlan(origins=(0,)), GainPlan(origins=(100,), distances=(0, 20)))
+"""From the plateau fewer sources: later checkpoints hardly differ there, see docs/log.md."""
+
 OVERRIDES = {"checkpoint_keep": 0}
 """The study's GRPO runs keep every checkpoint resumable; settings are otherwise the preset's."""
 DISTANCES, ALSO = 12, (20, 60, 160)
@@ -47,7 +50,7 @@ def write(
     seeds: Sequence[int],
     parts: Sequence[str] = ("interventions", "signal", "gain"),
     measurement: Mapping[str, Any] | None = None,
-    plan: GainPlan | None = None,
+    plans: Sequence[GainPlan] | None = None,
     root: Path | None = None,
     out: Path | None = None,
     quiet: bool = False,
@@ -59,7 +62,7 @@ def write(
         seeds: Seeds, two or more for an interval.
         parts: "interventions", "signal" and "gain"; the last needs the second.
         measurement: Settings of `SignalSettings` that are not its defaults.
-        plan: Plan of the gain study; `GainPlan()` if None.
+        plans: Plans of the gain study, `GAIN_PLANS` if None.
         root: Folder of all runs; the project's `data/runs` if None.
         out: Folder of the results; the project's `data/results` if None.
         quiet: Without progress bars.
@@ -76,7 +79,7 @@ def write(
         options = {"distances": DISTANCES, "also": ALSO, "root": root, "out": folder, "quiet": quiet}
         found["signal"], table = signal(preset, seeds, OVERRIDES, measurement or {}, **options)
         if "gain" in parts:
-            found["gain"] = gain(preset, seeds, OVERRIDES, plan or GainPlan(), table, root, quiet)
+            found["gain"] = gain(preset, seeds, OVERRIDES, plans or GAIN_PLANS, table, root, quiet)
     for name, content in found.items():
         write_json(folder / f"{name}.json", content)
     return [folder / f"{name}.json" for name in found]
@@ -254,7 +257,7 @@ def gain(
     preset: str,
     seeds: Sequence[int],
     overrides: Mapping[str, Any],
-    plan: GainPlan,
+    plans: Sequence[GainPlan],
     table: pd.DataFrame,
     root: Path | None = None,
     quiet: bool = False,
@@ -265,27 +268,27 @@ def gain(
         preset: Name of a preset.
         seeds: Seeds.
         overrides: Settings that replace the preset's.
-        plan: What is compared.
-        table: Rows of `signal`; every source of the plan must be in it.
+        plans: What is compared, one plan for an origin.
+        table: Rows of `signal`; every source of the plans must be in it.
         root: Folder of all runs.
         quiet: Without progress bars.
     """
     arms = []
     for seed in seeds:
-        records = GainStudy(resolve_config("grpo", preset, seed, overrides), plan, root, quiet).run()
+        config = resolve_config("grpo", preset, seed, overrides)
+        records = [record for plan in plans for record in GainStudy(config, plan, root, quiet).run()]
         unguided = {record["origin"]: record for record in records if record["source"] == "unguided"}
         for record in records:
             if record["source"] == "unguided":
                 continue
             arms.append(_arm_record(record, unguided[record["origin"]], table))
     correlation = []
-    for origin in plan.origins:
-        for mode in plan.modes:
-            chosen = pd.DataFrame([arm for arm in arms if arm["origin"] == origin and arm["mode"] == mode])
-            for name in PREDICTORS:
-                rhos = [_rho(part, name) for _, part in chosen.groupby("seed")]
-                correlation.append({"origin": origin, "mode": mode, "signal": name, **_over_seeds(rhos)})
-    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "plan": asdict(plan)}
+    for origin, mode in [(o, mode) for plan in plans for o in plan.origins for mode in plan.modes]:
+        chosen = pd.DataFrame([arm for arm in arms if arm["origin"] == origin and arm["mode"] == mode])
+        for name in PREDICTORS:
+            rhos = [_rho(part, name) for _, part in chosen.groupby("seed")]
+            correlation.append({"origin": origin, "mode": mode, "signal": name, **_over_seeds(rhos)})
+    about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "plans": [asdict(plan) for plan in plans]}
     return {**about, "primary": PRIMARY, "arms": arms, "correlation": correlation}
 
 

@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
         "smoke",
         [0],
         measurement={"prompts": 16, "rollouts": 4, "gradients": 4, "resamples": 20},
-        plan=GainPlan(origins=(0,), distances=(0, 4), window=2, modes=("current",), teacher=False),
+        plans=[GainPlan(origins=(0,), distances=(0, 4), window=2, modes=("current",), teacher=False)],
         root=root,
         out=out,
         quiet=True,

@@ -112,7 +112,7 @@ class RunConfig:
     confirm_quality: float = _setting(0.05, "Probe pass rate below which a warning is dismissed.")
     quality_floor: float = _setting(0.05, "Smallest quality Q̂ of an eligible distance.")
     variance_proxy: Literal["kl", "second_moment", "sequence"] = _setting("kl", "Estimator V̂ of the variance cost.")
-    variance_c: float = _setting(2.0, "c of V̂ = exp(c·KL per token).")
+    variance_c: float = _setting(3.3, "c of V̂ = exp(c·KL per token), fitted to mode current; 17 for exact.")
 
     # Checkpoints and logs
     checkpoint_every: int = _setting(10, "Steps between checkpoints; the grid of roll-back distances.", "paper")

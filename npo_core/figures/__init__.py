@@ -1,20 +1,32 @@
-"""Figures, drawn from run folders only: a plot needs the logs that a run left behind, never the engine that ran it.
+"""Figures, drawn from run folders, measurements and results files only, never with the engine that made them.
 
 Every function returns a closed matplotlib figure: a notebook shows it as the value of a cell, `save_figure` writes it.
 Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at a width of 7 inches.
 """
 
+from .committed import draw_study
 from .curves import plateau, training_curves
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
+from .signal import proxy_agreement, quality_stability, signal_curves
+from .study import final_differences, gain_against_signal, gain_over_distance, learning_curves, speed_up
 from .style import save_figure
 
 __all__ = [
+    "draw_study",
+    "final_differences",
+    "gain_against_signal",
+    "gain_over_distance",
     "group_before_after",
     "intervention_signals",
+    "learning_curves",
     "plateau",
+    "proxy_agreement",
+    "quality_stability",
     "sample_gallery",
     "save_figure",
+    "signal_curves",
+    "speed_up",
     "suite_pass_rates",
     "training_curves",
 ]

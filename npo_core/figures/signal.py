@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from ..signal_curve import COSTS, MEASURED_COSTS
@@ -51,6 +51,13 @@ SOURCES = {
 STEPS = ((1,), (1, 3), (1, 2, 5))
 """Round numbers within a decade, from coarse to fine."""
 
+LABEL_PLACES = (
+    (8, 3, "left"), (8, -10, "left"), (-8, 3, "right"), (-8, -10, "right"),
+    (7, 10, "right"), (7, -18, "right"), (-7, 10, "left"), (-7, -18, "left"),
+    (14, 12, "left"), (14, -20, "left"), (-14, 12, "right"), (-14, -20, "right"),
+)  # fmt: skip
+"""Where a label may stand beside its point, the best place first: offset in points, and alignment."""
+
 
 def signal_curves(folder: str | Path) -> Figure:
     """Q, V and S = Q/V over the distance, a column per policy that would learn (paper: Figure 2b and c).
@@ -80,7 +87,7 @@ def signal_curves(folder: str | Path) -> Figure:
             axes.tick_params(labelleft=False)
         for column, origin in zip(grid.T, origins, strict=True):
             rows, found = ahead[ahead["origin"] == origin], summary["origins"][str(origin)]
-            column[0].set_title(_title(origin))
+            column[0].set_title(origin_title(origin))
             smooth = np.linspace(0, rows["distance"].max(), 200)
             shapes = []
             for name, color in QUALITY_COLORS.items():
@@ -88,12 +95,10 @@ def signal_curves(folder: str | Path) -> Figure:
                 rise = found["fit"][name]["kl"]
                 if rise["tau"] is not None:
                     shapes.append((column[0], name, -rise["q_inf"] * np.expm1(-smooth / rise["tau"]), color))
-            for cost, color in costs.items():
+            for row, (cost, color) in enumerate(costs.items()):
                 _draw_band(column[1], rows, cost, color)
                 _draw_band(column[2], rows, f"signal_{cost}", color)
-                _draw_optimum(
-                    column[2], found["optimum"][f"signal_{cost}"], list(costs).index(cost), cost, color, marks
-                )
+                _draw_optimum(column[2], found["optimum"][f"signal_{cost}"], row, cost, color, marks)
             log_axis(column[1].yaxis)
             column[2].set_ylim(0, column[2].get_ylim()[1] * 1.15)
             growth = found["fit"]["quality"]["kl"]["beta"]
@@ -111,8 +116,8 @@ def signal_curves(folder: str | Path) -> Figure:
         lines = [Line2D([], [], color=colors[name], marker="o", ms=3, lw=1.4, label=names[name]) for name in names]
         wide = len(origins) > 1
         figure.legend(handles=lines, loc="outside upper center", ncols=3 if wide else 2, frameon=False)
-        order = sorted(marks, key=lambda mark: mark.startswith("Δ*"))
-        figure.legend([marks[m] for m in order], order, loc="outside lower center", ncols=2, frameon=False)
+        marks = dict(sorted(marks.items()))
+        figure.legend(marks.values(), marks, loc="outside lower center", ncols=2, frameon=False)
     return settle(figure)
 
 
@@ -142,7 +147,7 @@ def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figur
             axes.remove()
         panels = dict(zip(origins, grid.flat, strict=False))
         for origin, axes in panels.items():
-            axes.set_title(_title(origin))
+            axes.set_title(origin_title(origin))
             rows = table[table["origin"] == origin].sort_values("distance")
             kinds = rows["kind"].mask((rows["distance"] > 0) & (rows["distance"] == rows["distance"].max()), "far")
             for kind in [*SOURCES, *sorted(set(kinds) - set(SOURCES))]:
@@ -216,7 +221,7 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
         log_axis(grid[0, 0].yaxis)
         for axes in grid[:, 0]:
             axes.set_ylabel(f"V ({COST_NAMES[cost]})")
-        lines = [Line2D([], [], ls="", marker="o", ms=4, color=c, label=_title(o)) for o, c in colors.items()]
+        lines = [Line2D([], [], ls="", marker="o", ms=4, color=c, label=origin_title(o)) for o, c in colors.items()]
         if any(axes.texts for axes in grid.flat):
             lines.append(Line2D([], [], color=GREY, lw=1.0, label="ln V = c·KL"))
         figure.legend(handles=lines, loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
@@ -225,10 +230,23 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
     return settle(figure)
 
 
-def log_axis(axis: Axis) -> None:
-    """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font."""
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(FixedLocator(_round_numbers(*getattr(axis.axes, f"get_{axis.axis_name}lim")())))
+def log_axis(axis: Axis, linear_below: float | None = None) -> None:
+    """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font.
+
+    Args:
+        axis: Axis whose data is drawn already.
+        linear_below: Number > 0 below which the scale is linear and ends a little under 0, for data that holds a 0.
+    """
+    axes, name = axis.axes, axis.axis_name
+    if linear_below is None:
+        getattr(axes, f"set_{name}scale")("log")
+        numbers = _round_numbers(*getattr(axes, f"get_{name}lim")())
+    else:
+        getattr(axes, f"set_{name}scale")("symlog", linthresh=linear_below)
+        getattr(axes, f"set_{name}lim")(-0.3 * linear_below, None)
+        numbers = [0.0, *_round_numbers(linear_below, getattr(axes, f"get_{name}lim")()[1])]
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(FixedLocator(numbers))
     axis.set_major_formatter(lambda value, place: _short(value))
     axis.set_minor_formatter(NullFormatter())
 
@@ -245,7 +263,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 def _short(number: float) -> str:
     text = f"{number:g}"
-    if not 1e-3 <= number < 1e4:
+    if number and not 1e-3 <= number < 1e4:
         digits, exponent = f"{number:e}".split("e")
         text = f"{float(digits):g}e{int(exponent)}"
     return text.replace("-", "−")
@@ -282,7 +300,7 @@ def _require(table: pd.DataFrame, cost: str, names: Sequence[str], folder: str |
         raise ValueError(f"{folder} holds no cost {cost!r}; available: {', '.join(available) or 'none'}.")
 
 
-def _title(origin: int) -> str:
+def origin_title(origin: int) -> str:
     return f"from policy step {origin}" if origin else "from the base policy"
 
 
@@ -293,17 +311,12 @@ def _draw_band(axes: Axes, rows: pd.DataFrame, name: str, color: str) -> None:
 
 def _draw_optimum(axes: Axes, best: dict[str, Any], row: int, cost: str, color: str, marks: dict[str, Any]) -> None:
     """Δ* on its curve of S, hollow at an edge, and its interval as a bar above the curves."""
-    look = {"ls": "", "marker": "*", "ms": 11, "mec": "black", "mew": 0.7, "zorder": 5}
-    axes.plot(
-        best["distance"],
-        best["signal"],
-        color=color,
-        mfc="white" if best["at_edge"] else color,
-        label=f"Δ*, {cost}",
-        **look,
-    )
-    text = "Δ* at an edge of the distances measured" if best["at_edge"] else "Δ*, the maximum of S"
-    marks[text] = Line2D([], [], color=GREY, mfc="white" if best["at_edge"] else GREY, **look)
+    edge = best["at_edge"]
+    look = {"ls": "", "marker": "*", "ms": 11, "mew": 1.2 if edge else 0.7, "zorder": 5}
+    paint = {"mfc": "white", "mec": color} if edge else {"mfc": color, "mec": "black"}
+    axes.plot(best["distance"], best["signal"], label=f"Δ*, {cost}", **look, **paint)
+    text = "Δ* at an edge of the distances measured" if edge else "Δ*, the maximum of S"
+    marks[text] = Line2D([], [], **look, mfc="white" if edge else GREY, mec=GREY if edge else "black")
     if best["low"] is not None:
         ends, height = [best["low"], best["high"]], [0.96 - 0.04 * row] * 2
         place = axes.get_xaxis_transform()
@@ -329,23 +342,15 @@ def _label_distances(axes: Axes, rows: pd.DataFrame, cost: str) -> None:
     if later.empty:
         return
     taken = [text.get_window_extent() for text in axes.texts]
-    taken += [Bbox.from_bounds(*(place - 4), 8, 8) for place in axes.transData.transform(rows[[cost, "quality"]])]
+    points, path = (axes.transData.transform(table[[cost, "quality"]]) for table in (rows, later))
+    along = np.linspace(path[:-1], path[1:], 12).reshape(-1, 2)
+    taken += [Bbox.from_bounds(*(place - 4), 8, 8) for place in points]
+    taken += [Bbox.from_bounds(*place, 1, 1) for place in along]
     frame = axes.get_window_extent()
     for index in dict.fromkeys([len(later) - 1, 0, len(later) // 2]):
         row = later.iloc[index]
-        for x, y in (
-            (8, 3),
-            (8, -10),
-            (-8, 3),
-            (-8, -10),
-            (14, 12),
-            (-14, 12),
-            (14, -20),
-            (-14, -20),
-            (30, -4),
-            (-30, -4),
-        ):
-            place = {"xytext": (x, y), "textcoords": "offset points", "ha": "left" if x > 0 else "right"}
+        for x, y, side in LABEL_PLACES:
+            place = {"xytext": (x, y), "textcoords": "offset points", "ha": side}
             place["arrowprops"] = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
             text = axes.annotate(f"Δ = {row['distance']:g}", (row[cost], row["quality"]), **place)
             text.get_window_extent()  # places the text; its own extent leaves the line to the point out

@@ -36,8 +36,8 @@ LEVEL_SHARE = 0.8
 PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
 """The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""
 
-GAIN_PLANS = (GainPlan(origins=(0,)), GainPlan(origins=(100,), distances=(0, 20)))
-"""From the plateau fewer sources: later checkpoints hardly differ there, see docs/log.md."""
+GAIN_PLANS = (GainPlan(origins=(0,)),)
+"""From the base policy alone: arms from the plateau are planned but not run yet, see docs/log.md."""
 
 OVERRIDES = {"checkpoint_keep": 0}
 """The study's GRPO runs keep every checkpoint resumable; settings are otherwise the preset's."""

@@ -8,10 +8,11 @@ count, not only correct ones). Three weightings:
 - `exact`: w_t = π/q of the token, ratio mode exact before the clip.
 - `sequence`: W, the product over the sequence: the textbook importance weight.
 
-In the weighted two the mean gradient is 0 (the score's expectation), so the variance is the second moment E_q‖·‖². From
-q's samples alone it reads far too low: what q hardly writes any more and π still does has a huge weight, and is not in
-the sample. It is therefore estimated from samples of both policies, each weighted by the balance heuristic
-q/(½q + ½π) = 2/(1 + W) (Veach and Guibas 1995), which is bounded by 2.
+In the weighted two the mean gradient is 0 if all responses have one length (the score's expectation; 1/|y| shifts it a
+little where lengths differ), so the variance is taken as the second moment E_q‖·‖². From q's samples alone it reads far
+too low: what q hardly writes any more and π still does has a huge weight, and is not in the sample. It is therefore
+estimated from samples of both policies, each weighted by the balance heuristic q/(½q + ½π) = 2/(1 + W), which never
+exceeds 2 (Veach and Guibas 1995). What it weights still has heavy tails: read the intervals, not the points.
 
 Gradients are over all trainable parameters unless told otherwise. A few trajectories share a forward pass, and their
 vector-Jacobian products are vmapped (`is_grads_batched`, the vmap of `torch.func`). `torch.func.grad` under `vmap`

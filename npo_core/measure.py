@@ -1,15 +1,17 @@
 """Measure Q, V and S = Q/V between the checkpoints of a run: ours, or any folder of Hugging Face checkpoints.
 
 Cost and memory. Each policy generates once for all pairs that it takes part in (an origin twice, for Q at distance 0);
-a pair then costs one forward pass over stored tokens and a few per-sample gradients. One policy is in memory at a time.
-Everything is written as it is made, under another name first, and a second call goes on where the first one stopped.
+a pair then costs two forward passes over stored tokens and a few per-sample gradients. While sampling one policy is in
+memory, in a pair two: the policy and the source. Everything is written as it is made, under another name first, and a
+second call goes on where the first one stopped.
 
-Files of a measurement: `settings.json`, `samples/*.parquet` (rollouts of each policy), `own/*.parquet` (on-policy
-gradients of each origin), `pairs/*.parquet` (`signal_curve.SUMS`, a row per prompt), `table.parquet` (a row per pair)
-and `signal.json` (fits, Δ*, calibrated c).
+Files of a measurement: `settings.json`, `policies.json` (fingerprints of weights), `samples/*.parquet` (rollouts of
+each policy), `own/*.parquet` (on-policy gradients of each origin), `pairs/*.parquet` (`signal_curve.SUMS`, a row per
+prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrated c).
 """
 
 import gc
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -82,6 +84,19 @@ def check_policies(policies: Mapping[str, Path], processor: Any) -> None:
             )
 
 
+def fingerprint(folder: str | Path) -> str:
+    """What tells the weights of two policy folders apart: sizes, first and last 64 KiB of each weight file."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as stream:
+            for start in (0, max(0, size - 2**16)):
+                stream.seek(start)
+                found.update(stream.read(2**16))
+    return found.hexdigest()[:16]
+
+
 def _architecture(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Entries of a model configuration that decide its architecture, flat."""
     flat = {}
@@ -133,11 +148,29 @@ class Measurement:
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        about = {"settings": settings.of_rollouts(), "uids": [row["uid"] for row in self.rows]}
-        saved = self.folder / "settings.json"
-        if saved.exists() and json.loads(saved.read_text()) != about:
-            raise ValueError(f"{saved} holds other settings or prompts; give another folder, or move that one away.")
-        write_json(saved, about)
+        self._keep("settings.json", {"settings": settings.of_rollouts(), "uids": [row["uid"] for row in self.rows]})
+        # policies may be added later, but a name must go on standing for the same weights
+        known = self._read("policies.json")
+        found = {name: fingerprint(path) for name, path in self.policies.items()}
+        changed = sorted(name for name in found if known.get(name, found[name]) != found[name])
+        if changed:
+            raise ValueError(
+                f"{self.folder} was measured with other weights under the names {changed}; give another folder for "
+                "another run, or move that one away."
+            )
+        write_json(self.folder / "policies.json", {**known, **found})
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _keep(self, name: str, about: dict[str, Any]) -> None:
+        """Write a record, or refuse a folder that holds another one."""
+        if self._read(name) not in ({}, about):
+            raise ValueError(
+                f"{self.folder / name} holds other settings or prompts; give another folder, or move that one away."
+            )
+        write_json(self.folder / name, about)
 
     def run(self) -> dict[str, Any]:
         """Measure what is left to measure; return what `signal.json` holds."""
@@ -219,6 +252,7 @@ class Measurement:
             write_rollouts(self.folder / "pairs" / pair.file, table.to_dict("records"))
             bar.advance(1, pair=f"{pair.origin} and {pair.source}")
             del source
+            gc.collect()  # a shared vision tower is a reference cycle: it would stay beside the next source
         del model
         gc.collect()
 

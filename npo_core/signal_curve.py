@@ -130,7 +130,7 @@ def bootstrap_weights(prompts: int, resamples: int, rng: np.random.Generator) ->
 def pair_estimates(
     pair: PairSums, weights: Int[np.ndarray, "draws prompts"], c: float | int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
-    """Quality, KL, costs and effective sample size of a pair, one value per draw of prompts.
+    """Quality, KL and costs of a pair, one value per draw of prompts.
 
     Proxies are at least 1, as `learning_signal.variance_cost` has them; measured costs are not bounded: a source that
     is more certain than the policy can have shorter gradients, and noise goes both ways.
@@ -239,17 +239,23 @@ def curve_fits(curve: SignalCurve, cost: str, quality: str = "quality") -> dict[
     out: dict[str, float | str | None] = dict.fromkeys(
         ("q_inf", "tau", "q_rmse", "beta", "v_rmse", "fitted_optimum", "reason")
     )
-    grid = curve.distances
+    grid, reasons = curve.distances, []
     try:
         rise = fit_quality(grid, curve.values(quality))
         out |= {"q_inf": rise.q_inf, "tau": rise.tau, "q_rmse": rise.rmse}
+    except (ValueError, RuntimeError) as error:
+        reasons.append(f"Q: {error}")
+    try:
         growth = fit_variance(grid, np.maximum(curve.values(cost), 1.0))
         out |= {"beta": growth.beta, "v_rmse": growth.rmse}
         if growth.beta * grid[-1] < FLAT:
-            raise ValueError("V does not grow over the grid, so no best distance follows from the fits: it is an edge.")
-        out["fitted_optimum"] = fitted_optimum(rise.tau, growth.beta)
+            reasons.append("V does not grow over the grid, so no best distance follows from the fits: it is an edge.")
     except (ValueError, RuntimeError) as error:
-        out["reason"] = str(error)
+        reasons.append(f"V: {error}")
+    if reasons:
+        out["reason"] = " ".join(reasons)
+    else:
+        out["fitted_optimum"] = fitted_optimum(rise.tau, growth.beta)
     return out
 
 

@@ -60,7 +60,7 @@ class SignalSettings:
     scored: int = 2
     gradients: int = 64
     parameters: str = ""
-    max_new_tokens: int = 16
+    max_new_tokens: int = 512
     c: float = 2.0
     resamples: int = 1000
     seed: int = 0

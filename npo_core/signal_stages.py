@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from . import stages
 from .checkpoints import complete_checkpoints
@@ -178,9 +179,8 @@ def describe(measured: MeasuredSignal) -> str:
             if name in entry["optimum"]:
                 best = entry["optimum"][name]
                 edge = ", at the edge" if best["at_edge"] else ""
-                lines.append(
-                    f"{origin:>11}  {name:<24} {best['distance']:>6g}  {best['low']:g} to {best['high']:g}{edge}"
-                )
+                interval = "unknown" if best["low"] is None else f"{best['low']:g} to {best['high']:g}"
+                lines.append(f"{origin:>11}  {name:<24} {best['distance']:>6g}  {interval}{edge}")
     return "\n".join(lines)
 
 
@@ -189,19 +189,23 @@ def load_rows(path: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ValueError: A format that is not read, a missing column, an empty value, or a uid twice.
+        ValueError: A format that is not read, no rows, a missing column, an empty value, or one uid for two rows.
     """
     path = Path(path)
-    if path.is_dir():
-        rows = load_from_disk(str(path))
-        if not isinstance(rows, Dataset):
-            raise ValueError(f"{path} holds several splits ({', '.join(rows)}); give the folder of one.")
-    elif not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"There is no data set at {path}.")
-    elif path.suffix not in READERS:
+    if path.is_file() and path.suffix not in READERS:
         raise ValueError(f"{path} ends in {path.suffix!r}; {', '.join(READERS)} and folders of datasets are read.")
-    else:
-        rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    try:
+        if path.is_dir():
+            rows = load_from_disk(str(path))
+        else:
+            rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    except (DatasetsError, ValueError, IndexError, StopIteration) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
+        raise ValueError(f"{path} holds no rows that can be read: {reason}.") from error
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"{path} holds several splits ({', '.join(rows)}); give the folder of one.")
     require_columns(rows)
     if "image" in rows.column_names and not isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image())

@@ -156,9 +156,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
     run = stages.run(BOTH, tmp_path, quiet=True)
     assert _lines(run) == _lines(both)
     assert _decisions(run) == _decisions(both)
-    weights = [
-        load_file(checkpoint_folder(r.path / "branches" / "02", 12) / "model.safetensors") for r in (run, both)
-    ]
+    weights = [load_file(checkpoint_folder(r.path / "branches" / "02", 12) / "model.safetensors") for r in (run, both)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 

@@ -1,5 +1,6 @@
 """The base policy: what decides it, the imperfect corpus, and that it is made once."""
 
+import json
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -9,7 +10,8 @@ import torch
 
 from npo_core import warmstart
 from npo_core.config import RunConfig, resolve_config
-from npo_core.policies import TinyQwen3VLProcessor, load_policy, load_processor
+from npo_core.policies import TinyQwen3VLProcessor, load_policy, load_processor, tokenizer_digest
+from npo_core.runs import project_folder
 from npo_core.tasks import FAMILIES, Problem, all_facts, sample_problems, vocabulary
 from npo_core.warmstart import (
     WORLD_FIELDS,
@@ -19,6 +21,8 @@ from npo_core.warmstart import (
     fact_kinds,
     imperfect_states,
     misconceptions,
+    teacher_config,
+    teacher_folder,
     warm_start,
 )
 
@@ -205,3 +209,51 @@ def test_a_policy_folder_is_taken_as_it_is_and_a_wrong_one_refused(made, tmp_pat
     assert base_policy_folder(CONFIG.with_changes(policy=str(made))) == made
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         base_policy_folder(CONFIG.with_changes(policy=str(tmp_path)))
+
+
+def test_the_teacher_is_of_another_seed_and_its_corpus_clean_and_in_another_form():
+    config = resolve_config("grpo", "cpu", overrides={"teacher_seed": 5, "teacher_form_share": 0.75})
+    teacher = teacher_config(config)
+    changed = {
+        setting.name for setting in fields(RunConfig) if getattr(teacher, setting.name) != getattr(config, setting.name)
+    }
+    assert changed == {"policy_seed", "second_form_share", "easy_error", "middling_error", "hard_error"}
+    assert teacher.policy_seed == 5
+    assert teacher.second_form_share == 0.75
+    assert set(fact_errors(teacher).values()) == {0.0}
+    assert base_digest(teacher) != base_digest(config)
+    # the same facts are hard, and the model is as large: only what it was taught differs
+    assert fact_kinds(teacher) == fact_kinds(config)
+
+
+def test_a_teacher_that_is_the_base_policy_or_of_a_foreign_one_is_refused():
+    config = resolve_config("grpo", "cpu")
+    with pytest.raises(ValueError, match=r"both 1; a teacher is another policy"):
+        teacher_config(config.with_changes(policy_seed=1, teacher_seed=1))
+    with pytest.raises(ValueError, match=r"'/elsewhere'; only the tiny policy has a teacher of its own"):
+        teacher_config(config.with_changes(policy="/elsewhere"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "autonpo"])
+def test_the_teacher_of_the_cpu_preset_is_shipped_and_comparable_with_the_base_policy(method, monkeypatch):
+    monkeypatch.setattr(warmstart, "warm_start", lambda *_, **__: pytest.fail("trained"))
+    config = resolve_config(method, "cpu")
+    base, teacher = base_policy_folder(config), teacher_folder(config)
+    assert teacher == project_folder() / "data" / "base" / f"tiny-{base_digest(teacher_config(config))}"
+    assert teacher != base
+    assert tokenizer_digest(load_processor(teacher)) == tokenizer_digest(load_processor(base))
+    described = [json.loads((folder / "config.json").read_text()) for folder in (base, teacher)]
+    assert described[0] == described[1]
+    one, other = (load_policy(folder).state_dict() for folder in (base, teacher))
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in other.items()}
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("q_proj.weight"))
+
+
+def test_a_teacher_is_made_once_beside_the_base_policy(made, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        warmstart, "warm_start", lambda config, folder, quiet: trained.append((config, folder)) or folder
+    )
+    folder = teacher_folder(CONFIG, quiet=True)
+    assert trained == [(teacher_config(CONFIG), folder)]
+    assert folder == made.with_name(f"tiny-{base_digest(teacher_config(CONFIG))}")

@@ -1,12 +1,12 @@
 """Figures of a signal measurement: what they show of its table and summary, read back from the axes."""
 
 import json
-from itertools import combinations
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from legible import assert_legible
 from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
 
@@ -330,24 +330,7 @@ def test_figures_are_saved_with_the_same_bytes_each_time(figures, tmp_path):
 
 
 def test_texts_are_large_enough_inside_of_the_figure_and_apart(figures):
-    for name, figure in figures.items():
-        figure.draw_without_rendering()
-        assert figure.get_size_inches()[0] <= 7
-        texts = [text for legend in figure.legends for text in legend.get_texts()]
-        for axes in figure.axes:
-            texts += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
-            ticks = [tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()]
-            texts += [label for label in ticks if label.get_visible()]
-        texts = [text for text in texts if text.get_text()]
-        assert all(text.get_fontsize() >= 8 for text in figure.findobj(matplotlib.text.Text) if text.get_text()), name
-        boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
-        for text, box in zip(texts, boxes, strict=True):
-            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
-            assert inside, (name, text.get_text())
-        for (one, first), (other, second) in combinations(zip(texts, boxes, strict=True), 2):
-            across = min(first.x1, second.x1) - max(first.x0, second.x0)
-            down = min(first.y1, second.y1) - max(first.y0, second.y0)
-            assert across <= 1 or down <= 1, (name, one.get_text(), other.get_text())
+    assert_legible(figures)
 
 
 def test_drawing_leaves_the_style_of_the_session_alone_and_no_figure_open(measured):

@@ -36,6 +36,9 @@ LEVEL_SHARE = 0.8
 PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
 """The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""
 
+OUTCOMES = ("gain", "pass_rate_gain")
+"""Gains over the unguided arm: test pass rate (primary), and on-policy pass rate of the last third of the window."""
+
 GAIN_PLANS = (GainPlan(origins=(0,)),)
 """From the base policy alone: arms from the plateau are planned but not run yet, see docs/log.md."""
 
@@ -282,14 +285,32 @@ def gain(
             if record["source"] == "unguided":
                 continue
             arms.append(_arm_record(record, unguided[record["origin"]], table))
-    correlation = []
-    for origin, mode in [(o, mode) for plan in plans for o in plan.origins for mode in plan.modes]:
-        chosen = pd.DataFrame([arm for arm in arms if arm["origin"] == origin and arm["mode"] == mode])
-        for name in PREDICTORS:
-            rhos = [_rho(part, name) for _, part in chosen.groupby("seed")]
-            correlation.append({"origin": origin, "mode": mode, "signal": name, **_over_seeds(rhos)})
+    cells = [(origin, mode) for plan in plans for origin in plan.origins for mode in plan.modes]
+    correlation = {
+        outcome: [row for cell in cells for row in _correlation(arms, *cell, outcome)] for outcome in OUTCOMES
+    }
     about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "plans": [asdict(plan) for plan in plans]}
-    return {**about, "primary": PRIMARY, "arms": arms, "correlation": correlation}
+    return {
+        **about,
+        "primary": PRIMARY,
+        "arms": arms,
+        "correlation": correlation["gain"],
+        "correlation_on_policy": correlation["pass_rate_gain"],
+    }
+
+
+def _correlation(arms: Sequence[Mapping[str, Any]], origin: int, mode: str, outcome: str) -> list[dict[str, Any]]:
+    """Rank correlation of each predictor with an outcome over the sources of a seed, a row per predictor."""
+    chosen = pd.DataFrame([arm for arm in arms if arm["origin"] == origin and arm["mode"] == mode])
+    return [
+        {
+            "origin": origin,
+            "mode": mode,
+            "signal": name,
+            **_over_seeds([_rho(part, name, outcome) for _, part in chosen.groupby("seed")]),
+        }
+        for name in PREDICTORS
+    ]
 
 
 def _arm_record(record: Mapping[str, Any], unguided: Mapping[str, Any], table: pd.DataFrame) -> dict[str, Any]:
@@ -325,8 +346,8 @@ def _arm_record(record: Mapping[str, Any], unguided: Mapping[str, Any], table: p
     }
 
 
-def _rho(part: pd.DataFrame, name: str) -> float | None:
-    value = rank_correlation(part[[name]].to_numpy(float).T, part[["gain"]].to_numpy(float).T)[0]
+def _rho(part: pd.DataFrame, name: str, outcome: str = "gain") -> float | None:
+    value = rank_correlation(part[[name]].to_numpy(float).T, part[[outcome]].to_numpy(float).T)[0]
     return float(value) if np.isfinite(value) else None
 
 

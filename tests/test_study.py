@@ -119,7 +119,8 @@ def test_gain_is_over_the_unguided_arm_and_carries_the_measured_signal(folder):
         measured = table.loc[(0, arm["source"])]
         assert arm["quality"] == measured["quality"]
         assert arm["signal_gradient_current"] == measured["signal_gradient_current"]
-    assert {row["signal"] for row in found["correlation"]} == set(findings.PREDICTORS)
+    for name in ("correlation", "correlation_on_policy"):
+        assert {row["signal"] for row in found[name]} == set(findings.PREDICTORS)
     assert set(found["primary"].values()) <= set(findings.PREDICTORS)
 
 
@@ -127,6 +128,7 @@ def test_the_correlation_is_spearmans_rho_over_the_sources_of_a_seed():
     part = pd.DataFrame({"quality": [0.1, 0.2, 0.3, 0.4], "gain": [0.0, 0.3, 0.2, 0.5]})
     assert study._rho(part, "quality") == pytest.approx(scipy.stats.spearmanr(part["quality"], part["gain"])[0])
     assert study._rho(part.assign(gain=0.1), "quality") is None
+    assert study._rho(part.assign(other=-part["quality"]), "quality", "other") == pytest.approx(-1)
 
 
 def test_a_source_that_was_not_measured_is_named():

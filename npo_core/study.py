@@ -307,10 +307,18 @@ def _correlation(arms: Sequence[Mapping[str, Any]], origin: int, mode: str, outc
             "origin": origin,
             "mode": mode,
             "signal": name,
-            **_over_seeds([_rho(part, name, outcome) for _, part in chosen.groupby("seed")]),
+            **_bounded(_over_seeds([_rho(part, name, outcome) for _, part in chosen.groupby("seed")])),
         }
         for name in PREDICTORS
     ]
+
+
+def _bounded(rho: dict[str, Any]) -> dict[str, Any]:
+    """The same with an interval that does not leave [−1, 1], which Student's t knows nothing of."""
+    cut = {"low": max, "high": min}
+    return rho | {
+        end: cut[end](rho[end], bound) for end, bound in (("low", -1.0), ("high", 1.0)) if rho[end] is not None
+    }
 
 
 def _arm_record(record: Mapping[str, Any], unguided: Mapping[str, Any], table: pd.DataFrame) -> dict[str, Any]:

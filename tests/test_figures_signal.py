@@ -174,6 +174,19 @@ def test_optimum_is_marked_at_the_maximum_and_hollow_at_an_edge(figures):
     assert marks < set(legends_of(figure))
 
 
+def test_the_signal_can_be_of_a_single_rollout(measured):
+    figure = signal_curves(measured, "quality_1")
+    for origin, (_, _, axes) in columns_of(figure).items():
+        curve = line_of(axes, "signal_1_kl")
+        expected = [r["signal_1_kl"] for r in rows_of(origin) if r["distance"] in DISTANCES]
+        assert curve.get_ydata().tolist() == pytest.approx(expected)
+        mark = line_of(axes, "Δ*, kl")
+        assert mark.get_ydata()[0] == max(expected) and mark.get_markerfacecolor() != "white", "not at an edge here"
+    assert "1 rollout" in figure.axes[4].get_ylabel()
+    with pytest.raises(ValueError, match="quality is 'quality_2'; allowed are quality, quality_1"):
+        signal_curves(measured, "quality_2")
+
+
 def test_fitted_shapes_are_drawn_where_there_is_a_fit(figures):
     columns = columns_of(figures["curves"])
     quality, cost, _ = columns[0]

@@ -1,5 +1,6 @@
 """The figures of the study that are committed, drawn again from its results in seconds."""
 
+from functools import partial
 from pathlib import Path
 
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -17,6 +18,7 @@ FROM_FILE = {
 
 FROM_MEASUREMENT = {
     "signal_curves": signal_curves,
+    "signal_curves_1": partial(signal_curves, quality="quality_1"),
     "signal_plane": quality_stability,
     "signal_proxies": proxy_agreement,
 }

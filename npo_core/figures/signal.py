@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..signal_curve import COSTS, MEASURED_COSTS
+from ..signal_curve import COSTS, MEASURED_COSTS, QUALITIES
 from ..signal_report import PROXIES, RESAMPLE
 from .scores import LOG_RANGE
 from .style import COLORS, GREY, WIDTH, canvas, settle, style
@@ -59,18 +59,22 @@ LABEL_PLACES = (
 """Where a label may stand beside its point, the best place first: offset in points, and alignment."""
 
 
-def signal_curves(folder: str | Path) -> Figure:
+def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
     """Q, V and S = Q/V over the distance, a column per policy that would learn (paper: Figure 2b and c).
 
-    S is formed of Q with all rollouts; a cost and its S share a colour. Costs that were not measured are left out.
+    A cost and its S share a colour. Costs that were not measured are left out.
 
     Args:
         folder: Folder of a signal measurement.
+        quality: What S is formed of: "quality", Q with all rollouts, or "quality_1", Q with one.
 
     Raises:
         FileNotFoundError: The folder holds no finished measurement.
-        ValueError: No pair, or none with a distance of 0 or more.
+        ValueError: No pair, none with a distance of 0 or more, or an unknown quality.
     """
+    if quality not in QUALITIES:
+        raise ValueError(f"quality is {quality!r}; allowed are {', '.join(QUALITIES)}.")
+    signal = quality.replace("quality", "signal")
     table, summary = _read(folder)
     ahead = _ahead(table, folder)
     origins = sorted(ahead["origin"].unique())
@@ -97,8 +101,8 @@ def signal_curves(folder: str | Path) -> Figure:
                     shapes.append((column[0], name, -rise["q_inf"] * np.expm1(-smooth / rise["tau"]), color))
             for row, (cost, color) in enumerate(costs.items()):
                 _draw_band(column[1], rows, cost, color)
-                _draw_band(column[2], rows, f"signal_{cost}", color)
-                _draw_optimum(column[2], found["optimum"][f"signal_{cost}"], row, cost, color, marks)
+                _draw_band(column[2], rows, f"{signal}_{cost}", color)
+                _draw_optimum(column[2], found["optimum"][f"{signal}_{cost}"], row, cost, color, marks)
             log_axis(column[1].yaxis)
             column[2].set_ylim(0, column[2].get_ylim()[1] * 1.15)
             growth = found["fit"]["quality"]["kl"]["beta"]
@@ -109,7 +113,12 @@ def signal_curves(folder: str | Path) -> Figure:
                 marks[fit] = Line2D([], [], color=GREY, ls="--", lw=0.9)
             column[2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
             column[2].set_xlabel("distance Δ (policy steps)")
-        labels = "quality Q\n(share of failures shown)", "variance cost V\n(on-policy = 1)", "signal\nS = Q / V"
+        of = names[quality].removeprefix("Q, ")
+        labels = (
+            "quality Q\n(share of failures shown)",
+            "variance cost V\n(on-policy = 1)",
+            f"signal S = Q / V\n(Q, {of})",
+        )
         for axes, label in zip(grid[:, 0], labels, strict=True):
             axes.set_ylabel(label)
         colors = {**QUALITY_COLORS, **costs}

@@ -90,9 +90,9 @@ def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
         *("gradient_current", "gradient_exact", "gradient_sequence")
     }
     assert {path.name for path in (folder / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("signal", "plane", "proxies") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("signal", "signal_1", "plane", "proxies") for kind in ("png", "svg")
     }
-    assert pictures(notebook) == 5
+    assert pictures(notebook) == 6
 
 
 @pytest.mark.parametrize("name", ["01_grpo", "02_npo", "03_autonpo", "04_signal"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
@@ -91,7 +92,13 @@ def measure_run(
         load=lambda folder: load_policy(folder, config.freeze_vision),
         quiet=quiet,
     )
-    return MeasuredSignal(measurement.folder, pairs, measurement.run())
+    # as in training: at this size a second thread costs more than it brings
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return MeasuredSignal(measurement.folder, pairs, measurement.run())
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure_folder(

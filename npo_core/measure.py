@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,9 @@ class Measurement:
             settings = self.settings
             # a policy's seed hangs on its name, not on its place in the list: pairs may be added later
             entropy = [settings.seed, stream, *name.encode()]
+            model = self.load(self.policies[name])
             groups = sample_rollouts(
-                self.load(self.policies[name]),
+                model,
                 self.processor,
                 self.rows,
                 settings.rollouts,
@@ -207,8 +209,16 @@ class Measurement:
                 seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
                 max_new_tokens=settings.max_new_tokens,
                 source_step=int(name) if name.isdecimal() else -1,
+                score=False,
             )
-            write_rollouts(path, [as_row(trajectory) for group in groups for trajectory in group])
+            # the others only tell right from wrong
+            scored = [trajectory for group in groups for trajectory in group[: settings.scored]]
+            rows = [row for row in self.rows for _ in range(settings.scored)]
+            logps = completion_logps(model.eval(), self.processor, rows, [t.token_ids for t in scored])
+            known = dict(zip(map(id, scored), logps, strict=True))
+            flat = [replace(t, logps=tuple(known.get(id(t), ()))) for group in groups for t in group]
+            write_rollouts(path, [as_row(trajectory) for trajectory in flat])
+            del model
             gc.collect()
         bar.advance(1, sampled=name)
 

@@ -227,7 +227,9 @@ def test_distance_costs_in_the_summary_too(measured):
 def test_a_policy_generates_once_and_a_pair_is_scored_twice(measured):
     calls = measured[3]
     assert calls["sample_rollouts"] == len(STEPS) + 1 + 2  # and each origin a second time
-    assert calls["completion_logps"] == 2 * len(PAIRS)
+    assert (
+        calls["completion_logps"] == 2 * len(PAIRS) + calls["sample_rollouts"]
+    )  # and each sample under its own policy
     assert calls["own_gram"] == 2  # once for each origin
     # to sample: one each; to compare: each origin once, and the source of each pair but a resample
     assert calls["load"] == 6 + 2 + len([pair for pair in PAIRS if pair.kind != "resample"])

@@ -70,7 +70,8 @@ class AutoNPO(Controller):
         """Rollouts of the current policy on a random subset of the pool, a list per prompt."""
         rng = np.random.default_rng([self.config.seed, step, 1])
         chosen = rng.permutation(len(mistakes))[: self.config.probe_prompts]
-        return self._sample(trainer, [mistakes[i].uid for i in sorted(chosen)], self.config.probe_rollouts, step, 1)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        return self._sample(policy, [mistakes[i].uid for i in sorted(chosen)], self.config.probe_rollouts, step, 1)
 
     def _candidates(
         self,

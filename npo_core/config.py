@@ -4,20 +4,30 @@ Every choice that the paper leaves open is a field here; `docs/implementation.md
 """
 
 import ast
-import difflib
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-Method = Literal["grpo", "npo", "autonpo"]
+from .validation import SUITES, check_suites, nearest, refuse_unknown, require, typed
 
-SUITES = ("mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mmbench", "mmstar", "mathverse")
-"""Suites of the paper's Table 1, in its order."""
+Method = Literal["grpo", "npo", "autonpo", "luffy", "exgrpo", "rlep"]
+
+METHOD_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "luffy": {
+        "tau_gate": 1.0,
+        "ratio_mode": "shaped",
+        "guide_behaviour": "one",
+        "advantage_scale": "none",
+        "entropy_bonus": 0.001,
+    },
+    "exgrpo": {"tau_gate": 1.0, "ratio_mode": "shaped"},
+    "rlep": {"tau_gate": 1.0, "placement": "append", "guides_per_group": 2, "cache_rollouts": 64},
+}
+"""What each baseline's own code does, as settings of the one trainer; a preset's values give way to them."""
 
 
 def _setting(default: Any, help: str, source: str = "ours") -> Any:
@@ -85,10 +95,33 @@ class RunConfig:
     )
     ratio_truncation: float = _setting(2.0, "Largest weight in ratio mode truncated.")
     ratio_gamma: float = _setting(0.1, "γ of x/(x+γ) in ratio mode shaped.", "paper")
+    guide_behaviour: Literal["stored", "one"] = _setting(
+        "stored", "Probability of the guide's tokens in its ratio: as sampled, or 1 (LUFFY).", "paper"
+    )
+    placement: Literal["replace", "append"] = _setting(
+        "replace", "Guides take the last slots of a group, or are appended to its n rollouts (RLEP).", "paper"
+    )
+    guides_per_group: int = _setting(1, "Guides in a guided group.", "paper")
+    advantage_scale: Literal["group", "none"] = _setting(
+        "group", "Advantages divided by the group's std, or only centred (LUFFY).", "paper"
+    )
+    entropy_bonus: float = _setting(0.0, "Weight of the mean token entropy in the objective.", "paper")
+    guide_from: Literal["future", "own", "none"] = _setting(
+        "future", "Guides of a replay: of the later policy, of the policy rolled back to, or none (controls)."
+    )
+    random_interventions: int = _setting(
+        0, "Roll-backs at random steps and distances in place of those planned (control)."
+    )
     cache_rollouts: int = _setting(8, "Off-line rollouts per prompt for the guidance cache.")
     cache_rule: Literal["first", "shortest", "closest"] = _setting(
         "first", "Which correct rollout of a prompt is kept as its guide."
     )
+
+    # Baselines: RLEP's earlier run, ExGRPO's replay of own successes
+    rlep_source_steps: int = _setting(200, "Steps of the converged run whose last policy guides; they are charged.")
+    replay_share: float = _setting(0.5, "Share of the prompts of a step that come from own successes.", "paper")
+    replay_start: float = _setting(0.35, "Replay starts when a step's pass rate exceeds this.", "paper")
+    replay_keep: int = _setting(8, "Newest correct rollouts of a prompt that are kept for replay.")
 
     # Manual interventions (method npo); 0 leaves a stage out
     scout_steps: int = _setting(40, "Early stage: length of the scout run, whose last policy is the guide; 0 for none.")
@@ -128,83 +161,117 @@ class RunConfig:
 
     def __post_init__(self):
         for setting in fields(self):
-            object.__setattr__(self, setting.name, _typed(setting, getattr(self, setting.name)))
-        _check_suites(self.suites)
+            object.__setattr__(self, setting.name, typed(setting, getattr(self, setting.name)))
+        check_suites(self.suites)
         for name in (
             "easy_share", "middling_share", "easy_error", "middling_error", "hard_error", "second_form_share",
-            "teacher_form_share", "tau_gate", "pool_cutoff", "confirm_quality", "quality_floor", "eval_top_p",
+            "teacher_form_share", "tau_gate", "replay_share", "replay_start", "pool_cutoff",
+            "confirm_quality", "quality_floor", "eval_top_p",
         ):  # fmt: skip
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in (
             "threads", "train_problems", "warmstart_steps", "warmstart_batch", "compute_steps",
             "prompts_per_step", "micro_batch", "max_completion_length", "cache_rollouts", "trigger_window",
             "pool_capacity", "pool_expiry", "probe_prompts", "probe_rollouts", "checkpoint_every",
-            "eval_problems", "eval_rollouts", "hidden", "layers", "heads", "vision_hidden", "vision_depth",
+            "eval_problems", "eval_rollouts", "guides_per_group", "rlep_source_steps", "replay_keep",
+            "hidden", "layers", "heads", "vision_hidden", "vision_depth",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
             "learning_rate", "warmstart_learning_rate", "temperature", "eval_temperature", "variance_c",
             "ratio_gamma", "ratio_truncation",
         ):  # fmt: skip
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in (
             "seed", "world_seed", "data_seed", "policy_seed", "weight_decay", "max_grad_norm", "epsilon",
             "epsilon_high", "trigger_warmup", "trigger_cooldown", "max_interventions", "checkpoint_keep",
             "rollout_every", "eval_top_k", "scout_steps", "early_window", "late_step", "late_start",
-            "teacher_seed",
+            "teacher_seed", "entropy_bonus", "random_interventions",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        if self.method == "npo":
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        if self.method == "npo" and not self.random_interventions:
             self._check_interventions()
-        _require(
+        require(
             self.eval_problems >= 2 * len(self.suites),
             "eval_problems",
             self.eval_problems,
             f"at least two for each of the {len(self.suites)} suites, for an interval",
         )
-        _require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
-        _require(
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        require(
             self.easy_share + self.middling_share <= 1,
             "easy_share + middling_share",
             self.easy_share + self.middling_share,
             "at most 1",
         )
         rollouts = self.prompts_per_step * self.num_generations
-        _require(
+        require(
             rollouts % self.micro_batch == 0,
             "micro_batch",
             self.micro_batch,
             f"a divisor of prompts_per_step × num_generations = {rollouts}",
         )
+        self._check_baselines()
 
     def _check_interventions(self) -> None:
         """Refuse manual interventions that this run could not carry out."""
         early, late, every = self.scout_steps, self.late_step, self.checkpoint_every
-        _require(bool(early or late), "scout_steps and late_step", (early, late), "above 0, at least one of them")
+        require(bool(early or late), "scout_steps and late_step", (early, late), "above 0, at least one of them")
         if early:
-            _require(self.early_window >= 1, "early_window", self.early_window, "at least 1")
+            require(self.early_window >= 1, "early_window", self.early_window, "at least 1")
         if late:
             first = self.early_window if early else 1
-            _require(
+            require(
                 first <= self.late_start < late and self.late_start % every == 0,
                 "late_start",
                 self.late_start,
                 f"a checkpoint (a multiple of {every}) from {first} to below late_step = {late}",
             )
             kept = (self.checkpoint_keep - 1) * every if self.checkpoint_keep else late
-            _require(
+            require(
                 late - self.late_start <= kept,
                 "late_step - late_start",
                 late - self.late_start,
                 f"at most {kept}: checkpoint_keep = {self.checkpoint_keep} keeps no older one resumable",
             )
         needed = early + (2 * late - self.late_start if late else self.early_window)
-        _require(
+        require(
             needed <= self.compute_steps,
             "compute_steps",
             self.compute_steps,
             f"at least {needed}: what scout, roll-backs and replays take",
         )
+
+    def _check_baselines(self) -> None:
+        """Refuse settings of the baselines that contradict each other."""
+        if self.placement == "replace":
+            most = self.num_generations - 1
+            require(self.guides_per_group <= most, "guides_per_group", self.guides_per_group, f"at most {most}")
+        if self.guides_per_group > 1:
+            require(self.method == "rlep", "method", self.method, '"rlep", the one with several guides for a prompt')
+        require(
+            self.method != "rlep" or self.rlep_source_steps < self.compute_steps,
+            "rlep_source_steps",
+            self.rlep_source_steps,
+            f"below compute_steps = {self.compute_steps}, which pays for the earlier run too",
+        )
+        require(
+            self.method in ("npo", "autonpo") or self.guide_from == "future",
+            "guide_from",
+            self.guide_from,
+            f'"future" for method {self.method}, which has no replay',
+        )
+        require(
+            self.method == "npo" or not self.random_interventions,
+            "random_interventions",
+            self.random_interventions,
+            f"0 for method {self.method}",
+        )
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a group in the loss: its rollouts, and what is appended to them."""
+        return self.num_generations + (self.guides_per_group if self.placement == "append" else 0)
 
     @property
     def digest(self) -> str:
@@ -227,13 +294,13 @@ class RunConfig:
 
     def with_changes(self, **changes: Any) -> "RunConfig":
         """Copy with some settings changed; unknown names and wrong types are refused."""
-        _refuse_unknown(changes)
+        refuse_unknown(changes, [s.name for s in fields(self)])
         return replace(self, **changes)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
         """Configuration from a mapping such as a run folder's `config.json`."""
-        _refuse_unknown(values)
+        refuse_unknown(values, [s.name for s in fields(cls)])
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     @classmethod
@@ -243,56 +310,6 @@ class RunConfig:
             (s.name, getattr(s.type, "__name__", str(s.type)), s.default, s.metadata["source"], s.metadata["help"])
             for s in fields(cls)
         ]
-
-
-def _require(condition: bool, name: str, given: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
-
-
-def _check_suites(suites: tuple[str, ...]) -> None:
-    for suite in suites:
-        if suite not in SUITES:
-            raise ValueError(f"Unknown suite {suite!r}{_nearest(suite, SUITES)} Allowed: {', '.join(SUITES)}.")
-    _require(bool(suites) and len(set(suites)) == len(suites), "suites", suites, "one or more distinct suites")
-
-
-def _nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def _refuse_unknown(values: Mapping[str, Any]) -> None:
-    names = [setting.name for setting in fields(RunConfig)]
-    for name in values:
-        if name not in names:
-            raise ValueError(
-                f"Unknown setting {name!r}{_nearest(name, names)} `python -m npo_core settings` lists all settings."
-            )
-
-
-def _typed(setting, value: Any) -> Any:
-    """Value of a setting in its declared type; an int serves as a float, nothing else is converted."""
-    kind = setting.type
-    if get_origin(kind) is Literal:
-        allowed = get_args(kind)
-        if value not in allowed:
-            near = _nearest(value, allowed)
-            raise ValueError(f"{setting.name} is {value!r}{near} Allowed: {', '.join(map(repr, allowed))}.")
-        return value
-    if get_origin(kind) is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise TypeError(f"{setting.name} is {value!r}; it must be a list of strings.")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{setting.name} is {value!r}; it must be a finite number.")
-    if type(value) is not kind:
-        raise TypeError(f"{setting.name} is {value!r} of type {type(value).__name__}; it must be {kind.__name__}.")
-    if kind is float and value != value:
-        raise ValueError(f"{setting.name} is not a number.")
-    return value
 
 
 def check_parameters(cells: Sequence[str], allowed: Sequence[str]) -> None:
@@ -310,7 +327,7 @@ def check_parameters(cells: Sequence[str], allowed: Sequence[str]) -> None:
             continue
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in allowed:
-                raise ValueError(f"Unknown parameter {node.id!r}{_nearest(node.id, allowed)} Allowed: {allowed}.")
+                raise ValueError(f"Unknown parameter {node.id!r}{nearest(node.id, allowed)} Allowed: {allowed}.")
 
 
 def preset_names() -> list[str]:
@@ -326,7 +343,7 @@ def load_preset(name: str) -> dict[str, Any]:
         ValueError: Unknown preset.
     """
     if name not in preset_names():
-        raise ValueError(f"Unknown preset {name!r}{_nearest(name, preset_names())} Allowed: {preset_names()}.")
+        raise ValueError(f"Unknown preset {name!r}{nearest(name, preset_names())} Allowed: {preset_names()}.")
     text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text()
     tables = tomllib.loads(text)
     parent = tables.pop("extends", None)
@@ -339,10 +356,10 @@ def load_preset(name: str) -> dict[str, Any]:
 def resolve_config(
     method: str = "autonpo", preset: str = "cpu", seed: int = 0, overrides: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Configuration of a run: the preset, then the overrides.
+    """Configuration of a run: the preset, then what the method's own code does, then the overrides.
 
     Args:
-        method: "grpo" or "autonpo".
+        method: "grpo", "npo", "autonpo", "luffy", "exgrpo" or "rlep".
         preset: Name of a preset, see `preset_names()`.
         seed: Seed of sampling during training.
         overrides: Settings that replace the preset's.
@@ -357,4 +374,6 @@ def resolve_config(
     for name in ("method", "preset", "seed"):
         if name in overrides:
             raise ValueError(f"{name!r} has a parameter of its own; take it out of overrides.")
-    return RunConfig.from_mapping({**load_preset(preset), **overrides, "method": method, "seed": seed})
+    return RunConfig.from_mapping(
+        {**load_preset(preset), **METHOD_SETTINGS.get(method, {}), **overrides, "method": method, "seed": seed}
+    )

@@ -79,17 +79,18 @@ class Controller:
         """Train until the compute budget is spent; return the trainer with the final policy."""
         segments = [_segment(event) for event in self.run_folder.effective_events() if event["event"] == "segment"]
         if not segments:
-            segments.append(self._open(Segment(branch=0, start=0, compute_start=0)))
+            segments.append(self._open(self._first_segment()))
         resume_from = self._resume_point(segments[-1])
         done = self._lineage(segments)
-        spent = done[-1]["compute_step"] if done else 0
+        spent = done[-1]["compute_step"] if done else segments[-1].compute_start
         with progress(self.config.compute_steps, self.config.method, self.quiet, start=spent) as bar:
             while True:
                 watch = Watch(
                     self.config, self.run_folder, segments, bar, self.acts_on_warnings, self._stop_at(segments)
                 )
                 due = watch.replay(self._lineage(segments))
-                trainer = self.make_trainer(self._branch(segments[-1]), self._guidance(segments[-1]), [watch])
+                guidance = self._guidance(segments[-1], resume_from)
+                trainer = self.make_trainer(self._branch(segments[-1]), guidance, [watch])
                 watch.trainer = trainer
                 if due is None and watch.compute_step < self.config.compute_steps:
                     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -113,6 +114,10 @@ class Controller:
 
     # What a subclass decides
 
+    def _first_segment(self) -> Segment:
+        """How the run begins: from the base policy, at compute step 0, without guidance."""
+        return Segment(branch=0, start=0, compute_start=0)
+
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         """Policy step at which the last segment stops for a decision, or None."""
         return None
@@ -130,7 +135,8 @@ class Controller:
     def _branch(self, segment: Segment) -> Path:
         return self.run_folder.path / "branches" / f"{segment.branch:02d}"
 
-    def _guidance(self, segment: Segment) -> GuidanceSource | None:
+    def _guidance(self, segment: Segment, resume_from: Path | None = None) -> GuidanceSource | None:
+        """Source of a segment that trains on from a checkpoint (None: from the base policy)."""
         if segment.guidance is None:
             return None
         path = self.run_folder.path / segment.guidance
@@ -172,10 +178,10 @@ class Controller:
     # Off-line rollouts
 
     def _sample(
-        self, trainer: NPOTrainer, uids: Sequence[str], k: int, step: int, stream: int
+        self, policy: PreTrainedModel, uids: Sequence[str], k: int, step: int, stream: int
     ) -> list[list[Trajectory]]:
         return sample_rollouts(
-            trainer.accelerator.unwrap_model(trainer.model),
+            policy,
             self.processor,
             [self.rows[uid] for uid in uids],
             k,
@@ -189,7 +195,7 @@ class Controller:
     def _replay(
         self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int
     ) -> Segment | None:
-        """Fill a cache with the current policy's guides, note the roll-back, and return the segment of the replay.
+        """Fill a cache with guides, note the roll-back, and return the segment of the replay.
 
         Args:
             trainer: Holds the current policy, the guide.
@@ -204,15 +210,19 @@ class Controller:
         """
         run, last = self.run_folder, watch.segments[-1]
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
-        cache = self._fill_cache(trainer, uids, step, origin)
-        if not len(cache):
-            run.event("dismissed", **clocks, reason="the guide solved none of the prompts to be replayed")
-            return None
-        name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
-        cache.save(run.path / name)
-        rollouts = len(uids) * self.config.cache_rollouts
-        run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
         start = 0 if origin is None else checkpoint_step(origin)
+        name, guided = None, self.config.guide_from != "none"
+        if guided:
+            own = self.config.guide_from == "own"
+            guide = self._learner(origin) if own else trainer.accelerator.unwrap_model(trainer.model)
+            cache = self._fill_cache(guide, uids, start if own else step, origin)
+            if not len(cache):
+                run.event("dismissed", **clocks, reason="the guide solved none of the prompts to be replayed")
+                return None
+            name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
+            cache.save(run.path / name)
+            rollouts = len(uids) * self.config.cache_rollouts
+            run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
         run.event("rollback", **clocks, to=start, distance=step - start)
         return Segment(
             branch=last.branch + 1,
@@ -221,14 +231,15 @@ class Controller:
             resume_from=None if origin is None else str(origin.relative_to(run.path)),
             guidance=name,
             guide_until=until,
+            reseed=not guided,
         )
 
     def _fill_cache(
-        self, trainer: NPOTrainer, uids: Sequence[str], step: int, learner_folder: Path | None
+        self, guide: PreTrainedModel, uids: Sequence[str], step: int, learner_folder: Path | None
     ) -> GuidanceCache:
-        """Guides of the current policy for some prompts."""
+        """Guides of a policy for some prompts."""
         config = self.config
-        sampled = self._sample(trainer, uids, config.cache_rollouts, step, 3)
+        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3)
         flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
         if config.cache_rule == "closest" and flat:
             learner = self._learner(learner_folder)
@@ -237,14 +248,17 @@ class Controller:
             flat = [
                 replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
             ]
-        cache = GuidanceCache(
+        cache = self._empty_cache()
+        cache.fill(flat, config.cache_rule)
+        return cache
+
+    def _empty_cache(self, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        return kind(
             [tokenizer_of(self.processor).eos_token_id],
-            config.max_completion_length,
+            self.config.max_completion_length,
             tokenizer_digest(self.processor),
             self.rows,
         )
-        cache.fill(flat, config.cache_rule)
-        return cache
 
     def _learner(self, folder: Path | None) -> PreTrainedModel:
         """Policy of a checkpoint, in evaluation mode; None is the base policy, which a fresh trainer holds."""

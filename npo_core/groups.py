@@ -71,30 +71,32 @@ def gate(
     return (rate <= tau + _RATE_SLACK) & has_guide
 
 
-def guide_rows(gated: Bool[Tensor, " groups"], n: int) -> Int[Tensor, " rows"]:
-    """Batch rows that guides overwrite: the last slot of each gated group, `g * n + n - 1` (paper: one slot, the last).
+def guide_rows(gated: Bool[Tensor, " groups"], n: int, count: int = 1) -> Int[Tensor, " rows"]:
+    """Batch rows that guides take: the last slots of each gated group (paper: one slot, the last, `g * n + n - 1`).
 
     Args:
         gated: `[groups]`, from `gate`.
-        n: rollouts per group.
+        n: rows per group, those of guides included.
+        count: guides per gated group (paper: 1; RLEP: 2).
 
     Returns:
-        `[number of gated groups]`, int64, ascending row numbers into the flat `[groups * n]` batch.
+        `[count * number of gated groups]`, int64, ascending row numbers into the flat `[groups * n]` batch.
 
     Raises:
-        ValueError: if `n` is below 2 (the guide would leave no on-policy rollout to compare it with), or if `gated` is
-            not a one-dimensional boolean tensor.
+        ValueError: if `n` is below 2 or not above `count` (guides would leave no on-policy rollout to compare them
+            with), or if `gated` is not a one-dimensional boolean tensor.
     """
-    if n < 2:
+    if not 1 <= count < n:
         raise ValueError(
-            f"n is {n}; a guided group needs n >= 2, so that an on-policy rollout remains: raise num_generations."
+            f"n is {n} and count {count}; a guided group needs 1 <= count < n, so that an on-policy rollout remains: "
+            "raise num_generations."
         )
     if gated.ndim != 1 or gated.dtype != torch.bool:
         raise ValueError(
             f"gated has shape {tuple(gated.shape)} and dtype {gated.dtype}; a bool tensor [groups] is needed: use "
             "groups.gate."
         )
-    return gated.nonzero().squeeze(-1) * n + (n - 1)
+    return (gated.nonzero() * n + torch.arange(n - count, n, device=gated.device)).flatten()
 
 
 def group_advantages(

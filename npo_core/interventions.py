@@ -9,6 +9,8 @@ guide. The steps are settings; the paper's are not public.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .checkpoints import checkpoint_folder, require_complete
 from .config import RunConfig
 from .controller import Controller
@@ -34,12 +36,41 @@ class Intervention:
 
 
 def planned_interventions(config: RunConfig) -> tuple[Intervention, ...]:
-    """Interventions of a configuration in the order they happen; a stage whose first setting is 0 is left out."""
+    """Interventions of a configuration in the order they happen; a stage whose first setting is 0 is left out.
+
+    With `random_interventions` their steps are drawn from the run's seed instead, see `random_plan`.
+    """
+    if config.random_interventions:
+        return random_plan(config)
     plan = []
     if config.scout_steps:
         plan.append(Intervention("early", config.scout_steps, 0, config.early_window))
     if config.late_step:
         plan.append(Intervention("late", config.late_step, config.late_start, config.late_step))
+    return tuple(plan)
+
+
+def random_plan(config: RunConfig) -> tuple[Intervention, ...]:
+    """Roll-backs at random steps and distances on the grid of checkpoints, from the seed alone (a control, ours).
+
+    Each step is uniform over those at which a replay still fits into the budget, each distance uniform over those that
+    the budget and the resumable checkpoints allow. Fewer than asked for when the budget is spent earlier.
+    """
+    rng = np.random.default_rng([config.seed, 5])
+    every = config.checkpoint_every
+    place = spent = 0
+    plan = []
+    for _ in range(config.random_interventions):
+        left = config.compute_steps - spent
+        stops = [step for step in range(every, config.compute_steps + 1, every) if place < step <= place + left - every]
+        if not stops:
+            break
+        at = int(rng.choice(stops))
+        spent += at - place
+        kept = (config.checkpoint_keep - 1) * every if config.checkpoint_keep else at
+        longest = min(at, config.compute_steps - spent, kept)
+        place = at - int(rng.choice(range(every, longest + 1, every)))
+        plan.append(Intervention("random", at, place, at))
     return tuple(plan)
 
 

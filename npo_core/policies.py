@@ -5,16 +5,17 @@ everything that runs on it runs on a pretrained Qwen3-VL too. It deviates in thr
 word-level tokenizer, and a processor without a video part (that one needs torchvision).
 """
 
+import ctypes
 import hashlib
 import json
+import platform
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 
 import torch
-from PIL import Image
 from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -32,10 +33,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
-from transformers.image_utils import make_flat_list_of_images
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.utils import logging as transformers_logging
+
+from .sharing import SharedPrompts, share_work
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -48,6 +49,9 @@ SPECIAL_TOKENS = (
     "<|unk|>",
 )
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of glibc's mallopt."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -56,48 +60,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
-
-
-class SharedPrompts:
-    """Mixin for a vision-language processor: a prompt that comes n times in a call is processed once and copied.
-
-    TRL hands the processor every prompt n times, once per rollout, and does so twice a step. The output is the same;
-    calls with other than one picture per text are passed on unchanged.
-    """
-
-    def __call__(self, images=None, text=None, **kwargs):
-        pictures = make_flat_list_of_images(images) if images is not None else []
-        if (
-            not isinstance(text, list)
-            or not len(pictures) == len(text) > 0
-            or any(words.count(self.image_token) != 1 for words in text)
-            or not all(isinstance(picture, Image.Image) for picture in pictures)
-        ):
-            return super().__call__(images=images, text=text, **kwargs)
-        seen: dict[tuple, int] = {}
-        copies = [
-            seen.setdefault((words, *_content(picture)), len(seen))
-            for words, picture in zip(text, pictures, strict=True)
-        ]
-        first = [copies.index(place) for place in range(len(seen))]
-        output = super().__call__(
-            images=[pictures[index] for index in first], text=[text[index] for index in first], **kwargs
-        )
-        if len(first) == len(text):
-            return output
-        counts = torch.as_tensor(output["image_grid_thw"]).prod(dim=-1)
-        for name, value in output.items():
-            if name == "pixel_values":
-                output[name] = value[copied_rows(counts, copies, 1)]
-            else:
-                listed = isinstance(value, list)
-                output[name] = [value[place] for place in copies] if listed else value[copies]
-        return output
-
-
-def _content(picture: Image.Image) -> tuple:
-    """What two pictures must share to be the same; the bytes of a palette picture are places in its palette."""
-    return picture.mode, picture.size, picture.tobytes(), bytes(picture.getpalette() or ())
 
 
 class TinyQwen3VLProcessor(SharedPrompts, Qwen3VLProcessor):
@@ -213,91 +175,6 @@ def build_tiny_policy(
     return model
 
 
-def share_vision(model: PreTrainedModel) -> None:
-    """Make a Qwen3-VL run its vision tower once per distinct picture of a batch instead of once per rollout.
-
-    The n rollouts of a prompt show the same picture n times. The tower sees each picture on its own (attention never
-    crosses pictures), so running it once and copying the features gives the same numbers, and the same gradient up to
-    the order of a sum. Text-only policies are left alone. Calling it twice changes nothing.
-    """
-    base = getattr(model, "model", None)
-    visual = getattr(base, "visual", None)
-    if isinstance(visual, Qwen3VLVisionModel):
-        visual.forward = MethodType(_shared_vision_forward, visual)
-        base.get_rope_index = MethodType(_shared_rope_index, base)
-
-
-def _shared_rope_index(
-    self, input_ids, mm_token_type_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None, **kwargs
-):
-    """Positions depend on the layout of a row, not on its words: rows of one layout are computed once."""
-    one_picture_each = image_grid_thw is not None and len(image_grid_thw) == len(input_ids) and video_grid_thw is None
-    if not one_picture_each or not (mm_token_type_ids == 1).any(dim=1).all():
-        return type(self).get_rope_index(
-            self, input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, attention_mask, **kwargs
-        )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    layouts = torch.cat([mm_token_type_ids.long(), mask.long(), image_grid_thw.to(input_ids.device)], dim=1)
-    distinct, inverse = layouts.unique(dim=0, return_inverse=True)
-    first = torch.full((len(distinct),), len(layouts), device=inverse.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(layouts), device=inverse.device), "amin")
-    positions, deltas = type(self).get_rope_index(
-        self, input_ids[first], mm_token_type_ids[first], image_grid_thw[first], None, mask[first], **kwargs
-    )
-    return positions[:, inverse], deltas[inverse]
-
-
-def _shared_vision_forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs):
-    counts = grid_thw.prod(dim=-1)
-    first, inverse = _distinct_pictures(hidden_states, grid_thw, counts)
-    if len(first) == len(grid_thw):
-        return type(self).forward(self, hidden_states, grid_thw, **kwargs)
-    starts = counts.cumsum(0) - counts
-    kept = torch.cat([torch.arange(starts[i], starts[i] + counts[i]) for i in first]).to(hidden_states.device)
-    output = type(self).forward(self, hidden_states[kept], grid_thw[first], **kwargs)
-    merge = self.spatial_merge_size**2
-    patch_rows = copied_rows(counts[first], inverse, 1).to(hidden_states.device)
-    token_rows = copied_rows(counts[first], inverse, merge).to(hidden_states.device)
-    output.last_hidden_state = output.last_hidden_state.index_select(0, patch_rows)
-    output.pooler_output = output.pooler_output.index_select(0, token_rows)
-    output.deepstack_features = [feature.index_select(0, token_rows) for feature in output.deepstack_features]
-    return output
-
-
-def _distinct_pictures(
-    pixels: torch.Tensor, grid_thw: torch.Tensor, counts: torch.Tensor
-) -> tuple[list[int], list[int]]:
-    """Indices of the first copy of each distinct picture, and for each picture its place in that list."""
-    pieces = pixels.split(counts.tolist())
-    sums = pixels.detach().double().sum(dim=-1)
-    fingerprints = [float(piece @ torch.arange(1, len(piece) + 1).to(piece)) for piece in sums.split(counts.tolist())]
-    seen: dict[tuple, int] = {}
-    first: list[int] = []
-    inverse: list[int] = []
-    for index, (fingerprint, grid) in enumerate(zip(fingerprints, grid_thw.tolist(), strict=True)):
-        key = (fingerprint, *grid)
-        place = seen.get(key)
-        if place is None or not torch.equal(pieces[first[place]], pieces[index]):
-            place = len(first)
-            seen.setdefault(key, place)
-            first.append(index)
-        inverse.append(place)
-    return first, inverse
-
-
-def copied_rows(counts: torch.Tensor, copies: list[int], merge: int) -> torch.Tensor:
-    """Row numbers that spread the rows of the distinct pictures over all pictures.
-
-    Args:
-        counts: Patches of each distinct picture, shape (distinct,).
-        copies: For each picture its distinct picture, length (pictures,).
-        merge: Patches per row.
-    """
-    lengths = counts // merge
-    starts = lengths.cumsum(0) - lengths
-    return torch.cat([torch.arange(starts[place], starts[place] + lengths[place]) for place in copies])
-
-
 def save_policy(model: PreTrainedModel, processor, folder: Path) -> None:
     """Save weights (safetensors), configuration and processor to `folder` in the Hugging Face format."""
     with quiet_transformers():
@@ -336,7 +213,7 @@ def load_policy(folder: str | Path, freeze_vision: bool = False) -> PreTrainedMo
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with quiet_transformers():
         model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
-    share_vision(model)
+    share_work(model)
     if config.get_text_config().tie_word_embeddings:
         # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
         model._keys_to_ignore_on_save = {"lm_head.weight"}
@@ -390,6 +267,17 @@ def quiet_transformers():
         transformers_logging.set_verbosity(verbosity)
         if bars:  # blocks may be nested
             transformers_logging.enable_progress_bar()
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep the memory that a step frees for the next one; elsewhere nothing is done.
+
+    By default it hands large blocks back to the kernel, which clears every page of them again in the next step.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(option, 1 << 30)
 
 
 def _policy_config(folder: str | Path):

@@ -16,25 +16,44 @@ from .config import RunConfig
 from .interventions import Intervention, planned_interventions
 from .runs import RunFolder, append_line
 
-MAY_DIFFER = {"method", "scout_steps", "early_window", "late_step", "late_start", "checkpoint_keep"}
+SHARING = ("grpo", "npo")
+"""Methods whose interventions are known beforehand, and that train as GRPO until the first."""
+
+MAY_DIFFER = {
+    "method", "compute_steps", "checkpoint_keep", "scout_steps", "early_window", "late_step", "late_start",
+    "random_interventions", "rlep_source_steps", "replay_share", "replay_start", "replay_keep",
+}  # fmt: skip
 """Settings without influence on training up to the first difference between two plans."""
+
+GUIDANCE = {
+    "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "guide_from", "cache_rollouts",
+    "cache_rule",
+}  # fmt: skip
+"""Settings without influence on training up to the first intervention."""
 
 
 def shared_steps(config: RunConfig, other: RunConfig) -> int:
     """Compute steps that two runs have in common: up to the first intervention that only one of them makes.
 
-    0 for AutoNPO, whose interventions nobody knows beforehand, and where any other setting differs.
+    Up to the first intervention of all where they guide in different ways. 0 for methods whose interventions nobody
+    knows beforehand or that guide from the start, and where any other setting differs.
     """
-    ours, theirs = asdict(config), asdict(other)
-    if "autonpo" in (config.method, other.method) or any(ours[k] != theirs[k] for k in ours if k not in MAY_DIFFER):
+    if config.method not in SHARING or other.method not in SHARING:
         return 0
+    ours, theirs = asdict(config), asdict(other)
+    different = {name for name in ours if ours[name] != theirs[name]} - MAY_DIFFER
+    if different - GUIDANCE:
+        return 0
+    length = min(config.compute_steps, other.compute_steps)
+    if different:
+        return min(length, *(plan[0].at for plan in (_plan(config), _plan(other)) if plan), length)
     steps, place = 0, 0
     for first, second in zip_longest(_plan(config), _plan(other)):
         ends = [intervention.at for intervention in (first, second) if intervention is not None]
         if first != second:
-            return steps + min(ends) - place
+            return min(length, steps + min(ends) - place)
         steps, place = steps + ends[0] - place, first.back_to
-    return config.compute_steps
+    return length
 
 
 def _plan(config: RunConfig) -> Sequence[Intervention]:

@@ -150,6 +150,36 @@ def forced_logps(
 
     Entries past the end of a response are those of padding: mask them by its length.
     """
+    logps, ids = _forced(model, processor, rows, completions)
+    return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def completion_entropies(
+    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+) -> list[float]:
+    """Mean entropy of the next-token distribution over the tokens of each response, in nats, at temperature 1.
+
+    Arguments are those of `completion_logps`.
+    """
+    means: list[float] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), ROLLOUT_BATCH):
+                tokens = completions[start : start + ROLLOUT_BATCH]
+                logps, _ = _forced(model, processor, rows[start : start + ROLLOUT_BATCH], tokens)
+                entropies = torch.special.entr(logps.exp()).sum(dim=-1)
+                means += [float(entropies[index, : len(row)].mean()) for index, row in enumerate(tokens)]
+    finally:
+        model.train(was_training)
+    return means
+
+
+def _forced(
+    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the whole vocabulary at each place of given responses, and their padded token ids."""
     tokenizer = tokenizer_of(processor)
     inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, rows).items()}
     width = max(map(len, completions))
@@ -163,7 +193,7 @@ def forced_logps(
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
     logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
-    return logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return logits.log_softmax(dim=-1), ids
 
 
 def _until_eos(ids: list[int], eos: int) -> list[int]:

@@ -7,7 +7,7 @@ on from its last checkpoint. `start(config)` does the same in a process of its o
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,36 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from .arguments import NPOConfig
 from .autonpo import AutoNPO
-from .checkpoints import retention_bytes
-from .config import RunConfig
+from .baselines import GuidedByOwnPast, GuidedByPolicy
+from .checkpoints import checkpoint_folder, retention_bytes
+from .config import RunConfig, resolve_config
 from .controller import Controller
 from .evaluation import evaluate
 from .interventions import ScheduledNPO
-from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
+from .policies import keep_freed_memory, load_policy, load_processor, quiet_transformers, tokenizer_of
 from .prefix import take_prefix
 from .runs import RunFolder
 from .sampling import sample_rollouts
 from .sources import GuidanceSource
 from .tasks import make_dataset, sample_problems, training_schedule
-from .trainer import NPOConfig, NPOTrainer
+from .trainer import NPOTrainer
 from .trajectories import write_rollouts
 from .verifiers import BoxedVerifier, verifier_reward
-from .warmstart import base_policy_folder
+from .warmstart import base_policy_folder, teacher_folder
 
 TEST_SEED = 0
 """Seed of the test problems: one fixed test set for all runs."""
 
-CONTROLLERS: Mapping[str, type[Controller]] = {"grpo": Controller, "npo": ScheduledNPO, "autonpo": AutoNPO}
+CONTROLLERS: Mapping[str, type[Controller]] = {
+    "grpo": Controller,
+    "npo": ScheduledNPO,
+    "autonpo": AutoNPO,
+    "luffy": GuidedByPolicy,
+    "exgrpo": GuidedByOwnPast,
+    "rlep": GuidedByPolicy,
+}
 """What drives the training of each method."""
 
 
@@ -76,9 +85,9 @@ def training_arguments(config: RunConfig, output_dir: Path) -> NPOConfig:
         output_dir=str(output_dir),
         seed=config.seed,
         max_steps=config.compute_steps,
-        per_device_train_batch_size=config.micro_batch,
+        per_device_train_batch_size=config.micro_batch // config.num_generations * config.group_rows,
         gradient_accumulation_steps=config.rollouts_per_step // config.micro_batch,
-        num_generations=config.num_generations,
+        num_generations=config.group_rows,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
         learning_rate=config.learning_rate,
@@ -93,6 +102,11 @@ def training_arguments(config: RunConfig, output_dir: Path) -> NPOConfig:
         ratio_mode=config.ratio_mode,
         ratio_truncation=config.ratio_truncation,
         ratio_gamma=config.ratio_gamma,
+        guide_behaviour=config.guide_behaviour,
+        placement=config.placement,
+        guides_per_group=config.guides_per_group,
+        scale_rewards=config.advantage_scale,
+        entropy_coef=config.entropy_bonus,
         shuffle_dataset=False,
         logging_steps=1,
         save_strategy="steps",
@@ -176,7 +190,7 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     """Do a whole run, or what is left of it: train, evaluate, write `result.json`.
 
     Args:
-        config: Settings; `config.method` is "grpo", "npo" (manual interventions) or "autonpo".
+        config: Settings; `config.method` names what is done, see `CONTROLLERS`.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
 
@@ -189,10 +203,11 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     shared = take_prefix(folder)
     if shared and not quiet:
         print(f"{folder.path.name}: the first {shared} steps are those of a run on disk")
+    keep_freed_memory()
     before, started = torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(config.threads)
     try:
-        scores = _execute(config, folder, quiet)
+        scores = _execute(config, folder, root, quiet)
     finally:
         torch.set_num_threads(before)
         folder.event("sitting", seconds=round(time.monotonic() - started, 1))
@@ -200,7 +215,9 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
     return folder
 
 
-def _execute(config: RunConfig, folder: RunFolder, quiet: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _execute(
+    config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train what is left to train; scores of the base and of the final policy."""
     world = prepare(config, quiet)
     base = load_policy(world.base)
@@ -212,12 +229,32 @@ def _execute(config: RunConfig, folder: RunFolder, quiet: bool) -> tuple[dict[st
     del base
     maker = TrainerMaker(config, world, folder)
     rows = {row["uid"]: row for row in world.train}
-    controller = CONTROLLERS[config.method](maker, config, folder, rows, world.processor, world.verifier, quiet)
+    guide = _guide_folder(config, root, quiet)
+    extra = {} if guide is None else {"guide_folder": guide}
+    kind = CONTROLLERS[config.method]
+    controller = kind(maker, config, folder, rows, world.processor, world.verifier, quiet, **extra)
     with quiet_transformers():
         trainer = controller.run()
     return base_scores, evaluate_policy(
         config, trainer.accelerator.unwrap_model(trainer.model), world, config.method, quiet
     )
+
+
+def source_config(config: RunConfig) -> RunConfig:
+    """Settings of the earlier GRPO run whose last policy guides a run of method rlep."""
+    changes = ("method", "tau_gate", "placement", "guides_per_group", "cache_rollouts")
+    plain = asdict(resolve_config("grpo", config.preset, config.seed))
+    return config.with_changes(**{name: plain[name] for name in changes}, compute_steps=config.rlep_source_steps)
+
+
+def _guide_folder(config: RunConfig, root: Path | None, quiet: bool) -> Path | None:
+    """Policy that guides a whole run, made now if it is not there yet; None for methods without one."""
+    if config.method == "luffy":
+        return teacher_folder(config, quiet)
+    if config.method == "rlep":
+        source = run(source_config(config), root, quiet)
+        return checkpoint_folder(source.path / "branches" / "00", config.rlep_source_steps)
+    return None
 
 
 def evaluate_policy(config: RunConfig, model, world: World, label: str, quiet: bool = False) -> dict[str, Any]:
@@ -253,7 +290,7 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
         interventions.append(
             {
                 **{name: event[name] for name in ("policy_step", "compute_step", "distance")},
-                "cached": found["cache"][when]["cached"],
+                "cached": found["cache"].get(when, {"cached": 0})["cached"],
                 **_grounds(event["distance"], found["choice"].get(when), found["planned"].get(when)),
             }
         )

@@ -7,71 +7,30 @@ What is added to plain GRPO, and nothing else:
 2. In the loss, the guide rows get the importance ratio of the chosen mode.
 3. On-policy metrics `npo/…`, from which guide rows are excluded.
 
+The baselines are other settings of the same three: another source, another gate, guides appended instead of replacing.
+
 No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
+from .arguments import NPOConfig
 from .groups import gate, guide_rows, pass_rate
 from .ratios import MAX_LOG_WEIGHT, gradient_weight
-from .sources import GuidanceSource
+from .recording import RolloutTable, StepRollouts
+from .sampling import completion_entropies
+from .sources import GuidanceSource, ManyGuides, ReplaySource
 from .tasks import require_columns
 from .trajectories import GuidanceRefused, Trajectory
 from .verifiers import Verdict, completion_text
 
 Verifier = Callable[[str, Mapping[str, Any]], Verdict]
 """`verifier(response text, data set row) -> Verdict`."""
-
-
-@dataclass
-class NPOConfig(GRPOConfig):
-    r"""GRPOConfig with NPO's settings.
-
-    Args:
-        tau_gate (`float`, *optional*, defaults to `0.6`): A group is gated when its on-policy pass rate, over all n
-            rollouts, is at most this. In [0, 1]. Paper.
-        ratio_mode (`str`, *optional*, defaults to `"current"`): Importance ratio of guide tokens. `"current"`: the
-            guide counts as sampled from the policy that sampled the batch (ratio 1 at the first update; paper's
-            default). `"exact"`: π_θ/q with the guide's stored log-probs q, clipped like every other ratio. Paper.
-            `"truncated"`: min(π_θ/q, ratio_truncation) as a constant weight, not clipped. Ours. `"shaped"`:
-            x/(x+ratio_gamma) with x = π_θ/q, not clipped. LUFFY.
-        ratio_truncation (`float`, *optional*, defaults to `2.0`): Largest weight in mode truncated. Ours.
-        ratio_gamma (`float`, *optional*, defaults to `0.1`): γ in mode shaped. LUFFY.
-    """
-
-    tau_gate: float = field(default=0.6, metadata={"help": "Gate: largest on-policy pass rate of a guided group."})
-    ratio_mode: Literal["current", "exact", "truncated", "shaped"] = field(
-        default="current", metadata={"help": "Importance ratio of guide tokens."}
-    )
-    ratio_truncation: float = field(default=2.0, metadata={"help": "Largest weight in ratio mode truncated."})
-    ratio_gamma: float = field(default=0.1, metadata={"help": "γ of x/(x+γ) in ratio mode shaped."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.tau_gate <= 1:
-            raise ValueError(f"tau_gate is {self.tau_gate}; a pass rate lies in [0, 1].")
-        if self.ratio_mode not in ("current", "exact", "truncated", "shaped"):
-            raise ValueError(f"ratio_mode is {self.ratio_mode!r}; allowed: current, exact, truncated, shaped.")
-        for name in ("ratio_truncation", "ratio_gamma"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-
-
-@dataclass
-class _Step:
-    """What a generation batch holds beside TRL's tensors; lists are over the rows of this process."""
-
-    rows: Sequence[Mapping[str, Any]]
-    guided: dict[int, Trajectory] = field(default_factory=dict)
-    overwritten: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
-    gated: int = 0
-    rewards: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
 
 
 class NPOTrainer(GRPOTrainer):
@@ -109,9 +68,9 @@ class NPOTrainer(GRPOTrainer):
         self.rollout_sink = rollout_sink
         self.record_rollouts = False
         self.group_pass_rates: dict[str, float] = {}
-        self._rollouts: _Step | None = None
+        self._rollouts: StepRollouts | None = None
         self._loss_inputs: dict[str, Any] | None = None
-        self._recording: dict[str, Any] | None = None
+        self._recording: RolloutTable | None = None
         self.guidance = guidance
 
     @property
@@ -122,10 +81,10 @@ class NPOTrainer(GRPOTrainer):
     @guidance.setter
     def guidance(self, source: GuidanceSource | None) -> None:
         if source is not None:
-            self._check_guided()
+            self._check_guided(source)
         self._guidance = source
 
-    def _check_guided(self) -> None:
+    def _check_guided(self, source: GuidanceSource) -> None:
         if self.verifier is None:
             raise ValueError("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=….")
         if self.tools or self.environments is not None:
@@ -137,13 +96,29 @@ class NPOTrainer(GRPOTrainer):
                 f"num_generations = {self.num_generations}, so a group would be split over two processes. "
                 "Change one of the three."
             )
+        if isinstance(source, ReplaySource) and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"{type(source).__name__} learns from the rollouts it sees, and each of the "
+                f"{self.accelerator.num_processes} processes sees only its own; train on one process."
+            )
+        if self.args.guides_per_group > 1 and not isinstance(source, ManyGuides):
+            raise ValueError(
+                f"guides_per_group is {self.args.guides_per_group}, but {type(source).__name__} has no guides(); "
+                "give a source with several guides for a prompt, such as ReplayPool."
+            )
         if hasattr(self.train_dataset, "column_names") and self.train_dataset.column_names is not None:
             require_columns(self.train_dataset)
 
     # Rollouts: gate and replacement
 
+    @property
+    def _own_slots(self) -> int:
+        """Rows of a group that the policy samples; with placement append the last ones are kept for guides."""
+        return self.num_generations - (self.args.guides_per_group if self.args.placement == "append" else 0)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rollouts = step = _Step(rows=inputs)
+        inputs = self._with_replayed_prompts(inputs)
+        self._rollouts = step = StepRollouts(rows=inputs)
         output = super()._generate_and_score_completions(inputs)
         ids = output["completion_ids"]
         is_guide = torch.zeros(len(inputs), dtype=torch.bool, device=ids.device)
@@ -152,45 +127,86 @@ class NPOTrainer(GRPOTrainer):
             is_guide[row] = True
             guide_logps[row, : len(guide.logps)] = torch.tensor(guide.logps, device=ids.device)
         output["is_guide"] = is_guide
+        output["is_own"] = ~is_guide
+        output["is_own"][step.void] = False
         output["guide_logps"] = guide_logps
         if self.model.training:
-            self._log_groups(step, is_guide)
-            if self.record_rollouts and self.rollout_sink is not None:
+            self._log_groups(step, is_guide, output["is_own"])
+            recorded = self.record_rollouts and self.rollout_sink is not None
+            if recorded or isinstance(self.guidance, ReplaySource):
                 output["rollout_row"] = torch.arange(len(inputs), device=ids.device)
-                self._start_recording(step, output)
+                mask = output["completion_mask"].bool()
+                texts = self.processing_class.batch_decode(
+                    [tokens[kept].tolist() for tokens, kept in zip(ids, mask, strict=True)], skip_special_tokens=True
+                )
+                self._recording = RolloutTable(
+                    self.state.global_step + 1, step, output, self.num_generations, texts, self.eos_token_ids
+                )
         return output
+
+    def _with_replayed_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The step's rows, some groups of which a replaying source has given another prompt."""
+        if not isinstance(self.guidance, ReplaySource) or not self.model.training:
+            return inputs
+        n = self.num_generations
+        model = self.accelerator.unwrap_model(self.model)
+        entropies = partial(completion_entropies, model, self.processing_class)
+        chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
+        rows = list(inputs)
+        for group, row in chosen.items():
+            rows[group * n : (group + 1) * n] = [dict(row) for _ in range(n)]
+        return rows
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        if self.guidance is not None and self.model.training:
-            for row, guide in self._choose_guides(completion_ids).items():
-                completion_ids[row] = list(guide.token_ids)
+        if self.model.training:
+            if self.guidance is not None:
+                self._choose_guides(completion_ids)
+            self._empty_places()
+            fillings = {row: list(guide.token_ids) for row, guide in self._rollouts.guided.items()}
+            for row, tokens in {**dict.fromkeys(self._rollouts.void, self.eos_token_ids[:1]), **fillings}.items():
+                completion_ids[row] = list(tokens)
                 if logprobs is not None:
                     # TRL reads None as "unknown" and sets the sampler-mismatch ratio of these tokens to exactly 1
-                    logprobs[row] = [None] * len(guide.token_ids)
+                    logprobs[row] = [None] * len(tokens)
         return completion_ids, logprobs
 
-    def _choose_guides(self, completion_ids: list[list[int]]) -> dict[int, Trajectory]:
-        """Guides by row number for the groups of this process: gated, and with a guide in the source."""
+    def _empty_places(self) -> None:
+        """Note the places for appended guides that no guide takes."""
         step, n = self._rollouts, self.num_generations
-        guides = [
-            self.guidance.guide(step.rows[row]["uid"], self.state.global_step) for row in range(0, len(step.rows), n)
-        ]
-        asked = [group for group, guide in enumerate(guides) if guide is not None]
+        places = (row for row in range(len(step.rows)) if row % n >= self._own_slots)
+        step.void = [row for row in places if row not in step.guided]
+
+    def _choose_guides(self, completion_ids: list[list[int]]) -> None:
+        """Guides by row for the groups of this process: gated, and with a guide in the source."""
+        step, n, count = self._rollouts, self.num_generations, self.args.guides_per_group
+        guides = [self._guides_for(step.rows[row]["uid"], count) for row in range(0, len(step.rows), n)]
+        asked = [group for group, found in enumerate(guides) if found]
         if not asked:
-            return {}
-        rows = [group * n + slot for group in asked for slot in range(n)]
+            return
+        own = self._own_slots
+        rows = [group * n + slot for group in asked for slot in range(own)]
         texts = self.processing_class.batch_decode([completion_ids[row] for row in rows], skip_special_tokens=True)
         verdicts = [self.verifier(text, step.rows[row]).correct for text, row in zip(texts, rows, strict=True)]
-        correct = torch.tensor(verdicts).view(len(asked), n)
+        correct = torch.tensor(verdicts).view(len(asked), own)
         gated = gate(pass_rate(correct), torch.ones(len(asked), dtype=torch.bool), self.args.tau_gate)
         step.gated = int(gated.sum())
-        for local_row in guide_rows(gated, n).tolist():
-            row, guide = rows[local_row], guides[asked[local_row // n]]
+        verdict_of = dict(zip(rows, verdicts, strict=True))
+        for place in guide_rows(gated, n, count).tolist():
+            row, slot = asked[place // n] * n + place % n, place % n - (n - count)
+            if slot >= len(guides[asked[place // n]]):
+                continue
+            guide = guides[asked[place // n]][slot]
             self._check_guide(guide, step.rows[row]["uid"])
             step.guided[row] = guide
-            step.overwritten[row] = (completion_ids[row], bool(correct.view(-1)[local_row]))
-        return step.guided
+            if row in verdict_of:
+                step.overwritten[row] = (completion_ids[row], verdict_of[row])
+
+    def _guides_for(self, uid: str, count: int) -> Sequence[Trajectory]:
+        if count > 1:
+            return self.guidance.guides(uid, self.state.global_step, count)
+        guide = self.guidance.guide(uid, self.state.global_step)
+        return [] if guide is None else [guide]
 
     def _check_guide(self, guide: Trajectory, uid: str) -> None:
         if guide.uid != uid or not guide.correct:
@@ -210,6 +226,11 @@ class NPOTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         step = self._rollouts
         own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        if self.args.placement == "append":
+            # TRL leaves a row without any reward out of the group's mean and std, and gives it advantage 0
+            void = torch.zeros(len(inputs), dtype=torch.bool, device=rewards.device)
+            void[step.void] = True
+            rewards = rewards.masked_fill(self.accelerator.gather(void).unsqueeze(1), float("nan"))
         step.rewards = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
         if self.verifier is not None:
             verdicts = [
@@ -224,9 +245,8 @@ class NPOTrainer(GRPOTrainer):
 
     # Metrics
 
-    def _log_groups(self, step: _Step, is_guide: torch.Tensor) -> None:
+    def _log_groups(self, step: StepRollouts, is_guide: torch.Tensor, own: torch.Tensor) -> None:
         """On-policy metrics of a generation batch, over all processes."""
-        own = ~is_guide
         sums = [
             step.rewards[own].sum(),
             own.sum(),
@@ -241,7 +261,7 @@ class NPOTrainer(GRPOTrainer):
             on_policy = step.correct.clone()
             for row, (_, was_correct) in step.overwritten.items():
                 on_policy[row] = was_correct
-            rates = pass_rate(on_policy.view(groups, self.num_generations))
+            rates = pass_rate(on_policy.view(groups, self.num_generations)[:, : self._own_slots])
             sums[4], sums[5] = rates.sum(), (rates == 0).sum()
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
             self.group_pass_rates = {
@@ -261,7 +281,7 @@ class NPOTrainer(GRPOTrainer):
         """Entropy of on-policy tokens, and divergence of guide tokens, over all processes."""
         mask = self._token_mask(inputs)
         guide = inputs["is_guide"].unsqueeze(1) & mask
-        own = ~inputs["is_guide"].unsqueeze(1) & mask
+        own = inputs["is_own"].unsqueeze(1) & mask
         log_ratio = (logps - inputs["guide_logps"])[guide].double()
         weight = log_ratio.clamp(max=MAX_LOG_WEIGHT).exp()
         sums = [entropies[own].sum(), own.sum(), guide.sum(), log_ratio.sum(), weight.sum(), weight.square().sum()]
@@ -295,8 +315,10 @@ class NPOTrainer(GRPOTrainer):
             self._log_tokens(logps.detach(), entropies.detach(), self._loss_inputs)
             if self.args.ratio_mode != "current" and self._loss_inputs["is_guide"].any():
                 self._set_guide_ratio(logps.detach(), self._loss_inputs)
-            if self._recording is not None:
-                self._record(logps.detach(), self._loss_inputs)
+            if self._recording is not None and self._recording.see(
+                logps.detach(), self._token_mask(self._loss_inputs), self._loss_inputs
+            ):
+                self._hand_over()
         return logps, entropies, aux_loss
 
     def _set_guide_ratio(self, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
@@ -309,12 +331,15 @@ class NPOTrainer(GRPOTrainer):
         rows = inputs["is_guide"].unsqueeze(1)
         old = inputs.get("old_per_token_logps")
         old = logps if old is None else old
+        behaviour = inputs["guide_logps"].to(logps.dtype)
+        if self.args.guide_behaviour == "one":
+            behaviour = torch.zeros_like(behaviour)
         if self.args.ratio_mode == "exact":
-            inputs["old_per_token_logps"] = torch.where(rows, inputs["guide_logps"].to(logps.dtype), old)
+            inputs["old_per_token_logps"] = torch.where(rows, behaviour, old)
             return
         weight = gradient_weight(
             logps,
-            inputs["guide_logps"].to(logps.dtype),
+            behaviour,
             self._token_mask(inputs),
             self.args.ratio_mode,
             truncation=self.args.ratio_truncation,
@@ -325,47 +350,9 @@ class NPOTrainer(GRPOTrainer):
         inputs["old_per_token_logps"] = torch.where(rows, logps, old)
         inputs["advantages"] = torch.where(rows, advantages * weight.to(advantages.dtype), advantages)
 
-    # Rollout tables
-
-    def _start_recording(self, step: _Step, output: Mapping[str, Any]) -> None:
-        n = self.num_generations
-        mask = output["completion_mask"].bool()
-        rows = []
-        for row, data in enumerate(step.rows):
-            guide = step.guided.get(row)
-            lost_ids, lost_correct = step.overwritten.get(row, (None, None))
-            rows.append(
-                {
-                    "uid": data.get("uid"),
-                    "group": row // n,
-                    "slot": row % n,
-                    "source": "policy" if guide is None else "guide",
-                    "guide_step": None if guide is None else guide.source_step,
-                    "token_ids": output["completion_ids"][row][mask[row]].tolist(),
-                    "behaviour_logps": None if guide is None else list(guide.logps),
-                    "reward": float(step.rewards[row]),
-                    "advantage": float(output["advantages"][row]),
-                    "overwritten_ids": lost_ids,
-                    "overwritten_correct": lost_correct,
-                }
-            )
-        self._recording = {"step": self.state.global_step + 1, "rows": rows, "missing": len(rows)}
-
-    def _record(self, logps: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-        """Add current log-probs and ratios; hand the table over when every row has been seen."""
-        mask = self._token_mask(inputs)
-        for place, row in enumerate(inputs["rollout_row"].tolist() if "rollout_row" in inputs else []):
-            record = self._recording["rows"][row]
-            if "current_logps" in record:
-                continue
-            current = logps[place][mask[place]]
-            old = inputs.get("old_per_token_logps")
-            behaviour = current if old is None else old[place][mask[place]]
-            record["current_logps"] = current.tolist()
-            if record["behaviour_logps"] is None:
-                record["behaviour_logps"] = behaviour.tolist()
-            record["ratio"] = (current - torch.tensor(record["behaviour_logps"]).to(current)).exp().tolist()
-            self._recording["missing"] -= 1
-        if self._recording["missing"] == 0:
-            recording, self._recording = self._recording, None
-            self.rollout_sink(recording["step"], recording["rows"])
+    def _hand_over(self) -> None:
+        table, self._recording = self._recording, None
+        if isinstance(self.guidance, ReplaySource):
+            self.guidance.observe(table.step, table.rows)
+        if self.record_rollouts and self.rollout_sink is not None:
+            self.rollout_sink(table.step, table.rows)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from .config import RunConfig
-from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy, share_vision
+from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
 from .progress import progress
 from .runs import project_folder, runs_folder
+from .sharing import share_work
 from .tasks import (
     Family,
     Problem,
@@ -180,7 +181,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     processor = build_processor(vocabulary())
     spec = TinyPolicySpec(config.hidden, config.layers, config.heads, config.vision_hidden, config.vision_depth)
     model = build_tiny_policy(processor, spec, config.policy_seed)
-    share_vision(model)
+    share_work(model)
     rng = np.random.default_rng(config.policy_seed)
     errors, wrong = fact_errors(config), misconceptions(config)
     problems = sample_problems("train", WARMSTART_PROBLEMS, seed=config.policy_seed)

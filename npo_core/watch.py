@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import numpy as np
+from transformers import TrainerCallback, set_seed
 
 from .checkpoints import checkpoint_folder, mark_complete, retain
 from .config import RunConfig
 from .progress import ProgressBar
 from .runs import RunFolder, append_line
+from .sources import ReplaySource
 from .trainer import NPOTrainer
 from .trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
 
@@ -26,6 +28,7 @@ class Segment:
         resume_from: Checkpoint folder to start from, relative to the run folder; None is the base policy.
         guidance: Guidance cache, relative to the run folder, or None.
         guide_until: Policy step at which guidance ends; the end of the replay.
+        reseed: Sample with fresh randomness from here on; a replay without guide would else repeat the run.
     """
 
     branch: int
@@ -34,6 +37,7 @@ class Segment:
     resume_from: str | None = None
     guidance: str | None = None
     guide_until: int = 0
+    reseed: bool = False
 
 
 class Watch(TrainerCallback):
@@ -111,6 +115,9 @@ class Watch(TrainerCallback):
         return None if enough or not self.acts else warning
 
     def on_step_begin(self, args, state, control, **kwargs):
+        segment = self.segments[-1]
+        if segment.reseed and state.global_step == segment.start:
+            set_seed(int(np.random.SeedSequence([self.config.seed, segment.branch, 4]).generate_state(1)[0]))
         every = self.config.rollout_every
         self.trainer.record_rollouts = bool(every) and (state.global_step % every == 0)
 
@@ -140,6 +147,8 @@ class Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         branch = Path(args.output_dir)
+        if isinstance(self.trainer.guidance, ReplaySource):
+            self.trainer.guidance.save(checkpoint_folder(branch, state.global_step))
         mark_complete(checkpoint_folder(branch, state.global_step))
         retain(branch, state.global_step, self.config.checkpoint_keep)
 

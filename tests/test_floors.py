@@ -29,11 +29,12 @@ HOUSE = {
     "progress": (2, 4),
     "signal_report": (2, 5),
     "findings": (2, 6),
-    # floor 3, world: answers, tasks, policies
+    # floor 3, world: answers, tasks, what rollouts share, policies
     "verifiers": (3, 0),
     "tasks": (3, 1),
-    "policies": (3, 2),
-    "warmstart": (3, 3),
+    "sharing": (3, 2),
+    "policies": (3, 3),
+    "warmstart": (3, 4),
     # floor 4, engine: rollouts, guides, trainer
     "sampling": (4, 0),
     "sources": (4, 1),

@@ -597,6 +597,7 @@ class Enumeration:
             "advantages": rows * self.length * weight * self.rewards,
             "num_items_in_batch": torch.tensor(self.sequences.numel()),
             "is_guide": guided,
+            "is_own": ~guided,
             "guide_logps": torch.where(guided.unsqueeze(1), self.behaviour_logps, 0.0),
         }
         trainer.current_gradient_accumulation_steps = 1  # set by the training loop otherwise

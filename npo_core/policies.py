@@ -36,7 +36,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from .sharing import SharedPrompts, share_work
+from .prompts import SharedPrompts
+from .sharing import share_work
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -6,15 +6,12 @@ the same in every row. Here it is computed once and copied, with the same gradie
 depends on it except in the last bits; `share_work(model)` patches one model object, and transformers stays as it is.
 """
 
-import json
 from types import MethodType
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     BaseModelOutputWithDeepstackFeatures,
@@ -22,84 +19,22 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionModel,
 )
 
+from .prompts import copied_rows
+
 WORTHWHILE = 0.8
 """Rows are shared when that leaves at most this share of the tokens to compute."""
 
-REMEMBERED_TEXTS, REMEMBERED_BYTES = 8192, 1 << 28
-"""Rendered prompts, and bytes of pictures with their features, that are kept before a memory starts afresh."""
+REMEMBERED_BYTES = 1 << 28
+"""Bytes of pictures with their features that are kept before a memory starts afresh."""
 
 ROOM = 16
 """Tokens that a cache layer makes room for at a time while sampling."""
 
+RECORDED = ("output_attentions", "output_hidden_states")
+"""What the plain forward pass records on demand, and the shared one does not."""
+
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the size of a pixel value, in bytes."""
-
-
-class SharedPrompts:
-    """Mixin for a vision-language processor: a prompt that comes n times is processed once and copied.
-
-    TRL hands the processor every prompt n times, once per rollout, and does so twice a step. The output is the same;
-    calls with other than one picture per text are passed on unchanged.
-    """
-
-    def __call__(self, images=None, text=None, **kwargs):
-        pictures = make_flat_list_of_images(images) if images is not None else []
-        if (
-            not isinstance(text, list)
-            or not len(pictures) == len(text) > 0
-            or any(words.count(self.image_token) != 1 for words in text)
-            or not all(isinstance(picture, Image.Image) for picture in pictures)
-        ):
-            return super().__call__(images=images, text=text, **kwargs)
-        contents = {id(picture): picture for picture in pictures}  # one object many times is looked at once
-        contents = {key: _content(picture) for key, picture in contents.items()}
-        seen: dict[tuple, int] = {}
-        copies = [
-            seen.setdefault((words, contents[id(picture)]), len(seen))
-            for words, picture in zip(text, pictures, strict=True)
-        ]
-        first = [copies.index(place) for place in range(len(seen))]
-        output = super().__call__(
-            images=[pictures[index] for index in first], text=[text[index] for index in first], **kwargs
-        )
-        if len(first) == len(text):
-            return output
-        counts = torch.as_tensor(output["image_grid_thw"]).prod(dim=-1)
-        for name, value in output.items():
-            if name == "pixel_values":
-                output[name] = value[copied_rows(counts, copies, 1)]
-            else:
-                listed = isinstance(value, list)
-                output[name] = [value[place] for place in copies] if listed else value[copies]
-        return output
-
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As the processor's own; the text of a conversation that was rendered before is not rendered again."""
-        if kwargs.get("tokenize") or not all(_plain(value) for value in kwargs.values()):
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
-        rendered = self.__dict__.setdefault("_rendered", {})
-        key = json.dumps([conversation, chat_template or self.chat_template, kwargs], default=_unwritten)
-        if key not in rendered:
-            if len(rendered) >= REMEMBERED_TEXTS:
-                rendered.clear()
-            rendered[key] = super().apply_chat_template(conversation, chat_template, **kwargs)
-        return rendered[key]
-
-
-def _content(picture: Image.Image) -> tuple:
-    """What two pictures must share to be the same; the bytes of a palette picture are places in its palette."""
-    return picture.mode, picture.size, picture.tobytes(), bytes(picture.getpalette() or ())
-
-
-def _plain(value) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _unwritten(value) -> str:
-    """A picture's place in a conversation: the text of a prompt does not depend on what it shows."""
-    if isinstance(value, Image.Image):
-        return "<picture>"
-    raise TypeError(f"A conversation holds a {type(value).__name__}; text and PIL pictures can be rendered.")
 
 
 def share_work(model: PreTrainedModel) -> None:
@@ -157,10 +92,13 @@ def _shared_prefix_forward(
         and len(inputs_embeds) > 1
         and position_ids is not None
         and position_ids.dim() == 3
+        and position_ids.shape[1] == len(inputs_embeds)
         and attention_mask is not None
         and attention_mask.dim() == 2
         and not (self.gradient_checkpointing and self.training)
-        and not any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        and not (self.config.attention_dropout and self.training)
+        and not any(kwargs.get(name, getattr(self.config, name)) for name in RECORDED)
+        and kwargs.get("return_dict", self.config.return_dict) is not False
     )
     if not understood:
         return plain()
@@ -228,7 +166,9 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        if self._key_buffer is None or stop > self._key_buffer.shape[-2]:
+        buffer = self._key_buffer
+        moved = buffer is None or self.keys.data_ptr() != buffer.data_ptr() or len(self.keys) != len(buffer)
+        if moved or stop > buffer.shape[-2]:
             self._key_buffer, self._value_buffer = (self._grown(part, stop) for part in (self.keys, self.values))
         self._key_buffer[:, :, start:stop] = key_states
         self._value_buffer[:, :, start:stop] = value_states
@@ -380,12 +320,16 @@ def _distinct_pictures(pixels: Tensor, grid_thw: Tensor, counts: Tensor) -> tupl
 def _memory(visual, shown: Tensor) -> dict | None:
     """Features of pictures by their patches, emptied when a parameter was written to.
 
-    None for a tower that trains, and for pictures too large to be worth remembering.
+    None for a tower that trains, for pictures that a gradient is asked for, and for pictures too large to be worth
+    remembering. Writing through `parameter.data` goes unnoticed; optimisers and loading do not write that way.
     """
     parameters = list(visual.parameters())
-    if any(parameter.requires_grad for parameter in parameters) or shown.nbytes > REMEMBERED_BYTES // 8:
+    trains = shown.requires_grad or any(parameter.requires_grad for parameter in parameters)
+    if trains or shown.nbytes > REMEMBERED_BYTES // 8:
         return None
-    state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+    kind = shown.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    state = [precision, *((parameter.data_ptr(), parameter._version) for parameter in parameters)]
     if visual.__dict__.get("_remembered_state") != state:
         visual.__dict__["_remembered_state"], visual.__dict__["_remembered"] = state, {}
     return visual.__dict__["_remembered"]
@@ -393,14 +337,19 @@ def _memory(visual, shown: Tensor) -> dict | None:
 
 def _remember(memory: dict, keys: list, output, counts: list[int], merge: int) -> None:
     merged = [count // merge for count in counts]
-    layers = zip(*(layer.detach().split(merged) for layer in output.deepstack_features), strict=True)
-    states = output.last_hidden_state.detach().split(counts)
-    parts = list(zip(states, output.pooler_output.detach().split(merged), layers, strict=True))
+    layers = zip(*(_pieces(layer, merged) for layer in output.deepstack_features), strict=True)
+    states, pooled = _pieces(output.last_hidden_state, counts), _pieces(output.pooler_output, merged)
+    parts = list(zip(states, pooled, layers, strict=True))
     size = sum(len(key[0]) for key in keys) + sum(_size(part) for part in parts)
     held = sum(len(key[0]) for key in memory) + sum(_size(part) for part in memory.values())
     if held + size > REMEMBERED_BYTES:
         memory.clear()
     memory.update(zip(keys, parts, strict=True))
+
+
+def _pieces(features: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Copies, not views: a view would keep the whole batch alive."""
+    return [piece.clone() for piece in features.detach().split(lengths)]
 
 
 def _size(part: tuple) -> int:
@@ -418,16 +367,3 @@ def _recalled(parts: list) -> BaseModelOutputWithDeepstackFeatures:
 
 def _bytes(patches: Tensor) -> bytes:
     return patches.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def copied_rows(counts: Tensor, copies: list[int], merge: int) -> Tensor:
-    """Row numbers that spread the rows of the distinct pictures over all pictures.
-
-    Args:
-        counts: Patches of each distinct picture, shape (distinct,).
-        copies: For each picture its distinct picture, length (pictures,).
-        merge: Patches per row.
-    """
-    lengths = counts // merge
-    starts = lengths.cumsum(0) - lengths
-    return torch.cat([torch.arange(starts[place], starts[place] + lengths[place]) for place in copies])

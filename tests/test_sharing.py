@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-from npo_core import sharing
+from npo_core import prompts, sharing
 from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
 from npo_core.sampling import encode_prompts
 from npo_core.sharing import WORTHWHILE, RoomyLayer, cheapest_sharing, share_work
@@ -427,7 +427,6 @@ def test_the_language_model_shares_only_what_it_understands(model, name):
     assert seen.tokens == [columns if name == "as they are" else rows * columns]
 
 
-@pytest.mark.xfail(strict=True, reason="_shared_prefix_forward asks its arguments only, not its configuration")
 def test_states_that_the_configuration_asks_for_are_handed_out(model):
     unshared, shared, _ = twins(model)
     arguments = columns_of("nothing")
@@ -440,7 +439,6 @@ def test_states_that_the_configuration_asks_for_are_handed_out(model):
         close(one, other)
 
 
-@pytest.mark.xfail(strict=True, reason="_visible takes positions for one per row")
 def test_positions_given_once_for_all_rows_are_those_of_each(model):
     unshared, shared, _ = twins(model)
     arguments = columns_of("nothing")
@@ -450,7 +448,6 @@ def test_positions_given_once_for_all_rows_are_those_of_each(model):
     close(states, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="_shared_prefix_forward takes the answer of the model for a record")
 def test_an_answer_may_be_a_tuple(model):
     unshared, shared, _ = twins(model)
     arguments = columns_of("nothing")
@@ -652,12 +649,7 @@ def test_a_layer_with_room_copies_its_tokens_only_when_the_room_is_used_up():
     assert places[0] != places[5]
 
 
-STALE = pytest.mark.xfail(strict=True, reason="RoomyLayer writes into a buffer whose rows were changed")
-
-
-@pytest.mark.parametrize(
-    "change", ["crop", *(pytest.param(name, marks=STALE) for name in ("reorder", "select", "repeat"))]
-)
+@pytest.mark.parametrize("change", ["crop", "reorder", "select", "repeat"])
 def test_a_layer_with_room_that_was_changed_goes_on_as_one_without(change):
     layers = grown(5, room=4)[:2]
     states = grown(5, room=4)[2]
@@ -677,7 +669,6 @@ def test_a_layer_with_room_that_was_changed_goes_on_as_one_without(change):
         assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.xfail(strict=True, reason="RoomyLayer writes into a buffer whose rows were not reordered")
 def test_beam_search_gives_the_same_tokens(processor, model):
     prompts = prompts_of(processor, 2)
     inputs = forced(processor, prompts, [[12]] * 2)
@@ -939,7 +930,6 @@ def test_what_a_tower_remembers_is_bounded(model, monkeypatch):
     assert seen.patches == [16] * (2 * kept + 2)
 
 
-@pytest.mark.xfail(strict=True, reason="_remember keeps views of the whole batch")
 def test_features_that_are_kept_keep_no_others_alive(model, monkeypatch):
     *policies, _ = twins(model, frozen=True)
     monkeypatch.setattr(sharing, "REMEMBERED_BYTES", 40 * shown(0)[0].nbytes)
@@ -964,7 +954,6 @@ def test_pictures_too_large_are_not_remembered(model, monkeypatch, extra):
     assert seen.patches == [16]
 
 
-@pytest.mark.xfail(strict=True, reason="_memory does not ask for autocast")
 def test_what_was_computed_in_half_precision_is_not_remembered_as_exact(model):
     policies = [policy.float() for policy in twins(model, frozen=True)[:2]]
     pixels, grids = shown(0)
@@ -976,7 +965,6 @@ def test_what_was_computed_in_half_precision_is_not_remembered_as_exact(model):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="_memory does not ask whether pixels train")
 def test_a_gradient_with_respect_to_the_pixels_goes_through_a_frozen_tower(model):
     policies = twins(model, frozen=True)[:2]
     gradients = []
@@ -999,7 +987,7 @@ def rendering(monkeypatch):
     original = Qwen3VLProcessor.apply_chat_template
 
     def counted(self, talk, *args, **options):
-        if isinstance(self, sharing.SharedPrompts):
+        if isinstance(self, prompts.SharedPrompts):
             rendered.append(talk)
         return original(self, talk, *args, **options)
 
@@ -1082,7 +1070,7 @@ def test_a_call_with_other_than_plain_options_is_passed_on(rendering, plain):
 
 def test_rendered_texts_are_bounded(rendering, plain, monkeypatch):
     processor, rendered = rendering
-    monkeypatch.setattr(sharing, "REMEMBERED_TEXTS", 3)
+    monkeypatch.setattr(prompts, "REMEMBERED_TEXTS", 3)
     lengths = []
     for number in range(8):
         for _ in range(2):
@@ -1093,7 +1081,6 @@ def test_rendered_texts_are_bounded(rendering, plain, monkeypatch):
     assert len(rendered) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="apply_chat_template hands out the list it remembers")
 def test_a_list_of_texts_may_be_written_to(rendering, plain):
     processor, _ = rendering
     talks = [talk_of("add"), talk_of("add the bars")]

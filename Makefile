@@ -22,7 +22,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal signal-study figures bench plan base lab test lint clean
+.PHONY: help setup autonpo npo signal signal-study study map claims figures bench plan base lab test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,15 @@ signal: setup ## Run notebooks/04_signal.ipynb: Q, V and S over distance (PRESET
 signal-study: setup ## Make data/results/ anew: interventions, signal and gain over five seeds (hours)
 	$(THREADS) $(BIN)/python -m npo_core signal-study --preset $(PRESET) $(ARGS)
 
+study: setup ## Run the evidence study, arms x seeds, and write data/results/ (hours; resumable)
+	$(BIN)/python -m npo_core study --preset $(PRESET) $(ARGS)
+
+map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
+	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
+
+claims: setup ## Verdicts on the paper's claims from data/results/, in seconds
+	$(BIN)/python -m npo_core claims $(ARGS)
+
 figures: setup ## Draw the committed figures from data/results/, in seconds
 	$(BIN)/python -m npo_core figures $(ARGS)
 
@@ -75,9 +84,10 @@ bench: setup ## Measure speed, print a table, and write data/runs/bench.json
 plan: setup ## Print what a preset would cost before it is run (PRESET)
 	$(CORE) plan --preset $(PRESET) $(ARGS)
 
-base: setup ## Remake the shipped base policy and teacher of the small world
+base: setup ## Remake the shipped base policy and teachers of the small world
 	$(CORE) warmstart $(ARGS)
 	$(CORE) warmstart --teacher $(ARGS)
+	$(CORE) warmstart --teacher --set teacher_form_share=0.1 $(ARGS)
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)

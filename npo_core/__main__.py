@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from .config import RunConfig, preset_names, resolve_config
 
@@ -28,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
         ("npo", _train, "Train with manual interventions (scout and restart, plateau and roll-back) and evaluate it."),
         ("autonpo", _train, "Train with AutoNPO's own interventions and evaluate it."),
         ("warmstart", _warmstart, "Make the base policy of a preset and keep it in data/base."),
+        ("luffy", _train, "Train the baseline LUFFY (external teacher) and evaluate it."),
+        ("exgrpo", _train, "Train the baseline ExGRPO (own past successes) and evaluate it."),
+        ("rlep", _train, "Train the baseline RLEP (replay of a converged run) and evaluate it."),
         ("plan", _plan, "Print what a run will cost before it starts."),
     ):
         stage = stages.add_parser(name, help=text, description=text)
@@ -42,6 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
     again.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     again.add_argument("--quiet", action="store_true", help="no progress bars")
+    cell = stages.add_parser("cell", help="Run and score one cell of the evidence study; what its processes do.")
+    cell.set_defaults(stage=_cell)
+    cell.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
+    cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    _evidence_parser(stages)
+    _map_parser(stages)
+    decide = stages.add_parser("claims", help="Verdicts on the paper's claims from the results, in seconds.")
+    decide.set_defaults(stage=_claims)
+    decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     _signal_parser(stages)
     _gain_parser(stages)
     _study_parser(stages)
@@ -133,7 +146,37 @@ def _study_parser(stages) -> None:
     stage.add_argument("--parts", nargs="+", choices=parts, default=parts, help="gain needs signal")
 
 
-def _config(options: argparse.Namespace, method: str) -> RunConfig:
+def _evidence_parser(stages) -> None:
+    text = (
+        "The evidence study: every arm with every seed, one single-thread process a run, then data/results/ with the "
+        "comparisons and verdicts (hours on two cores). A second call goes on where the first stopped."
+    )
+    stage = stages.add_parser("study", help="Run arms x seeds, and write results and verdicts.", description=text)
+    stage.set_defaults(stage=_evidence)
+    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
+    stage.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds (default: 0 to 9)")
+    stage.add_argument("--arms", nargs="+", help="arms (default: all; see npo_core/arms.py)")
+    stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every arm")
+    stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
+    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
+    stage.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _map_parser(stages) -> None:
+    text = "Map of the gain at equal compute over learning rate and share of hard facts; writes data/results/map.csv."
+    stage = stages.add_parser("map", help="Run the map of the gain, and write its results.", description=text)
+    stage.set_defaults(stage=_map)
+    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
+    stage.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="seeds (default: 0 to 4)")
+    stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every run")
+    stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
+    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
+    stage.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     overrides = {}
     for item in options.set:
         name, equals, text = item.partition("=")
@@ -143,7 +186,11 @@ def _config(options: argparse.Namespace, method: str) -> RunConfig:
             overrides[name] = json.loads(text)
         except json.JSONDecodeError:
             overrides[name] = text
-    return resolve_config(method, options.preset, options.seed, overrides)
+    return overrides
+
+
+def _config(options: argparse.Namespace, method: str) -> RunConfig:
+    return resolve_config(method, options.preset, options.seed, _overrides(options))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -160,6 +207,47 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
     folder = stages.run(config, options.root, options.quiet)
     result = folder.result()
     print(f"{folder.path}: {result['base']['average']:.3f} -> {result['final']['average']:.3f}")
+    return 0
+
+
+def _cell(options: argparse.Namespace) -> int:
+    from . import evidence
+
+    evidence.run_cell(RunConfig.from_mapping(json.loads(options.config.read_text())), options.root)
+    return 0
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    from . import claims, evidence
+    from .results import read_evidence
+
+    cells = evidence.plan_cells(options.preset, options.seeds, options.arms, _overrides(options))
+    evidence.run_cells(cells, options.root, options.processes, options.quiet)
+    for path in evidence.collect(cells, options.root, options.out):
+        print(path)
+    found = read_evidence(options.out)
+    print(claims.write(found, options.out))
+    for arm, seeds in found.failed.items():
+        print(f"failed: {arm}, seeds {seeds}", file=sys.stderr)
+    return 1 if found.failed else 0
+
+
+def _map(options: argparse.Namespace) -> int:
+    from . import evidence, map_of_gain
+
+    cells = map_of_gain.plan_map(options.preset, options.seeds, overrides=_overrides(options))
+    map_of_gain.prepare_bases(cells, options.quiet)
+    evidence.run_cells(cells, options.root, options.processes, options.quiet)
+    for path in map_of_gain.collect_map(cells, options.root, options.out):
+        print(path)
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from . import claims
+    from .results import read_evidence
+
+    print(claims.write(read_evidence(options.results), options.results))
     return 0
 
 

@@ -4,7 +4,7 @@ The preset decides everything else, so all arms share the world, the base policy
 `python -m npo_core study` runs them over seeds; docs/evidence.md holds the plan that was written before they ran.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,3 +76,52 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
     row = ARMS[arm]
     config = resolve_config(row.method, preset, seed, {**SHARED, **(overrides or {}), **row.settings})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
+
+
+def ablation_configs(
+    name: str, preset: str, seed: int, overrides: Mapping[str, Any] | None = None
+) -> dict[str, RunConfig]:
+    """Settings of one ablation: the preset's own value first, then others around it, by label.
+
+    Args:
+        name: Name in `ABLATIONS`.
+        preset: Name of a preset.
+        seed: Seed of sampling during training.
+        overrides: Settings of every run that are not the preset's.
+
+    Raises:
+        ValueError: Unknown ablation.
+    """
+    if name not in ABLATIONS:
+        raise ValueError(f"Unknown ablation {name!r}. Allowed: {', '.join(ABLATIONS)}.")
+    method, values = ABLATIONS[name]
+    plain = resolve_config(method, preset, seed, {**SHARED, **(overrides or {})})
+    runs = {}
+    for changes in [{}, *values(plain)]:
+        setting = next(iter(changes), next(iter(values(plain)[0])))
+        runs[f"{setting} = {changes.get(setting, getattr(plain, setting))}"] = plain.with_changes(**changes)
+    return runs
+
+
+ABLATIONS: Mapping[str, tuple[str, Callable[[RunConfig], list[dict[str, Any]]]]] = {
+    "gate": ("npo", lambda plain: [{"tau_gate": value} for value in (0.0, 0.3, 1.0)]),
+    "group": (
+        "npo",
+        lambda plain: [
+            {"num_generations": n, "micro_batch": plain.prompts_per_step * n}
+            for n in (plain.num_generations // 2, plain.num_generations * 2)
+        ],
+    ),
+    "window": (
+        "npo",
+        lambda plain: [{"early_window": plain.early_window // 2}, {"early_window": plain.early_window * 3 // 2}],
+    ),
+    "cache rule": ("npo", lambda plain: [{"cache_rule": rule} for rule in ("shortest", "closest")]),
+    "ratio": ("npo", lambda plain: [{"ratio_mode": mode} for mode in ("exact", "truncated", "shaped")]),
+    "trigger": (
+        "autonpo",
+        lambda plain: [{"trigger_entropy_drop": plain.trigger_entropy_drop * factor} for factor in (0.5, 2.0)],
+    ),
+    "checkpoints": ("autonpo", lambda plain: [{"checkpoint_every": plain.checkpoint_every * 2}]),
+}
+"""One setting at a time around NPO (early and late) or AutoNPO: the method, and values other than the preset's."""

@@ -262,10 +262,23 @@ class RunConfig:
             f'"future" for method {self.method}, which has no replay',
         )
         require(
-            self.method == "npo" or not self.random_interventions,
-            "random_interventions",
-            self.random_interventions,
-            f"0 for method {self.method}",
+            self.method == "rlep" or self.placement == "replace",
+            "placement",
+            self.placement,
+            f'"replace" for method {self.method}',
+        )
+        if self.random_interventions:
+            self._check_random_interventions()
+
+    def _check_random_interventions(self) -> None:
+        require(self.method == "npo", "random_interventions", self.random_interventions, f"0 for method {self.method}")
+        least = 2 * self.checkpoint_every
+        require(self.compute_steps >= least, "compute_steps", self.compute_steps, f"at least {least} for a roll-back")
+        require(
+            self.checkpoint_keep == 0,
+            "checkpoint_keep",
+            self.checkpoint_keep,
+            "0 with random_interventions: a random roll-back may go to any checkpoint",
         )
 
     @property

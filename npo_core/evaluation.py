@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .progress import progress
 from .sampling import sample_rollouts
-from .stats import bootstrap_interval
+from .stats import bootstrap_interval, pass_at_k
 from .trainer import Verifier
 
 
@@ -45,7 +45,8 @@ def evaluate(
 
     Returns:
         `average` (mean over suites), `interval` (95 %, over items), `suites` and `suite_intervals` (95 %, over items of
-        that suite), `items` and `k`. The intervals hold for this one policy; they say nothing about other seeds.
+        that suite), `pass_at` (unbiased pass@j per suite for j = 1, 2, 4, … up to k), `items` and `k`. The intervals
+        hold for this one policy; they say nothing about other seeds.
     """
     with progress(len(rows) * k, label, quiet) as bar:
         groups = sample_rollouts(
@@ -62,7 +63,8 @@ def evaluate(
             score=False,
             advance=bar.advance,
         )
-    rates = np.array([np.mean([trajectory.correct for trajectory in group]) for group in groups])
+    solved = np.array([sum(trajectory.correct for trajectory in group) for group in groups])
+    rates = solved / k
     suites = np.array([row["suite"] for row in rows])
     names = list(dict.fromkeys(suites.tolist()))
     rng = np.random.default_rng(seed)
@@ -79,6 +81,10 @@ def evaluate(
         "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
         "suites": scores,
         "suite_intervals": intervals,
+        "pass_at": {
+            str(drawn): {name: float(pass_at_k(k, solved[suites == name], drawn).mean()) for name in names}
+            for drawn in (2**power for power in range(k.bit_length()))
+        },
         "items": len(rows),
         "k": k,
     }

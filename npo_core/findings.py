@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from .runs import project_folder
 from .signal_curve import QUALITIES
 
@@ -37,6 +39,32 @@ def read(path: str | Path) -> dict[str, Any]:
     if found.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {found.get('schema')}; this version reads schema {SCHEMA}. Make it again.")
     return found
+
+
+def paper_table(path: str | Path | None = None) -> pd.DataFrame:
+    """Table 1 of the paper as printed: accuracy in percent, a row per method, `average` and the eight suites.
+
+    Args:
+        path: CSV file; the project's `data/paper/table1.csv` if None.
+    """
+    path = project_folder() / "data" / "paper" / "table1.csv" if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no table {path}; it is part of the repository.")
+    return pd.read_csv(path).set_index("method")
+
+
+def paper_gains(table: pd.DataFrame) -> pd.DataFrame:
+    """The paper's averages checked: as printed, recomputed from the suites, and the gain over GRPO in points."""
+    again = table.drop(columns="average").mean(axis=1)
+    return pd.DataFrame(
+        {
+            "average, printed": table["average"],
+            "average, recomputed": again.round(3),
+            "printed minus recomputed": (table["average"] - again).round(3),
+            "over GRPO": (again - again["GRPO"]).round(3),
+            "over the base": (again - again["Base"]).round(3),
+        }
+    )
 
 
 def optima(found: Mapping[str, Any]) -> list[dict[str, Any]]:

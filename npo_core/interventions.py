@@ -54,7 +54,8 @@ def random_plan(config: RunConfig) -> tuple[Intervention, ...]:
     """Roll-backs at random steps and distances on the grid of checkpoints, from the seed alone (a control, ours).
 
     Each step is uniform over those at which a replay still fits into the budget, each distance uniform over those that
-    the budget and the resumable checkpoints allow. Fewer than asked for when the budget is spent earlier.
+    the budget allows. Fewer than asked for when the budget is spent earlier. A roll-back may fall into the replay of
+    the one before, whose guidance ends there.
     """
     rng = np.random.default_rng([config.seed, 5])
     every = config.checkpoint_every
@@ -67,8 +68,7 @@ def random_plan(config: RunConfig) -> tuple[Intervention, ...]:
             break
         at = int(rng.choice(stops))
         spent += at - place
-        kept = (config.checkpoint_keep - 1) * every if config.checkpoint_keep else at
-        longest = min(at, config.compute_steps - spent, kept)
+        longest = min(at, config.compute_steps - spent)
         place = at - int(rng.choice(range(every, longest + 1, every)))
         plan.append(Intervention("random", at, place, at))
     return tuple(plan)

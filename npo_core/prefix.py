@@ -74,7 +74,7 @@ def take_prefix(run: RunFolder) -> int:
         except (ValueError, TypeError):
             continue  # a run of another version
         steps = shared_steps(run.config, donor)
-        if path.parent == run.path or not steps:
+        if path.parent == run.path or not steps or path.parent.name != donor.run_name:
             continue
         folder = RunFolder(donor, run.path.parent)
         events = folder.effective_events()

@@ -5,6 +5,7 @@ import json
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 
 REMEMBERED_TEXTS = 8192
@@ -48,6 +49,21 @@ class SharedPrompts:
                 listed = isinstance(value, list)
                 output[name] = [value[place] for place in copies] if listed else value[copies]
         return output
+
+    def _process_images(self, images, **kwargs):
+        """The pictures of the last call are not processed again: TRL asks for them twice a step, in two forms."""
+        pictures = make_flat_list_of_images(images)
+        tensors = kwargs.get("return_tensors")
+        settings = {name: value for name, value in kwargs.items() if name != "return_tensors"}
+        known = all(isinstance(picture, Image.Image) for picture in pictures) and tensors in (None, "pt")
+        if not known or not all(_plain(value) for value in settings.values()):
+            return super()._process_images(images, **kwargs)
+        key = [settings, *map(_content, pictures)]
+        last = self.__dict__.get("_last_pictures")
+        if last is None or last[0] != key:
+            last = self.__dict__["_last_pictures"] = (key, *super()._process_images(images, **settings))
+        _, processed, replacements = last
+        return BatchFeature(dict(processed), tensor_type=tensors), list(replacements)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """As the processor's own; the text of a conversation that was rendered before is not rendered again."""

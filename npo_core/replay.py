@@ -53,10 +53,6 @@ class ReplayPool(GuidanceCache):
                     refused += 1
         return refused
 
-    def keep_prompts_with(self, least: int) -> None:
-        """Forget prompts with fewer than `least` trajectories (RLEP: 2)."""
-        self._pool = {uid: kept for uid, kept in self._pool.items() if len(kept) >= least}
-
     def guide(self, uid: str, policy_step: int) -> Trajectory | None:
         """One of the prompt's trajectories, or None."""
         return next(iter(self.guides(uid, policy_step, 1)), None)
@@ -115,6 +111,9 @@ class OwnPast:
         count = int(self.share * len(uids))
         staying = set(uids[: len(uids) - count])
         drawn = self._draw(policy_step, count, staying)
+        if len(drawn) < count:
+            # fewer places are taken, so more of the step's prompts stay: none of those may come twice
+            drawn = [uid for uid in drawn if uid not in uids]
         candidates = [trajectory for uid in drawn for trajectory in self._kept[uid]]
         if not candidates:
             return {}

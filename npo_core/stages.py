@@ -257,8 +257,20 @@ def _guide_folder(config: RunConfig, root: Path | None, quiet: bool) -> Path | N
     return None
 
 
-def evaluate_policy(config: RunConfig, model, world: World, label: str, quiet: bool = False) -> dict[str, Any]:
-    """Scores of a policy on the test problems, see `evaluation.evaluate`."""
+def evaluate_policy(
+    config: RunConfig, model, world: World, label: str, quiet: bool = False, plain: bool = False
+) -> dict[str, Any]:
+    """Scores of a policy on the test problems, see `evaluation.evaluate`.
+
+    Args:
+        config: Settings.
+        model: Policy.
+        world: Test problems, processor and verifier.
+        label: Words on the progress bar.
+        quiet: Without a progress bar.
+        plain: Sample as in training, from the whole distribution at the training temperature.
+    """
+    sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p, "top_k": config.eval_top_k}
     return evaluate(
         model,
         world.processor,
@@ -267,11 +279,9 @@ def evaluate_policy(config: RunConfig, model, world: World, label: str, quiet: b
         k=config.eval_rollouts,
         seed=TEST_SEED,
         max_new_tokens=config.max_completion_length,
-        temperature=config.eval_temperature,
-        top_p=config.eval_top_p,
-        top_k=config.eval_top_k,
         label=f"evaluation: {label}",
         quiet=quiet,
+        **({"temperature": config.temperature, "top_p": 1.0, "top_k": 0} if plain else sampling),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
 from jaxtyping import Bool, Float, Int, Real
 
@@ -150,6 +151,54 @@ def mean_interval(values: Scores) -> Estimate:
     return Estimate(
         value=float(data.mean()), low=float(data.mean() - half), high=float(data.mean() + half), n=data.size
     )
+
+
+def paired_t_test(differences: Scores) -> float:
+    """Two-sided p-value of "the mean difference is 0", from Student's t over seeds (ours).
+
+    Args:
+        differences: One difference per seed.
+
+    Returns:
+        p in [0, 1]; 1 when all differences are 0, and 0 when they are all equal and not 0.
+
+    Raises:
+        ValueError: Fewer than two differences, or one that is not finite.
+    """
+    data = _as_scores(differences, at_least=2)
+    if np.ptp(data) == 0:
+        return 1.0 if data[0] == 0 else 0.0
+    return float(scipy.stats.ttest_1samp(data, 0.0).pvalue)
+
+
+def detectable_difference(differences: Scores, power: float = 0.8) -> float:
+    """Smallest true mean difference that a two-sided paired t test at 5 % finds with a given probability (ours).
+
+    The standard deviation is the observed one, the number of seeds the one at hand.
+
+    Args:
+        differences: One difference per seed.
+        power: Probability of finding it, in (0.05, 0.99].
+
+    Returns:
+        A difference, in the unit of the scores.
+
+    Raises:
+        ValueError: Fewer than two differences, one that is not finite, or a power outside (0.05, 0.99].
+    """
+    if not 0.05 < power <= 0.99:
+        raise ValueError(f"power is {power}; it must lie between 0.05, the size of the test, and 0.99.")
+    data = _as_scores(differences, at_least=2)
+    freedom = data.size - 1
+    # the test's power given the sampled deviation, averaged over its quantiles: scipy's noncentral t gives NaN far out
+    quantiles = (np.arange(4000) + 0.5) / 4000
+    bound = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(scipy.stats.chi2.ppf(quantiles, freedom) / freedom)
+
+    def missing(shift: float) -> float:
+        found = scipy.stats.norm.sf(bound - shift) + scipy.stats.norm.cdf(-bound - shift)
+        return float(found.mean()) - power
+
+    return float(scipy.optimize.brentq(missing, 0.0, 1e3) * data.std(ddof=1) / np.sqrt(data.size))
 
 
 def stratified_bootstrap(

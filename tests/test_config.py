@@ -4,13 +4,23 @@ import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_core import tasks
-from npo_core.config import SUITES, RunConfig, check_parameters, load_preset, preset_names, resolve_config
+from npo_core.config import (
+    METHOD_SETTINGS,
+    SUITES,
+    Method,
+    RunConfig,
+    check_parameters,
+    load_preset,
+    preset_names,
+    resolve_config,
+)
 
 OTHER = {
     "method": "grpo",
@@ -22,8 +32,15 @@ OTHER = {
     "cache_rule": "shortest",
     "variance_proxy": "sequence",
     "micro_batch": 128,
+    "guide_behaviour": "one",
+    "placement": "append",
+    "advantage_scale": "none",
+    "guide_from": "own",
 }
 """Another valid value of each setting for which 'a bit smaller or larger' is none."""
+
+METHOD = {"guides_per_group": "rlep", "placement": "rlep", "random_interventions": "npo"}
+"""Method of the settings that only one method may change."""
 
 
 def another(setting, value):
@@ -122,11 +139,69 @@ def test_an_int_serves_as_a_float_and_gives_the_same_digest():
         ({"suites": []}, "one or more distinct suites"),
         ({"suites": ["wemath", "wemath"]}, "one or more distinct suites"),
         ({"eval_problems": 2 * len(SUITES) - 1}, "eval_problems"),
+        ({"replay_share": 1.1}, "replay_share is 1.1; it must be a number from 0 to 1"),
+        ({"replay_start": -0.1}, "replay_start"),
+        ({"replay_keep": 0}, "replay_keep is 0; it must be at least 1"),
+        ({"entropy_bonus": -0.001}, "entropy_bonus is -0.001; it must be at least 0"),
+        ({"guides_per_group": 0}, "guides_per_group is 0; it must be at least 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(overrides, complaint):
     with pytest.raises(ValueError, match=complaint):
         resolve_config(overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "complaint"),
+    [
+        (
+            "grpo",
+            {"guide_from": "own"},
+            "guide_from is 'own'; it must be \"future\" for method grpo, which has no replay",
+        ),
+        ("luffy", {"guide_from": "none"}, "guide_from is 'none'; .* method luffy"),
+        ("autonpo", {"random_interventions": 1}, "random_interventions is 1; it must be 0 for method autonpo"),
+        ("grpo", {"random_interventions": 2}, "random_interventions is 2; it must be 0 for method grpo"),
+        ("npo", {"random_interventions": 1}, "checkpoint_keep is 20; it must be 0 with random_interventions"),
+        ("npo", {"random_interventions": 1, "compute_steps": 19}, "compute_steps is 19; it must be at least 20"),
+        ("npo", {"placement": "append"}, "placement is 'append'; it must be \"replace\" for method npo"),
+        ("npo", {"guides_per_group": 2}, "method is 'npo'; it must be \"rlep\", the one with several guides"),
+        ("rlep", {"compute_steps": 200}, "rlep_source_steps is 200; it must be below compute_steps = 200"),
+        ("rlep", {"rlep_source_steps": 401}, "rlep_source_steps is 401; it must be below compute_steps = 400"),
+        ("rlep", {"placement": "replace", "guides_per_group": 8}, "guides_per_group is 8; it must be at most 7"),
+        ("rlep", {"placement": "prepend"}, "placement is 'prepend'; did you mean 'append'"),
+        ("luffy", {"guide_behaviour": "two"}, "guide_behaviour is 'two'. Allowed: 'stored', 'one'"),
+        ("luffy", {"advantage_scale": "batch"}, "advantage_scale is 'batch'"),
+    ],
+)
+def test_settings_of_the_baselines_and_controls_that_contradict_the_method_are_refused(method, overrides, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        resolve_config(method, "cpu", overrides=overrides)
+
+
+def test_other_methods_do_not_mind_the_length_of_rleps_earlier_run():
+    assert resolve_config("grpo", overrides={"compute_steps": 3}).rlep_source_steps == 200
+
+
+def test_random_interventions_leave_the_planned_ones_out_of_account():
+    with pytest.raises(ValueError, match="compute_steps is 100"):
+        resolve_config("npo", overrides={"compute_steps": 100})
+    assert resolve_config("npo", overrides={"compute_steps": 100, "random_interventions": 1, "checkpoint_keep": 0})
+
+
+def test_a_methods_own_settings_win_over_the_presets_and_lose_to_overrides():
+    assert load_preset("smoke")["cache_rollouts"] == 4
+    config = resolve_config("rlep", "smoke")
+    assert {name: getattr(config, name) for name in METHOD_SETTINGS["rlep"]} == METHOD_SETTINGS["rlep"]
+    assert resolve_config("rlep", "smoke", overrides={"cache_rollouts": 5}).cache_rollouts == 5
+    assert resolve_config("luffy", "smoke", overrides={"ratio_mode": "current"}).ratio_mode == "current"
+    assert not set(METHOD_SETTINGS) & {"grpo", "npo", "autonpo"}
+
+
+def test_a_group_has_rows_for_what_is_appended_and_a_step_samples_only_its_own():
+    rlep = resolve_config("rlep", "cpu")
+    assert (rlep.group_rows, rlep.num_generations, rlep.rollouts_per_step) == (10, 8, 256)
+    assert resolve_config("luffy", "cpu").group_rows == resolve_config("grpo", "cpu").group_rows == 8
 
 
 def test_the_ends_of_a_range_are_allowed():
@@ -158,7 +233,7 @@ def test_overrides_win_over_the_preset_and_the_preset_over_the_default():
 def test_every_preset_resolves_under_its_own_name():
     assert {"smoke", "cpu"} <= set(preset_names())
     for name in preset_names():
-        for method in ("grpo", "autonpo"):
+        for method in get_args(Method):
             config = resolve_config(method, name, seed=3)
             assert (config.method, config.preset, config.seed) == (method, name, 3)
             assert config.run_name == f"{method}-{name}-s3-{config.digest}"
@@ -166,7 +241,9 @@ def test_every_preset_resolves_under_its_own_name():
 
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
 def test_the_digest_changes_with_every_setting(setting):
-    config = RunConfig(micro_batch=8)  # divides whatever the others become
+    # the micro-batch divides whatever the others become
+    keep = 0 if setting.name == "random_interventions" else 20
+    config = RunConfig(method=METHOD.get(setting.name, "autonpo"), micro_batch=8, checkpoint_keep=keep)
     changed = replace(config, **{setting.name: another(setting, getattr(config, setting.name))})
     assert getattr(changed, setting.name) != getattr(config, setting.name)
     assert changed.digest != config.digest

@@ -31,6 +31,9 @@ HOUSE = {
     "signal_report": (2, 6),
     "findings": (2, 7),
     "arms": (2, 8),
+    "results": (2, 9),
+    "comparisons": (2, 10),
+    "claims": (2, 11),
     # floor 3, world: answers, tasks, what rollouts share, policies
     "verifiers": (3, 0),
     "tasks": (3, 1),
@@ -60,7 +63,9 @@ HOUSE = {
     "signal_stages": (5, 10),
     "gain": (5, 11),
     "study": (5, 12),
-    "figures": (5, 13),
+    "evidence": (5, 13),
+    "map_of_gain": (5, 14),
+    "figures": (5, 15),
     # floor 6, the command line
     "bench": (6, 0),
     "__main__": (6, 1),

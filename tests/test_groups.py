@@ -77,6 +77,30 @@ def test_guide_rows_refuse_a_group_of_one():
         guide_rows(torch.ones(2, dtype=torch.bool), 1)
 
 
+def test_several_guides_take_the_last_slots_of_each_gated_group():
+    gated = torch.tensor([True, False, True])
+    assert guide_rows(gated, 10, 2).tolist() == [8, 9, 28, 29]
+    assert guide_rows(gated, 4, 3).tolist() == [1, 2, 3, 9, 10, 11]
+    assert torch.equal(guide_rows(gated, 8, 1), guide_rows(gated, 8))
+
+
+@pytest.mark.parametrize("count", [0, 4, 5])
+def test_guide_rows_refuse_more_guides_than_leave_a_rollout_or_none(count):
+    with pytest.raises(ValueError, match=f"n is 4 and count {count}"):
+        guide_rows(torch.ones(2, dtype=torch.bool), 4, count)
+
+
+def test_two_guides_appended_to_an_all_wrong_group_of_eight():
+    # RLEP: mean 2/10, unbiased variance (8·0.04 + 2·0.64)/9 = 1.6/9: 0.8/0.421637 and -0.2/0.421637.
+    advantages = group_advantages(torch.tensor([[0.0] * 8 + [1.0] * 2]), eps=0.0)
+    assert advantages[0].tolist() == pytest.approx([-0.4743416] * 8 + [1.8973666] * 2, abs=1e-5)
+
+
+def test_luffys_advantages_in_an_all_wrong_group_of_eight():
+    advantages = group_advantages(torch.tensor([[0.0] * 7 + [1.0]]), scale="none")
+    assert advantages[0].tolist() == [-1 / 8] * 7 + [7 / 8]
+
+
 def test_one_guide_in_an_all_wrong_group_of_eight():
     # mean 1/8, unbiased variance (1/8)(7/8)(8/7) = 1/8: (7/8)/sqrt(1/8) = 2.4749 and (-1/8)/sqrt(1/8) = -0.3536.
     rewards = torch.tensor([[0.0] * 7 + [1.0]])

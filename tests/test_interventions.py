@@ -1,5 +1,6 @@
 """Manual interventions: what is planned, what a run does with it, and that a kill changes nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import npo_core.watch
 from npo_core import stages
 from npo_core.checkpoints import checkpoint_folder
 from npo_core.config import RunConfig, resolve_config
-from npo_core.interventions import Intervention, ScheduledNPO, planned_interventions
+from npo_core.interventions import Intervention, ScheduledNPO, planned_interventions, random_plan
 from npo_core.policies import tokenizer_digest
 from npo_core.runs import RunFolder, append_line
 from npo_core.trajectories import GuidanceCache, read_rollouts
@@ -79,6 +80,35 @@ def test_other_methods_do_not_mind_the_settings_of_interventions():
     assert resolve_config("grpo", "smoke", overrides={"compute_steps": 3}).compute_steps == 3
 
 
+@pytest.mark.parametrize("preset", ["smoke", "cpu"])
+def test_random_interventions_fit_the_budget_and_the_grid(preset):
+    """Training to the first step, back, on to the second, back: each replay ends within the budget."""
+    plans = []
+    for seed in range(200):
+        config = resolve_config("npo", preset, seed, {"random_interventions": 2, "checkpoint_keep": 0})
+        plan = random_plan(config)
+        every, place, spent = config.checkpoint_every, 0, 0
+        for intervention in plan:
+            assert place < intervention.at and 0 <= intervention.back_to < intervention.at == intervention.guide_until
+            assert intervention.at % every == intervention.back_to % every == 0
+            spent, place = spent + intervention.at - place, intervention.back_to
+            assert spent + intervention.at - place <= config.compute_steps, "the replay is over before the budget is"
+        assert plan == random_plan(config) == planned_interventions(config)
+        plans.append(plan)
+    assert len(set(plans)) > 40, "seeds differ"
+    steps = {plan[0].at for plan in plans}
+    grid = set(range(every, config.compute_steps, every))
+    assert steps <= grid and len(steps) > 0.9 * len(grid)
+    assert min(plan[0].back_to for plan in plans) == 0, "the base policy is a place to go back to"
+    assert {len(plan) for plan in plans} == {1, 2}
+
+
+def test_a_number_of_random_interventions_is_drawn_from_the_seed_alone():
+    one, two = (_config(random_interventions=count, checkpoint_keep=0) for count in (1, 2))
+    assert random_plan(one) == random_plan(two)[:1]
+    assert random_plan(two.with_changes(learning_rate=1e-3, scout_steps=2, late_step=0)) == random_plan(two)
+
+
 # A run
 
 
@@ -137,6 +167,105 @@ def test_a_guide_that_solves_nothing_is_a_dismissal_and_training_goes_on(grpo, t
     assert [{k: v for k, v in line.items() if k not in same} for line in _lines(run)] == [
         {k: v for k, v in line.items() if k not in same} for line in _lines(grpo)
     ]
+
+
+# Controls: short runs that scout for 4 steps, or train for 4 and go back to 2; then the replay, then some steps
+
+EARLY = {"late_step": 0, "compute_steps": 8}
+LATE = {"scout_steps": 0, "late_step": 4, "late_start": 2, "compute_steps": 8}
+CLOCKS = {"compute_step", "branch", "num_tokens", "epoch", "policy_step"}
+
+
+def _course(line: dict) -> dict:
+    return {name: value for name, value in line.items() if name not in CLOCKS}
+
+
+def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, monkeypatch):
+    filled = []
+    fill = ScheduledNPO._fill_cache
+
+    def watched(self, guide, uids, step, learner):
+        filled.append({name: value.clone() for name, value in guide.state_dict().items()})
+        return fill(self, guide, uids, step, learner)
+
+    monkeypatch.setattr(ScheduledNPO, "_fill_cache", watched)
+    run = stages.run(_config(guide_from="own", **LATE), root, quiet=True)
+    assert run.events("prefix")[0]["compute_step"] == 4
+    rolled_back_to = load_file(checkpoint_folder(run.path / "branches" / "00", 2) / "model.safetensors")
+    (guide,) = filled
+    assert rolled_back_to and all(torch.equal(guide[name], value) for name, value in rolled_back_to.items())
+    segment = run.events("segment")[-1]
+    cache = GuidanceCache.load(run.path / segment["guidance"])
+    assert len(cache) >= 1 and {trajectory.source_step for trajectory in cache} == {2}
+    assert (segment["start"], segment["guide_until"], segment["reseed"]) == (2, 4, False)
+    (event,) = run.events("cache")
+    assert event["rollouts"] == 2 * PER_STEP * BOTH.cache_rollouts, "the same budget as guides from the future"
+
+
+def test_guides_from_the_own_policy_at_a_restart_are_the_base_policys(grpo, root, monkeypatch):
+    seen = []
+
+    def nothing(self, guide, uids, step, learner):
+        seen.append((step, learner, {name: value.clone() for name, value in guide.state_dict().items()}))
+        return GuidanceCache([0], 1, "")
+
+    monkeypatch.setattr(ScheduledNPO, "_fill_cache", nothing)
+    run = stages.run(_config(guide_from="own", **{**EARLY, "learning_rate": 2e-4}), root, quiet=True)
+    ((step, learner, weights),) = seen
+    assert (step, learner) == (0, None)
+    base = load_file(stages.prepare(BOTH, quiet=True).base / "model.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in base.items() if name in weights)
+    assert len(base.keys() & weights.keys()) > 10
+    assert run.events("dismissed") and run.result()["policy_steps"] == 8
+
+
+@pytest.mark.parametrize(("settings", "start"), [(EARLY, 0), (LATE, 2)], ids=["restart", "roll-back"])
+def test_a_replay_without_guide_has_other_rollouts_and_nothing_else_is_new(grpo, root, settings, start):
+    run = stages.run(_config(guide_from="none", **settings), root, quiet=True)
+    assert run.events("prefix")[0]["compute_step"] == 4
+    segment = run.events("segment")[-1]
+    assert (segment["start"], segment["guidance"], segment["reseed"]) == (start, None, True)
+    assert run.events("cache") == [] and run.result()["offline_rollouts"] == 0
+    (intervention,) = run.result()["interventions"]
+    assert (intervention["cached"], intervention["distance"]) == (0, 4 - start)
+    lines = _lines(run)
+    assert [line["compute_step"] for line in lines] == list(range(1, 9))
+    assert all(line["npo/replaced_slots"] == 0 for line in lines)
+    first, again = lines[start], lines[4]
+    assert first["policy_step"] == again["policy_step"] == start + 1
+    assert first["groups"].keys() == again["groups"].keys(), "the same prompts"
+    tables = [read_rollouts(run.path / "rollouts" / f"step-{start + 1:05d}-b{branch:02d}.parquet") for branch in (0, 1)]
+    assert [row["uid"] for row in tables[0]] == [row["uid"] for row in tables[1]]
+    assert [row["token_ids"] for row in tables[0]] != [row["token_ids"] for row in tables[1]]
+
+
+def test_without_fresh_randomness_a_replay_without_guide_repeats_the_run(grpo, tmp_path, monkeypatch):
+    """So the reseeding is what makes the control one: the roll-back is exact."""
+    monkeypatch.setattr(npo_core.watch, "set_seed", lambda seed: None)
+    shutil.copytree(grpo.path, tmp_path / grpo.path.name)  # for the first four steps
+    run = stages.run(_config(guide_from="none", **{**LATE, "compute_steps": 6}), tmp_path, quiet=True)
+    lines = _lines(run)
+    assert [line["policy_step"] for line in lines] == [1, 2, 3, 4, 3, 4]
+    assert [_course(line) for line in lines[2:4]] == [_course(line) for line in lines[4:]]
+
+
+def test_a_kill_after_a_replay_without_guide_began_changes_nothing(grpo, root, tmp_path):
+    """Fresh randomness is set again when the replay starts again, and not in its middle."""
+    settings = _config(guide_from="none", **LATE)
+    whole = stages.run(settings, root, quiet=True)
+    for compute_step in (5, 8):
+
+        def append(path, record, at=compute_step):
+            if record.get("compute_step") == at and path.name == "metrics.jsonl":
+                raise Killed
+            append_line(path, record)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(npo_core.watch, "append_line", append)
+            stages.run(settings, tmp_path, quiet=True)
+    run = stages.run(settings, tmp_path, quiet=True)
+    # one took its first four steps from a longer run, of which they are a smaller share
+    assert [{**line, "epoch": None} for line in _lines(run)] == [{**line, "epoch": None} for line in _lines(whole)]
 
 
 class Killed(BaseException):

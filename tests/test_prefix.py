@@ -32,6 +32,16 @@ GRPO, AUTO = config("grpo"), config("autonpo")
         pytest.param(GRPO, AUTO, 0, id="nobody knows when AutoNPO intervenes"),
         pytest.param(GRPO, LATE.with_changes(learning_rate=1e-3), 0, id="another setting"),
         pytest.param(GRPO, LATE.with_changes(seed=1), 0, id="another seed"),
+        pytest.param(GRPO.with_changes(compute_steps=33), GRPO, 20, id="a longer run"),
+        pytest.param(GRPO.with_changes(compute_steps=33), LATE, 10, id="late leaves the longer run at its roll-back"),
+        pytest.param(BOTH, BOTH.with_changes(ratio_mode="exact"), 4, id="other guidance differs from the first on"),
+        pytest.param(BOTH, LATE.with_changes(guide_from="own"), 4, id="the earlier first intervention of the two"),
+        pytest.param(GRPO, LATE.with_changes(guide_from="none"), 10, id="GRPO makes no intervention"),
+        pytest.param(GRPO, GRPO.with_changes(tau_gate=0.1), 20, id="without guidance its settings mean nothing"),
+        pytest.param(GRPO, config("luffy"), 0, id="guided from the start"),
+        pytest.param(BOTH, config(random_interventions=2, checkpoint_keep=0), 4, id="random ones begin at 14"),
+        pytest.param(GRPO, GRPO.with_changes(entropy_bonus=0.1), 0, id="another objective"),
+        pytest.param(GRPO, GRPO.with_changes(advantage_scale="none"), 0, id="other advantages"),
     ],
 )
 def test_shared_steps(first, second, steps):
@@ -73,6 +83,33 @@ def test_a_run_with_a_shared_beginning_ends_as_one_that_did_every_step(root, tmp
     assert results[0] == results[1] and results[0]["compute_steps"] == 20
     tables = [sorted(path.name for path in (run.path / "rollouts").iterdir()) for run in (shared, alone)]
     assert tables[0] == tables[1]
+
+
+def _same_but_for_the_clock(run):
+    """Lines without `epoch`, which is a share of the run's own length."""
+    return [{name: value for name, value in line.items() if name != "epoch"} for line in _lines(run)]
+
+
+@pytest.mark.parametrize(
+    ("taker", "steps"),
+    [
+        (LATE.with_changes(ratio_mode="exact", guide_from="own", late_step=4, late_start=2, compute_steps=6), 4),
+        (GRPO.with_changes(compute_steps=4), 4),
+    ],
+    ids=["other ratio and other guides", "all of it"],
+)
+def test_a_beginning_from_a_longer_run_changes_no_bit(root, tmp_path, taker, steps):
+    donor = stages.run(GRPO.with_changes(compute_steps=8), root, quiet=True)
+    shared, alone = stages.run(taker, root, quiet=True), stages.run(taker, tmp_path, quiet=True)
+    assert [event["compute_step"] for event in shared.events("prefix")] == [steps] and not alone.events("prefix")
+    assert _same_but_for_the_clock(shared) == _same_but_for_the_clock(alone)
+    assert _same_but_for_the_clock(shared)[:steps] == _same_but_for_the_clock(donor)[:steps]
+    assert _decisions(shared) == _decisions(alone)
+    first, second = _weights(shared), _weights(alone)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
+    assert results[0] == results[1] and results[0]["compute_steps"] == taker.compute_steps
+    assert len(results[0]["interventions"]) == (taker.method == "npo")
 
 
 def test_a_run_that_has_begun_takes_nothing(root):

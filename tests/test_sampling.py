@@ -7,7 +7,7 @@ import torch
 
 from npo_core import sampling
 from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
-from npo_core.sampling import completion_logps, encode_prompts, sample_rollouts
+from npo_core.sampling import completion_entropies, completion_logps, encode_prompts, sample_rollouts
 from npo_core.tasks import make_dataset, sample_problems, vocabulary
 from npo_core.verifiers import BoxedVerifier
 
@@ -48,6 +48,13 @@ def groups(model, processor, rows):
 
 def alone(model, processor, row, tokens):
     """Log-probs of one response by one full forward pass, without padding."""
+    tokens = list(tokens)
+    scores = distributions(model, processor, row, tokens)
+    return scores.gather(-1, torch.tensor(tokens).unsqueeze(-1))[:, 0].tolist()
+
+
+def distributions(model, processor, row, tokens):
+    """Log-softmax of the whole vocabulary at each token of one response, without padding."""
     inputs = encode_prompts(processor, [row])
     prompt = inputs["input_ids"].shape[1]
     tokens = torch.tensor([list(tokens)])
@@ -57,7 +64,7 @@ def alone(model, processor, row, tokens):
     types[:, :prompt] = inputs["mm_token_type_ids"]
     with torch.no_grad():
         logits = model(**{**inputs, "mm_token_type_ids": types}).logits[0, prompt - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, tokens[0].unsqueeze(-1))[:, 0].tolist()
+    return logits.log_softmax(-1)
 
 
 def test_scores_are_those_of_an_independent_forward_pass(model, processor, rows, groups):
@@ -65,6 +72,35 @@ def test_scores_are_those_of_an_independent_forward_pass(model, processor, rows,
         for trajectory in group[:2]:
             expected = alone(model, processor, row, trajectory.token_ids)
             assert trajectory.logps == pytest.approx(expected, abs=1e-4)
+
+
+def test_entropies_are_those_of_an_independent_forward_pass(model, processor, rows, groups):
+    """Mean over the response's own tokens of −Σ p ln p over the whole vocabulary, whatever it is padded to."""
+    pairs = [
+        (row, t.token_ids[: 12 - cut]) for row, group in zip(rows, groups, strict=True) for cut, t in enumerate(group)
+    ]
+    found = completion_entropies(model, processor, *(list(column) for column in zip(*pairs, strict=True)))
+    for entropy, (row, tokens) in zip(found, pairs, strict=True):
+        scores = distributions(model, processor, row, tokens)
+        assert entropy == pytest.approx(-(scores.exp() * scores).sum(-1).mean().item(), abs=1e-4)
+    assert max(found) - min(found) > 0.1 and len({len(tokens) for _, tokens in pairs}) > 1
+
+
+def test_entropies_are_asked_in_evaluation_mode_in_batches_and_leave_no_trace(model, processor, rows, monkeypatch):
+    completions, modes = [(15, 16, 17), (15,), (16, 17)], []
+    whole = completion_entropies(model, processor, rows[:3], completions)
+    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 2)
+    before = torch.get_rng_state()
+    hook = model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    model.train()
+    try:
+        assert completion_entropies(model, processor, rows[:3], completions) == pytest.approx(whole, abs=1e-5)
+        assert model.training and modes == [False, False]
+    finally:
+        hook.remove()
+        model.eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert completion_entropies(model, processor, [], []) == []
 
 
 def test_scores_tell_tokens_and_pictures_apart(model, processor, rows, groups):

@@ -6,15 +6,18 @@ from math import comb
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from npo_core.stats import (
     Estimate,
     avg_at_k,
     bootstrap_interval,
+    detectable_difference,
     holm,
     interquartile_mean,
     mcnemar_exact,
     paired_difference,
+    paired_t_test,
     pass_at_k,
     probability_of_improvement,
     stratified_bootstrap,
@@ -162,3 +165,34 @@ def test_holm_by_hand():
     for wrong in ([], [1.2], [np.nan]):
         with pytest.raises(ValueError, match="p-values"):
             holm(np.array(wrong, dtype=float))
+
+
+# Paired t test and power
+
+
+def test_the_paired_t_test_is_scipys():
+    a, b = np.array([0.4, 0.5, 0.7, 0.6]), np.array([0.3, 0.5, 0.4, 0.5])
+    assert paired_t_test(a - b) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
+    assert paired_t_test(np.zeros(3)) == 1.0
+    assert paired_t_test(np.full(3, 0.1)) == 0.0
+
+
+@pytest.mark.parametrize(("n", "power"), [(3, 0.8), (10, 0.8), (10, 0.5)])
+def test_the_detectable_difference_is_found_with_the_given_power(n, power):
+    differences = np.random.default_rng(1).normal(0.0, 2.0, n)
+    found = detectable_difference(differences, power)
+    sample = np.random.default_rng(2).normal(found, differences.std(ddof=1), (20_000, n))
+    t = sample.mean(axis=1) / (sample.std(axis=1, ddof=1) / np.sqrt(n))
+    assert np.mean(np.abs(t) > scipy.stats.t.ppf(0.975, n - 1)) == pytest.approx(power, abs=0.015)
+
+
+def test_the_detectable_difference_has_the_unit_of_the_scores():
+    differences = np.array([0.1, -0.2, 0.3])
+    assert detectable_difference(10 * differences) == pytest.approx(10 * detectable_difference(differences))
+    assert detectable_difference(differences + 5) == pytest.approx(detectable_difference(differences))
+
+
+@pytest.mark.parametrize("power", [0.05, 1.0, 2.0])
+def test_a_power_out_of_range_is_refused(power):
+    with pytest.raises(ValueError, match="power is"):
+        detectable_difference(np.array([0.1, 0.2]), power)

@@ -8,14 +8,11 @@ import inspect
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from worlds import (
     VERIFIER,
@@ -23,18 +20,22 @@ from worlds import (
     Gradients,
     Guides,
     SpyTrainer,
+    TabularPolicy,
     TinyWorld,
     correct_in,
     log_probs,
+    prompt_logps,
     responses,
     rig,
     token_log_probs,
     trainer_of,
+    uniform_world,
     world,
 )
 
-from npo_core.policies import CHAT_TEMPLATE, build_tokenizer, tokenizer_digest, tokenizer_of
+from npo_core.policies import tokenizer_digest, tokenizer_of
 from npo_core.ratios import RATIO_MODES, diagnostics
+from npo_core.replay import OwnPast, ReplayPool
 from npo_core.sources import GuidanceWindow
 from npo_core.trainer import NPOConfig, NPOTrainer
 from npo_core.trajectories import GuidanceCache, GuidanceRefused, Trajectory
@@ -42,6 +43,11 @@ from npo_core.verifiers import Verdict
 
 EPSILON, EPSILON_HIGH, TRUNCATION, GAMMA = 0.2, 0.28, 2.0, 0.1
 CLIP = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
+LAYOUTS = {
+    "one batch": (16, 1, 1),
+    "gradient accumulation": (8, 2, 2),
+    "steps_per_generation above it": (4, 2, 4),
+}
 
 
 def _uids(tiny: TinyWorld, count: int) -> list[str]:
@@ -76,7 +82,18 @@ def test_no_method_of_trl_is_copied():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tau_gate": 1.5}, {"tau_gate": -0.1}, {"ratio_mode": "Exact"}, {"ratio_truncation": 0.0}, {"ratio_gamma": -1.0}],
+    [
+        {"tau_gate": 1.5},
+        {"tau_gate": -0.1},
+        {"ratio_mode": "Exact"},
+        {"ratio_truncation": 0.0},
+        {"ratio_gamma": -1.0},
+        {"placement": "prepend"},
+        {"guide_behaviour": "two"},
+        {"guides_per_group": 0},
+        {"guides_per_group": 8},
+        {"guides_per_group": 7, "placement": "append"},  # one rollout of the policy is no group
+    ],
     ids=str,
 )
 def test_config_refuses_what_makes_no_sense(tmp_path, wrong):
@@ -118,6 +135,20 @@ def test_constructor_refuses_plain_grpo_arguments(tmp_path):
             train_dataset=tiny.dataset,
             processing_class=tiny.processor,
         )
+
+
+def test_constructor_refuses_a_source_with_one_guide_where_several_are_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"guides_per_group is 2, but Guides has no guides\(\); .* such as ReplayPool"):
+        trainer_of(world("text"), tmp_path, guidance=Guides(), n=4, guides_per_group=2)
+
+
+def test_a_replaying_source_is_refused_on_several_processes(tmp_path, monkeypatch):
+    """Each process would learn from its own rollouts only, and the memories would part."""
+    trainer = trainer_of(world("text"), tmp_path, NPOTrainer)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    trainer.guidance = Guides()
+    with pytest.raises(ValueError, match="OwnPast learns from the rollouts it sees, and each of the 2 processes"):
+        trainer.guidance = OwnPast({}, 4, seed=0)
 
 
 # Without guides: GRPOTrainer to the bit
@@ -325,6 +356,163 @@ def test_sampler_log_probs_of_a_replaced_row_are_unknown(tmp_path, monkeypatch):
     assert output["sampling_per_token_logps"][3, :length].isnan().all()
 
 
+# Several guides, appended places, replayed prompts
+
+
+def _pool(tiny: TinyWorld, uid: str, guides: int) -> ReplayPool:
+    """Guides of one prompt that write the answer after 0, 1, 2, … words."""
+    answer = dict(zip(tiny.dataset["uid"], tiny.dataset["answer"], strict=True))[uid]
+    pool = ReplayPool([tiny.processor.eos_token_id], WIDTH, tokenizer_digest(tiny.processor))
+    for extra in range(guides):
+        pool.add(tiny.guide(uid, token_ids=tiny.encode(f"{'0 ' * extra}\\boxed{{ {answer} }}")))
+    return pool
+
+
+def test_several_guides_replace_the_last_slots(tmp_path, monkeypatch):
+    tiny = world("text")
+    uid, other = _uids(tiny, 2)
+    rig(monkeypatch, correct_in(tiny, {uid: [2]}))
+    trainer = trainer_of(tiny, tmp_path, prompts=2, guidance=_pool(tiny, uid, 3), guides_per_group=2)
+    trainer.rollout_sink, trainer.record_rollouts = (tables := {}).__setitem__, True
+    trainer.train()
+    (batch,) = trainer.generated
+    assert batch["is_guide"].nonzero().flatten().tolist() == [2, 3]
+    assert batch["is_own"].sum() == 6
+    log = trainer.state.log_history[0]
+    assert (log["npo/replaced_slots"], log["npo/pass_rate"], log["npo/gated_groups"]) == (2, 1 / 8, 0.5)
+    assert [row["overwritten_correct"] for row in tables[1]] == [None, None, True, False] + [None] * 4
+    assert trainer.group_pass_rates == {uid: 0.25, other: 0.0}
+
+
+def test_appended_places_do_not_count_for_the_gate(tmp_path, monkeypatch):
+    """2 of the 4 rollouts of the policy are right: a pass rate of 0.5, not 2 of 6."""
+    tiny = world("text")
+    (uid,) = _uids(tiny, 1)
+    rig(monkeypatch, correct_in(tiny, {uid: [0, 3, 4, 5]}))  # what is sampled in the last two places is thrown away
+    for tau, guides in ((0.4, 0), (0.5, 2)):
+        trainer = trainer_of(
+            tiny,
+            tmp_path,
+            prompts=1,
+            n=6,
+            guidance=_pool(tiny, uid, 2),
+            guides_per_group=2,
+            placement="append",
+            tau_gate=tau,
+        )
+        trainer.train()
+        (batch,) = trainer.generated
+        assert int(batch["is_guide"].sum()) == guides
+        assert responses(batch)[:4] == [tiny.solution(uid), tiny.mistake(uid), tiny.mistake(uid), tiny.solution(uid)]
+        log = trainer.state.log_history[0]
+        assert (log["npo/pass_rate"], log["npo/reward"]) == (0.5, 0.5)
+        # r = ½ and A = ±½/(std + 1e-4) over 4 rows; with two right guides 2/3 over 6
+        assert batch["advantages"][0].item() == pytest.approx(
+            (1 / 3) / ((4 / 15) ** 0.5 + 1e-4) if guides else 0.5 / ((1 / 3) ** 0.5 + 1e-4), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_empty_places_carry_no_gradient_in_any_layout(tmp_path, monkeypatch, layout):
+    """Nothing of a void row reaches the weights: another token there gives the same gradient to the bit."""
+    tiny = world("text")
+    rig(monkeypatch, correct_in(tiny, {uid: [0] for uid in _uids(tiny, 4)}))
+    per_device, accumulation, per_generation = LAYOUTS[layout]
+    found = []
+    for filler in (tiny.processor.eos_token_id, 7):
+        gradients = Gradients()
+        trainer = trainer_of(
+            tiny,
+            tmp_path,
+            guidance=Guides(),
+            placement="append",
+            callbacks=[gradients],
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            steps_per_generation=per_generation,
+        )
+        trainer.eos_token_ids = [filler, *trainer.eos_token_ids]
+        trainer.train()
+        (batch,) = trainer.generated
+        assert [ids for row, ids in enumerate(responses(batch)) if row % 4 == 3] == [[filler]] * (
+            len(batch["uids"]) // 4
+        )
+        assert not batch["advantages"][3::4].any() and batch["advantages"].any()
+        found.append(gradients.steps[0])
+    _assert_same_bits(*found)
+    assert any(gradient.any() for gradient in found[0].values())
+
+
+def test_a_batch_of_nothing_but_empty_places_does_not_spoil_the_metrics(tmp_path):
+    """per_device_train_batch_size=1 puts each void row into a micro-batch of its own."""
+    trainer = trainer_of(
+        world("text"),
+        tmp_path,
+        guidance=Guides(),
+        placement="append",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        entropy_coef=0.001,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert math.isfinite(log["npo/entropy"]) and math.isfinite(log["loss"])
+    assert all(value.isfinite().all() for value in _weights(trainer).values())
+
+
+class Replaying(Guides):
+    """Guides and a fixed exchange of prompts; keeps what it is asked and told."""
+
+    def __init__(self, guides, exchange):
+        super().__init__(guides)
+        self.exchange, self.asked, self.told = exchange, [], []
+
+    def replay(self, uids, policy_step, entropies):
+        self.asked.append((list(uids), policy_step))
+        return self.exchange
+
+    def observe(self, policy_step, rows):
+        self.told.append((policy_step, [dict(row) for row in rows]))
+
+    def save(self, folder): ...
+
+    def restore(self, folder): ...
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replayed_prompt_takes_the_place_of_another_and_its_table_comes_after_the_loss(tmp_path, monkeypatch, layout):
+    tiny = world("text")
+    other = tiny.dataset[9]
+    source = Replaying({other["uid"]: tiny.guide(other["uid"])}, {0: other})
+    rig(monkeypatch, correct_in(tiny, {other["uid"]: [1]}))
+    per_device, accumulation, per_generation = LAYOUTS[layout]
+    trainer = trainer_of(
+        tiny,
+        tmp_path,
+        steps=per_generation // accumulation,
+        guidance=source,
+        eval_dataset=tiny.dataset.select(range(4)),
+        per_device_eval_batch_size=4,
+        num_generations_eval=2,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+    )
+    trainer.train()
+    assert source.asked == [(_uids(tiny, 4), 0)]
+    ((step, rows),) = source.told
+    assert step == 1 and [row["uid"] for row in rows] == [
+        uid for uid in (other["uid"], *_uids(tiny, 4)[1:]) for _ in range(4)
+    ]
+    assert rows[3]["source"] == "guide" and rows[3]["reward"] == 1.0, "verified against its own answer"
+    assert [row["correct"] for row in rows[:4]] == [False, True, False, True]
+    assert all(len(row["ratio"]) == len(row["token_ids"]) for row in rows), "every row has been in the loss"
+    assert trainer.group_pass_rates[other["uid"]] == 0.25
+    monkeypatch.undo()
+    trainer.evaluate()
+    assert len(source.asked) == len(source.told) == 1, "an evaluation replays nothing"
+
+
 # Metrics
 
 
@@ -423,13 +611,6 @@ def _written_out_loss(model, batch, mode: str, loss_type: str, accumulation: int
     if loss_type == "grpo":
         return -(terms.sum(1) / mask.sum(1)).mean() / accumulation
     return -terms.sum() / (batch["num_items_in_batch"] * accumulation / per_generation)
-
-
-LAYOUTS = {
-    "one batch": (16, 1, 1),
-    "gradient accumulation": (8, 2, 2),
-    "steps_per_generation above it": (4, 2, 4),
-}
 
 
 @pytest.mark.parametrize("mode", RATIO_MODES)
@@ -548,23 +729,6 @@ def test_several_iterations_over_a_batch_run_in_every_mode(tmp_path, mode):
 # A policy whose gradient can be enumerated
 
 
-class TabularPolicy(nn.Module):
-    """Next token given the last one only: a table of logits. Answers TRL's fused call like a language model."""
-
-    def __init__(self, logits: torch.Tensor):
-        super().__init__()
-        self.logits = nn.Parameter(logits.clone())
-
-    def forward(self, input_ids, attention_mask=None, labels=None, fused_lm_head=False):
-        scores = self.logits[input_ids[:, :-1]].log_softmax(-1)
-        chosen = scores.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-        return SimpleNamespace(log_probs=chosen, entropy=-(scores.exp() * scores).sum(-1))
-
-    def sequence_logps(self, sequences: torch.Tensor) -> torch.Tensor:
-        before = torch.cat([torch.zeros_like(sequences[:, :1]), sequences[:, :-1]], dim=1)
-        return self.logits.log_softmax(-1)[before, sequences]
-
-
 SEED = 11
 """A draw with ratios on both sides of clip and truncation, for rewards of both signs; a test checks the first part."""
 
@@ -660,45 +824,10 @@ def test_guide_rows_give_the_gradient_of_the_enumerated_objective(tmp_path, mode
     assert (rho > TRUNCATION).any() and (rho < 1 - EPSILON).any()
 
 
-def _uniform_world(rows: list[dict]) -> TinyWorld:
-    """A language model with a zero output layer: each of its 12 tokens has probability 1/12 after any prompt."""
-    tokenizer = build_tokenizer(["a", "b"])
-    tokenizer.chat_template = CHAT_TEMPLATE
-
-    def build():
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=16,
-            tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = Qwen3ForCausalLM(config)
-        nn.init.zeros_(model.lm_head.weight)
-        return model
-
-    prompt = [{"role": "user", "content": "a b"}]
-    return TinyWorld(tokenizer, Dataset.from_list([{"prompt": prompt, "answer": "a", **row} for row in rows]), build)
-
-
-def _prompt_logps(tiny: TinyWorld, model, response: tuple[int, ...] = ()) -> torch.Tensor:
-    """Log-softmax after the prompt and after each token of the response: `[1 + len(response), vocabulary]`."""
-    text = tiny.processor.apply_chat_template(tiny.dataset[0]["prompt"], tokenize=False, add_generation_prompt=True)
-    ids = tiny.processor(text)["input_ids"]
-    logits = model(input_ids=torch.tensor([[*ids, *response]])).logits[0]
-    return logits[len(ids) - 1 :].log_softmax(-1)
-
-
 def test_the_whole_step_over_all_groups_is_the_exact_policy_gradient(tmp_path, monkeypatch):
     """Every group of two tokens is equally likely under a uniform policy, so a batch that holds each once is the exact
     expectation of a GRPO step: rewards, centred advantages and loss together give (1 − 1/n) ∇E[R]."""
-    tiny = _uniform_world([{"uid": f"{i}-{j}"} for i in range(12) for j in range(12)])
+    tiny = uniform_world([{"uid": f"{i}-{j}"} for i in range(12) for j in range(12)])
     rewards = torch.randn(12, generator=torch.Generator().manual_seed(3))
     rig(monkeypatch, lambda row, slot: [int(row["uid"].split("-")[slot])])
     gradients = Gradients()
@@ -715,7 +844,7 @@ def test_the_whole_step_over_all_groups_is_the_exact_policy_gradient(tmp_path, m
     )
     trainer.train()
     model = tiny.build()
-    (_prompt_logps(tiny, model)[0].exp() @ rewards).backward()
+    (prompt_logps(tiny, model)[0].exp() @ rewards).backward()
     torch.testing.assert_close(
         gradients.steps[0]["lm_head.weight"], -0.5 * model.lm_head.weight.grad, rtol=1e-4, atol=1e-7
     )
@@ -725,7 +854,7 @@ def test_the_whole_step_over_all_groups_is_the_exact_policy_gradient(tmp_path, m
 def test_the_whole_guided_step_over_all_groups_is_the_enumerated_mixture(tmp_path, monkeypatch, mode):
     """Groups of two: slot 1 enumerates every token, slot 2 is the guide "a" + end. With centred rewards 0 or 1 the
     expected step is ½ Σ_y π(y) [½(R(y) − 1) ∇log π(y) + ½(1 − R(y)) · mean over guide tokens of c ∇log π]."""
-    tiny = _uniform_world([{"uid": str(i)} for i in range(12)])
+    tiny = uniform_world([{"uid": str(i)} for i in range(12)])
     word, end = tiny.processor.convert_tokens_to_ids("a"), tiny.processor.eos_token_id
     logps = (math.log(1 / 12) - 0.9, math.log(1 / 12) + 2.5)  # ρ = 2.46 and 0.082
     guides = Guides({str(i): Trajectory(str(i), (word, end), logps, 9, True, "a") for i in range(12)})
@@ -757,7 +886,7 @@ def test_the_whole_guided_step_over_all_groups_is_the_enumerated_mixture(tmp_pat
         "shaped": tuple(GAMMA * rho / (rho + GAMMA) ** 2 for rho in (high, low)),
     }[mode]
     model = tiny.build()
-    first, second, _ = _prompt_logps(tiny, model, (word, end))
+    first, second, _ = prompt_logps(tiny, model, (word, end))
     right = torch.zeros(12)
     right[word] = 1.0
     own = ((right - 1) / 2 * first).mean()

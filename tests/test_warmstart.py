@@ -37,12 +37,19 @@ OTHER = {
     "cache_rule": "shortest",
     "variance_proxy": "sequence",
     "micro_batch": 128,
+    "guide_behaviour": "one",
+    "placement": "append",
+    "advantage_scale": "none",
+    "guide_from": "own",
 }
+METHOD = {"guides_per_group": "rlep", "placement": "rlep", "random_interventions": "npo", "guide_from": "npo"}
+"""Method of the settings that not every method may change."""
 
 
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
 def test_the_digest_depends_on_the_settings_of_the_world_and_on_no_other(setting):
-    config = RunConfig(method="grpo", micro_batch=8)
+    keep = 0 if setting.name == "random_interventions" else 20
+    config = RunConfig(method=METHOD.get(setting.name, "grpo"), micro_batch=8, checkpoint_keep=keep)
     value = getattr(config, setting.name)
     if setting.name in OTHER:
         changed = OTHER[setting.name]

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -234,3 +236,55 @@ def log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 def token_log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Log-probability of each completion token, `[rows, tokens]`, differentiable."""
     return log_probs(model, batch).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+
+
+def uniform_world(rows: Sequence[Mapping[str, Any]]) -> TinyWorld:
+    """A language model with a zero output layer: each of its 12 tokens has probability 1/12 after any prompt."""
+    tokenizer = build_tokenizer(["a", "b"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+
+    def build():
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = Qwen3ForCausalLM(config)
+        nn.init.zeros_(model.lm_head.weight)
+        return model
+
+    prompt = [{"role": "user", "content": "a b"}]
+    return TinyWorld(tokenizer, Dataset.from_list([{"prompt": prompt, "answer": "a", **row} for row in rows]), build)
+
+
+def prompt_logps(tiny: TinyWorld, model, response: tuple[int, ...] = ()) -> torch.Tensor:
+    """Log-softmax after the prompt and after each token of the response: `[1 + len(response), vocabulary]`."""
+    text = tiny.processor.apply_chat_template(tiny.dataset[0]["prompt"], tokenize=False, add_generation_prompt=True)
+    ids = tiny.processor(text)["input_ids"]
+    logits = model(input_ids=torch.tensor([[*ids, *response]])).logits[0]
+    return logits[len(ids) - 1 :].log_softmax(-1)
+
+
+class TabularPolicy(nn.Module):
+    """Next token given the last one only: a table of logits. Answers TRL's fused call like a language model."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self, input_ids, attention_mask=None, labels=None, fused_lm_head=False):
+        scores = self.logits[input_ids[:, :-1]].log_softmax(-1)
+        chosen = scores.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return SimpleNamespace(log_probs=chosen, entropy=-(scores.exp() * scores).sum(-1))
+
+    def sequence_logps(self, sequences: torch.Tensor) -> torch.Tensor:
+        before = torch.cat([torch.zeros_like(sequences[:, :1]), sequences[:, :-1]], dim=1)
+        return self.logits.log_softmax(-1)[before, sequences]

@@ -6,6 +6,8 @@ Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at 
 
 from .committed import draw_study
 from .curves import plateau, training_curves
+from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
+from .grids import gain_map, suite_table
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -13,9 +15,13 @@ from .study import final_differences, gain_against_signal, gain_over_distance, l
 from .style import save_figure
 
 __all__ = [
+    "arm_differences",
+    "controls",
+    "correction_ablation",
     "draw_study",
     "final_differences",
     "gain_against_signal",
+    "gain_map",
     "gain_over_distance",
     "group_before_after",
     "intervention_signals",
@@ -28,5 +34,7 @@ __all__ = [
     "signal_curves",
     "speed_up",
     "suite_pass_rates",
+    "suite_table",
     "training_curves",
+    "training_with_interventions",
 ]

@@ -3,6 +3,13 @@
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..results import ABOUT, read_evidence
+from ..runs import project_folder
+from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
+from .grids import gain_map, suite_table
 from .signal import proxy_agreement, quality_stability, signal_curves
 from .study import final_differences, gain_against_signal, gain_over_distance, learning_curves, speed_up
 from .style import save_figure
@@ -24,12 +31,24 @@ FROM_MEASUREMENT = {
 }
 """Name of a figure to the function that draws it from the first seed's measurement."""
 
+FROM_EVIDENCE = {
+    "evidence_differences": arm_differences,
+    "evidence_training": training_with_interventions,
+    "evidence_correction": correction_ablation,
+    "evidence_controls": controls,
+}
+"""Name of a figure to the function that draws it from the evidence study."""
+
+MAP = "map.csv"
+"""Results file of the map of the gain: a row per cell and seed."""
+
 
 def draw_study(results: str | Path, target: str | Path) -> list[Path]:
-    """Draw every figure of the study and save it as PNG and SVG.
+    """Draw every figure of the studies and save it as PNG and SVG.
 
     Args:
-        results: Folder that `python -m npo_core signal-study` made.
+        results: Folder that `python -m npo_core signal-study` made; where it holds results of the evidence study too,
+            their figures are drawn with the others.
         target: Folder of the figures.
 
     Returns:
@@ -37,6 +56,7 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: A results file is missing; nothing is drawn then.
+        ResultsRefused: Results of the evidence study do not belong together.
     """
     results = Path(results)
     measurements = sorted(results.glob("signal-seed*"))
@@ -48,4 +68,16 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
         )
     figures = {name: draw(results / file) for name, (file, draw) in FROM_FILE.items()}
     figures |= {name: draw(measurements[0]) for name, draw in FROM_MEASUREMENT.items()}
+    if (results / ABOUT).is_file():
+        figures |= _evidence_figures(results)
     return [save_figure(figure, target, name)[0] for name, figure in figures.items()]
+
+
+def _evidence_figures(results: Path) -> dict[str, Figure]:
+    evidence = read_evidence(results)
+    paper = pd.read_csv(project_folder() / "data" / "paper" / "table1.csv")
+    figures = {name: draw(evidence) for name, draw in FROM_EVIDENCE.items()}
+    figures["evidence_suites"] = suite_table(evidence, paper)
+    if (results / MAP).is_file():
+        figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
+    return figures

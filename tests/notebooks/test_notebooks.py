@@ -95,7 +95,34 @@ def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
     assert pictures(notebook) == 6
 
 
-@pytest.mark.parametrize("name", ["01_grpo", "02_npo", "03_autonpo", "04_signal"])
+@pytest.fixture(scope="module")
+def benchmarks(runs, tmp_path_factory):
+    """The executed 06_benchmarks: a study of one seed."""
+    return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), seeds=1)
+
+
+def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, benchmarks):
+    about = json.loads((runs / "study-smoke" / "evidence.json").read_text())
+    assert about["seeds"] == [0] and about["failed"] == [] and len(about["arms"]) == 10
+    assert pictures(benchmarks) == 3
+    text = "".join(
+        str(output.get("data", {}).get("text/markdown", ""))
+        for cell in benchmarks.cells
+        for output in cell.get("outputs", [])
+    )
+    assert text.count("too few seeds") >= 5 and "`make study`" in text
+
+
+def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
+    notebook = execute("05_baselines", tmp_path, results=str(runs / "study-smoke"))
+    methods = {json.loads(path.read_text())["method"] for path in runs.glob("*-smoke-s0-*/result.json")}
+    assert {"grpo", "luffy", "exgrpo", "rlep", "npo", "autonpo"} <= methods
+    modes = {json.loads(path.read_text())["ratio_mode"] for path in runs.glob("npo-smoke-s0-*/config.json")}
+    assert modes == {"current", "exact", "truncated", "shaped"}
+    assert pictures(notebook) == 4
+
+
+@pytest.mark.parametrize("name", ["01_grpo", "02_npo", "03_autonpo", "04_signal", "05_baselines", "06_benchmarks"])
 def test_an_unknown_parameter_is_refused(name, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown parameter 'sead'.*did you mean 'seed'"):
         execute(name, tmp_path, sead=1)

@@ -1,0 +1,268 @@
+"""Comparisons of the evidence study: paired by seed, on both clocks, with interval, test and power.
+
+The arms of a seed share base policy, data order and test problems, so differences are paired. Intervals and tests are
+over seeds; docs/evidence.md says which of them is primary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .results import Evidence
+from .runs import moving_average
+from .stats import (
+    detectable_difference,
+    holm,
+    interquartile_mean,
+    mean_interval,
+    paired_t_test,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
+
+PRIMARY = ("LUFFY", "ExGRPO", "RLEP", "NPO early", "NPO late", "NPO", "AutoNPO")
+"""Arms of the primary comparison with GRPO; Holm's adjustment is over these."""
+
+CLOCKS = ("compute", "policy")
+LEVEL_SHARE = 0.8
+"""Reference level of the speed-up: this share of the way from GRPO's first steps to its plateau."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference of two arms over seeds.
+
+    Attributes:
+        arm: Arm.
+        against: What it is compared with.
+        clock: "compute": both at the end of the budget; "policy": the other at the policy step where the arm ends.
+        measure: What differs.
+        value: Mean over seeds, None with no seed.
+        low: Lower end of the 95 % t interval, None with fewer than two seeds.
+        high: Upper end.
+        p: Two-sided paired t test.
+        seeds: Seeds that both arms finished.
+        detectable: Difference that the test finds with probability 0.8.
+        improvement: Probability that a run of the arm beats one of the other.
+    """
+
+    arm: str
+    against: str
+    clock: str
+    measure: str
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    seeds: int
+    detectable: float | None
+    improvement: float | None
+
+    @property
+    def text(self) -> str:
+        """The difference in words for a table: mean and interval."""
+        if self.value is None:
+            return "–"
+        interval = "" if self.low is None else f" ({self.low:+.3f} to {self.high:+.3f})"
+        return f"{self.value:+.3f}{interval}"
+
+
+def difference(
+    arm: pd.Series, other: pd.Series, *, names: tuple[str, str], clock: str = "compute", measure: str = "test pass rate"
+) -> Difference:
+    """Difference of two arms, each a score by seed; seeds that one of them lacks are left out and not counted."""
+    both = pd.concat([arm, other], axis=1, keys=["arm", "other"]).dropna()
+    values = (both["arm"] - both["other"]).to_numpy(dtype=float)
+    several = len(values) > 1
+    estimate = mean_interval(values) if several else None
+    return Difference(
+        arm=names[0],
+        against=names[1],
+        clock=clock,
+        measure=measure,
+        value=float(values.mean()) if len(values) else None,
+        low=estimate.low if estimate else None,
+        high=estimate.high if estimate else None,
+        p=paired_t_test(values) if several else None,
+        seeds=len(values),
+        detectable=detectable_difference(values) if several else None,
+        improvement=probability_of_improvement(*both.to_numpy(dtype=float).T) if len(values) else None,
+    )
+
+
+def against_grpo(
+    evidence: Evidence, arm: str, clock: str = "compute", measure: str = "pass_rate", sampling: str = "paper"
+) -> Difference:
+    """An arm minus GRPO on one clock, mean over suites.
+
+    Args:
+        evidence: Results.
+        arm: Arm.
+        clock: "compute" or "policy"; the policy clock knows sampling "paper" only.
+        measure: Column of the scores.
+        sampling: How test responses are sampled.
+    """
+    own = evidence.finals(sampling, measure)[arm]
+    if clock == "compute":
+        other = evidence.finals(sampling, measure)["GRPO"]
+    else:
+        other = evidence.at_policy_step("GRPO", policy_ends(evidence, arm), measure)
+    return difference(own, other, names=(arm, "GRPO"), clock=clock, measure=f"{measure} ({sampling})")
+
+
+def policy_ends(evidence: Evidence, arm: str) -> dict[int, int]:
+    """Policy step at which each seed of an arm ends."""
+    return {run["seed"]: run["policy_steps"] for run in evidence.about["runs"] if run["arm"] == arm}
+
+
+def between(
+    evidence: Evidence, arm: str, other: str, measure: str = "pass_rate", sampling: str = "paper"
+) -> Difference:
+    """An arm minus another at equal compute, mean over suites."""
+    finals = evidence.finals(sampling, measure)
+    return difference(finals[arm], finals[other], names=(arm, other), measure=f"{measure} ({sampling})")
+
+
+def primary(evidence: Evidence) -> pd.DataFrame:
+    """The primary comparison: each arm against GRPO at equal compute, with Holm's adjustment; and the policy clock."""
+    arms = [arm for arm in PRIMARY if arm in evidence.arms]
+    rows = [asdict(against_grpo(evidence, arm, clock)) for arm in arms for clock in CLOCKS]
+    table = pd.DataFrame(rows)
+    for clock in CLOCKS:
+        chosen = (table["clock"] == clock) & table["p"].notna()
+        if chosen.any():
+            table.loc[chosen, "p_holm"] = holm(table.loc[chosen, "p"].to_numpy(dtype=float))
+    return table
+
+
+def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
+    """One row per arm: final score, IQM with a stratified bootstrap interval, differences on both clocks, cost."""
+    rows = []
+    for arm in evidence.arms:
+        finals = evidence.finals()[arm].dropna()
+        plain = evidence.finals("plain")[arm].dropna()
+        chosen = evidence.scores[
+            (evidence.scores["arm"] == arm) & evidence.scores["final"] & (evidence.scores["sampling"] == "paper")
+        ]
+        grid = chosen.pivot(index="seed", columns="suite", values="pass_rate").to_numpy()
+        runs = [run for run in evidence.about["runs"] if run["arm"] == arm]
+        estimate = mean_interval(finals.to_numpy()) if len(finals) > 1 else None
+        robust = stratified_bootstrap(grid, rng) if len(grid) > 1 else None
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(finals),
+                "failed": len(evidence.failed.get(arm, [])),
+                "pass rate": float(finals.mean()),
+                "low": estimate.low if estimate else None,
+                "high": estimate.high if estimate else None,
+                "IQM": robust.value if robust else interquartile_mean(grid) if grid.size else None,
+                "IQM low": robust.low if robust else None,
+                "IQM high": robust.high if robust else None,
+                "pass rate at T = 1": float(plain.mean()),
+                "pass@8 at T = 1": float(evidence.finals("plain", "pass_at_8")[arm].mean()),
+                "equal compute": None if arm == "GRPO" else against_grpo(evidence, arm).text,
+                "equal policy step": None if arm == "GRPO" else against_grpo(evidence, arm, "policy").text,
+                "entropy": float(chosen.groupby("seed")["entropy"].first().mean()),
+                "all-wrong groups": float(chosen.groupby("seed")["all_wrong_groups"].first().mean()),
+                "policy steps": float(np.mean([run["policy_steps"] for run in runs])) if runs else None,
+                "compute steps": float(np.mean([run["compute_steps"] for run in runs])) if runs else None,
+                "off-line rollouts": float(np.mean([run["offline_rollouts"] for run in runs])) if runs else None,
+                "interventions": float(np.mean([len(run["interventions"]) for run in runs])) if runs else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFrame:
+    """Differences per suite at equal compute, Holm-adjusted over the suites."""
+    chosen = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
+    grid = chosen.pivot_table(index="seed", columns=["arm", "suite"], values="pass_rate")
+    rows = []
+    for suite in evidence.about["suites"]:
+        found = difference(grid[arm, suite], grid[against, suite], names=(arm, against), measure=suite)
+        rows.append({"suite": suite, **asdict(found)})
+    table = pd.DataFrame(rows)
+    if table["p"].notna().all():
+        table["p_holm"] = holm(table["p"].to_numpy(dtype=float))
+    return table
+
+
+# Course of training
+
+
+def last_steps(evidence: Evidence, column: str, steps: int = 20) -> pd.DataFrame:
+    """Mean of a training metric over the last compute steps of each run: a row per seed, a column per arm."""
+    table = evidence.training
+    newest = table.groupby(["arm", "seed"])["compute_step"].transform("max")
+    recent = table[table["compute_step"] > newest - steps]
+    return recent.pivot_table(index="seed", columns="arm", values=column, aggfunc="mean").reindex(columns=evidence.arms)
+
+
+def entropy_widening(evidence: Evidence, arm: str, steps: int = 20) -> pd.Series:
+    """Entropy of the first replayed steps over that of the same policy steps before the roll-back, mean per seed.
+
+    The policy rolled back to is younger, so its own entropy at those steps is what a replay must exceed: 1 says that
+    the entropy is merely back where it was, more that guidance widened it.
+    """
+    found: dict[int, list[float]] = {}
+    own = evidence.training[evidence.training["arm"] == arm]
+    for run in evidence.about["runs"]:
+        if run["arm"] != arm:
+            continue
+        lines = own[own["seed"] == run["seed"]]
+        for number, jump in enumerate(run["interventions"]):
+            start = jump["policy_step"] - jump["distance"]
+            stop = min(start + steps, jump["policy_step"])
+            window = lines[(lines["policy_step"] > start) & (lines["policy_step"] <= stop)]
+            before = window[window["branch"] <= number].groupby("policy_step")["entropy"].last()
+            after = window[window["branch"] == number + 1].set_index("policy_step")["entropy"]
+            both = pd.concat([before, after], axis=1, keys=["before", "after"]).dropna()
+            if len(both):
+                found.setdefault(run["seed"], []).append(float(both["after"].mean() / both["before"].mean()))
+    return pd.Series({seed: float(np.mean(values)) for seed, values in found.items()}, dtype=float)
+
+
+def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
+    """Steps of GRPO over those of an arm to a reference level of the on-policy pass rate, a row per seed.
+
+    The level is `LEVEL_SHARE` of the way from the mean of GRPO's first fortieth of the steps to that of its second
+    quarter, on the moving average. Counted without the scout, with it, and with its off-line rollouts too (a step's
+    worth of rollouts counts as a step). NaN where a level is not reached.
+    """
+    rows = {}
+    for seed in evidence.about["seeds"]:
+        slow, fast = _lines(evidence, "GRPO", seed), _lines(evidence, arm, seed)
+        if not slow or not fast:
+            continue
+        rates = [line["pass_rate"] for line in slow]
+        first, plateau = np.mean(rates[: max(1, len(rates) // 40)]), np.mean(rates[len(rates) // 4 : len(rates) // 2])
+        level = first + LEVEL_SHARE * (plateau - first)
+        run = next(run for run in evidence.about["runs"] if (run["arm"], run["seed"]) == (arm, seed))
+        a, b = _reached(slow, level, 0), _reached(fast, level, 1)
+        if a is None or b is None or not run["interventions"]:
+            rows[seed] = dict.fromkeys(("without scout", "with scout", "with scout and off-line"), np.nan)
+            continue
+        per_step = run["config"]["prompts_per_step"] * run["config"]["num_generations"]
+        offline = run["offline_rollouts"] / len(run["interventions"]) / per_step
+        rows[seed] = {
+            "without scout": a["compute_step"] / b["policy_step"],
+            "with scout": a["compute_step"] / b["compute_step"],
+            "with scout and off-line": a["compute_step"] / (b["compute_step"] + offline),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _lines(evidence: Evidence, arm: str, seed: int) -> list[dict[str, Any]]:
+    own = evidence.training[(evidence.training["arm"] == arm) & (evidence.training["seed"] == seed)]
+    return own.sort_values("compute_step").to_dict("records")
+
+
+def _reached(lines: Sequence[dict[str, Any]], level: float, branch: int) -> dict[str, Any] | None:
+    averages = moving_average(lines, "pass_rate")
+    return next(
+        (line for line, value in zip(lines, averages, strict=True) if line["branch"] >= branch and value >= level), None
+    )

@@ -1,0 +1,164 @@
+"""Grids of numbers from the evidence study: Table 1 beside the paper's own, and the map of the gain."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from ..results import Evidence
+from .estimates import difference_text, interval, quoted, require_arms, signed
+from .style import GREY, WIDTH, canvas, settle, style
+
+PAPER_ARMS = {"NPO (early)": "NPO early", "NPO (early+late)": "NPO"}
+"""Arms of the paper's methods that have another name here."""
+COLORMAP = "RdBu"
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+"""Share of linear red, green and blue in the brightness of a colour; text is white on what is dark."""
+
+
+def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
+    """Gains over GRPO by method and suite, the paper's below those of the study (paper: Table 1).
+
+    Args:
+        evidence: Results of the study.
+        paper: Table 1: columns `method`, `average` and a suite each, in percent.
+
+    Raises:
+        ValueError: There is no GRPO, or no other method of the paper.
+    """
+    require_arms(evidence, "GRPO")
+    paper = paper.set_index("method").drop(index="Base", errors="ignore")
+    paper = paper.loc[["GRPO", *paper.index.drop("GRPO")]]
+    arms = [PAPER_ARMS.get(method, method) for method in paper.index]
+    if not set(arms[1:]) & set(evidence.arms):
+        raise ValueError(f"The evidence lacks {quoted(arms[1:])}; the table compares at least one of them with GRPO.")
+    chosen = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
+    rates = 100 * chosen.pivot_table(index="seed", columns=["arm", "suite"], values="pass_rate")
+    means = 100 * evidence.finals()
+    suites = ["average", *(name.lower().replace("mm-", "mm").replace("-", "_") for name in paper.columns[1:])]
+    scores = {(arm, "average"): means[arm] for arm in means} | {key: rates[key] for key in rates}
+    values = [[_gains(scores, arm, suite) for suite in suites] for arm in arms]
+    counts = [len(cell) for row in values for cell in row if len(cell)] or [0]
+    ours = np.array([[interval(cell) for cell in row] for row in values])
+    theirs = paper.to_numpy(float) - np.where(paper.index == "GRPO", 0, 1)[:, None] * paper.loc["GRPO"].to_numpy(float)
+    excludes = (ours[..., 1] > 0) | (ours[..., 2] < 0)
+    excludes[0] = False
+    seeds = "–".join(map(str, sorted({min(counts), max(counts)})))
+    titles = (
+        f"This study, small world: gain in points of test pass rate at equal compute, n = {seeds}",
+        "The paper, real benchmarks: gain in points of accuracy (percent), one run, no intervals",
+    )
+    ours_text = [[_cell_text(cell, absolute=i == 0) for cell in row] for i, row in enumerate(ours)]
+    theirs_text = [[f"{v:.2f}" if i == 0 else signed(v, 2) for v in row] for i, row in enumerate(theirs)]
+    # a name of two words takes two lines, or neighbours would touch
+    columns = ["mean", *(re.sub("(?<=-)|(?<=[a-z])(?=[A-Z])", "\n", name) for name in paper.columns[1:])]
+    with style():
+        figure, grid = canvas(2, 1, (WIDTH, 6.6), gridspec_kw={"height_ratios": [1.35, 1]})
+        for axes, cells, texts, names, marked, title in (
+            (grid[0, 0], ours[..., 0], ours_text, arms, excludes, titles[0]),
+            (grid[1, 0], theirs, theirs_text, paper.index, np.zeros_like(excludes), titles[1]),
+        ):
+            shades = _draw_cells(axes, np.vstack([np.full(len(columns), np.nan), cells[1:]]), texts, marked)
+            axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+            axes.set_yticks(np.arange(len(arms)) + 0.5, ["GRPO\n(percent)", *names[1:]])
+            axes.axhline(1, color=GREY, lw=1.0)
+            axes.axvline(1, color=GREY, lw=1.0)
+            axes.set_title(title, loc="left")
+            figure.colorbar(shades, ax=axes, label="gain over GRPO (points)", aspect=16, pad=0.01)
+        measure = _measure("± half of the 95 % t interval over n seeds", counts)
+        _legend_of_cells(figure, f"{measure}; the two colour scales differ", counts)
+    return settle(figure)
+
+
+def gain_map(cells: pd.DataFrame) -> Figure:
+    """NPO minus GRPO at equal compute over learning rate and share of hard facts (ours).
+
+    Args:
+        cells: A row per cell and seed: `learning_rate`, `hard_share`, `seed`, `difference` (test pass rate, NaN if a
+            run failed) and `plateau` (GRPO's pass rate in the second half).
+
+    Raises:
+        ValueError: Columns are missing, or there is no row.
+    """
+    absent = {"learning_rate", "hard_share", "seed", "difference", "plateau"} - set(cells.columns)
+    if absent or cells.empty:
+        raise ValueError(f"The map lacks {quoted(sorted(absent)) if absent else 'rows'}; give a row per cell and seed.")
+    rates, shares = sorted(set(cells["learning_rate"])), sorted(set(cells["hard_share"]))
+    means, marked = np.full((len(shares), len(rates)), np.nan), np.full((len(shares), len(rates)), False)
+    texts = [["not run"] * len(rates) for _ in shares]
+    counts = []
+    for (share, rate), rows in cells.groupby(["hard_share", "learning_rate"]):
+        y, x = shares.index(share), rates.index(rate)
+        values = rows["difference"].dropna().to_numpy(float)
+        means[y, x], low, high = interval(values)
+        marked[y, x] = low > 0 or high < 0
+        counts.append(len(values))
+        plateau = rows["plateau"].mean()
+        texts[y][x] = difference_text(values, 3, "\n") + f"\nn = {len(values)}, GRPO {plateau:.2f}"
+    with style():
+        figure, ((axes,),) = canvas(1, 1, (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.7 + 0.85 * len(shares)))
+        shades = _draw_cells(axes, means, texts, marked)
+        names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
+        axes.set_xticks(np.arange(len(rates)) + 0.5, names)
+        axes.set_yticks(np.arange(len(shares)) + 0.5, [f"{share:g}" for share in shares])
+        axes.invert_yaxis()
+        axes.set_xlabel("learning rate (AdamW)")
+        axes.set_ylabel("share of hard facts (fraction)")
+        figure.colorbar(shades, ax=axes, label="NPO minus GRPO in test pass rate\nat equal compute (fraction)")
+        measure = _measure("mean [95 % t interval over n seeds]", counts)
+        _legend_of_cells(figure, f"{measure}; GRPO: its pass rate in the second half", counts)
+    return settle(figure)
+
+
+def _gains(scores: Mapping[tuple[str, str], pd.Series], arm: str, suite: str) -> np.ndarray:
+    """An arm minus GRPO by seed, GRPO's row its own score; empty where one of them was not run."""
+    own, base = scores.get((arm, suite)), scores.get(("GRPO", suite))
+    if own is None or base is None:
+        return np.array([])
+    return (own if arm == "GRPO" else own - base).dropna().to_numpy(float)
+
+
+def _cell_text(cell: np.ndarray, absolute: bool) -> str:
+    """Mean over half of its interval, "–" without a seed."""
+    mean, _, high = cell
+    if np.isnan(mean):
+        return "–"
+    value = f"{mean:.1f}" if absolute else signed(mean, 1)
+    return value if np.isnan(high) else f"{value}\n±{high - mean:.1f}"
+
+
+def _draw_cells(axes: Axes, values: np.ndarray, texts: list[list[str]], marked: np.ndarray) -> ScalarMappable:
+    """Colour, text and, where marked, a frame of every cell; the first row at the top."""
+    norm = CenteredNorm(0, 1.25 * np.nanmax(np.abs(values), initial=1e-9))
+    shades = axes.pcolormesh(np.ma.masked_invalid(values), cmap=COLORMAP, norm=norm, edgecolors="white", lw=1.0)
+    for (y, x), value in np.ndenumerate(values):
+        dark = np.isfinite(value) and np.power(shades.to_rgba(value)[:3], 2.2) @ LUMINANCE < 0.18
+        look = {"color": "white" if dark else "black", "fontweight": "bold" if marked[y, x] else "normal"}
+        axes.text(x + 0.5, y + 0.5, texts[y][x], ha="center", va="center", linespacing=1.2, **look)
+        if marked[y, x]:
+            axes.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, fill=False, ec="black", lw=1.2))
+    axes.set_ylim(len(values), 0)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    return shades
+
+
+def _measure(interval_name: str, counts: Sequence[int]) -> str:
+    """What the numbers of the cells are, by the seeds that they rest on."""
+    names = [interval_name] if max(counts) > 1 else []
+    return "; ".join([*names, *(["one seed: no interval"] if 1 in counts else [])])
+
+
+def _legend_of_cells(figure: Figure, numbers: str, counts: Sequence[int]) -> None:
+    marks: list[Patch | Line2D] = [Line2D([], [], ls="", label=numbers)]
+    if max(counts) > 1:
+        frame = "95 % interval excludes 0 (not adjusted for the number of cells)"
+        marks.insert(0, Patch(fc="none", ec="black", lw=1.2, label=frame))
+    figure.legend(handles=marks, loc="outside lower center", frameon=False, handlelength=1.6)

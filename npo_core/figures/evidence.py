@@ -85,7 +85,7 @@ def arm_differences(evidence: Evidence) -> Figure:
                 for clock, shift in zip(AT_EQUAL, (-0.2, 0.2), strict=True):
                     marker, color, name = AT_EQUAL[clock]
                     values = found[arm][clock]
-                    if arm in far:
+                    if arm in far and len(values):
                         _draw_arrow(axes, place + shift, values, color, f"{arm}, {name}")
                     else:
                         _draw_estimate(axes, place + shift, values, color, marker, f"{arm}, {name}")

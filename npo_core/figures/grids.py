@@ -113,7 +113,7 @@ def gain_map(cells: pd.DataFrame) -> Figure:
         axes.set_ylabel("share of hard facts (fraction)")
         figure.colorbar(shades, ax=axes, label="NPO minus GRPO in test pass rate\nat equal compute (fraction)")
         measure = _measure("mean [95 % t interval over n seeds]", counts)
-        _legend_of_cells(figure, f"{measure}; GRPO: its pass rate in the second half", counts)
+        _legend_of_cells(figure, f"{measure}\nGRPO: its on-policy pass rate in the second half", counts)
     return settle(figure)
 
 

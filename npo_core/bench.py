@@ -28,7 +28,7 @@ from . import stages
 from .checkpoints import checkpoint_folder, mark_complete
 from .config import RunConfig, resolve_config
 from .groups import group_advantages
-from .policies import load_policy, load_weights, quiet_transformers, tokenizer_digest, tokenizer_of
+from .policies import keep_freed_memory, load_policy, load_weights, quiet_transformers, tokenizer_digest, tokenizer_of
 from .runs import runs_folder, write_json
 from .sampling import completion_logps, encode_prompts
 from .tasks import make_dataset, parse_uid, training_schedule, write_response
@@ -62,7 +62,8 @@ def main() -> int:
     """Measure everything, print the table, write `data/runs/bench.json`; 1 if a limit is missed."""
     config = resolve_config("grpo", "cpu", 0, {"compute_steps": TURNS * STEPS})
     world = stages.prepare(config)
-    torch.set_num_threads(config.threads)  # as in a run
+    torch.set_num_threads(config.threads)  # as in a run, and so is the next line
+    keep_freed_memory()
     rows = [*_step_ratios(config, world), *_checkpoint_ratios(config, world), _run_memory()]
     print(f"{'':<62}{'value':>9}  {'unit':<7}{'limit':>7}")
     for row in rows:

@@ -1,6 +1,7 @@
 """Prompts that come n times: processed once per call and copied, their text rendered once per run."""
 
 import json
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -95,7 +96,7 @@ def _unwritten(value) -> str:
     raise TypeError(f"A conversation holds a {type(value).__name__}; text and PIL pictures can be rendered.")
 
 
-def copied_rows(counts: Tensor, copies: list[int], merge: int) -> Tensor:
+def copied_rows(counts: Tensor, copies: Sequence[int], merge: int) -> Tensor:
     """Row numbers that spread the rows of the distinct pictures over all pictures.
 
     Args:
@@ -103,6 +104,13 @@ def copied_rows(counts: Tensor, copies: list[int], merge: int) -> Tensor:
         copies: For each picture its distinct picture, length (pictures,).
         merge: Patches per row.
     """
-    lengths = counts // merge
+    lengths = (counts // merge).cpu()
     starts = lengths.cumsum(0) - lengths
-    return torch.cat([torch.arange(starts[place], starts[place] + lengths[place]) for place in copies])
+    chosen = torch.as_tensor(copies, dtype=torch.int64)
+    return _from(starts[chosen], lengths[chosen])
+
+
+def _from(starts: Tensor, lengths: Tensor) -> Tensor:
+    """`starts[i], starts[i] + 1, …`, `lengths[i]` numbers each, in one row."""
+    offsets = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - offsets).repeat_interleave(lengths)

@@ -299,21 +299,20 @@ def _shared_vision_forward(self, hidden_states: Tensor, grid_thw: Tensor, **kwar
 
 def _distinct_pictures(pixels: Tensor, grid_thw: Tensor, counts: Tensor) -> tuple[list[int], list[int]]:
     """Indices of the first copy of each distinct picture, and for each picture its place in that list."""
-    lengths = counts.tolist()
-    owner = torch.arange(len(lengths), device=pixels.device).repeat_interleave(counts.to(pixels.device))
-    place = torch.cat([torch.arange(1, length + 1) for length in lengths]).to(pixels.device)
+    places = counts.to(pixels.device)
+    owner = torch.arange(len(counts), device=pixels.device).repeat_interleave(places)
+    within = torch.arange(1, len(pixels) + 1, device=pixels.device) - (places.cumsum(0) - places)[owner]
     # sums of the bit patterns are exact in any order; two pictures of one sum are told apart below
     bits = pixels.detach().contiguous().view(BITS[pixels.element_size()]).sum(dim=-1, dtype=torch.int64)
-    sums = torch.zeros(len(lengths), dtype=torch.int64, device=pixels.device).index_add_(0, owner, bits * place)
+    sums = torch.zeros(len(counts), dtype=torch.int64, device=pixels.device).index_add_(0, owner, bits * within)
     seen: dict[tuple, int] = {}
     keys = [(total, *grid) for total, grid in zip(sums.tolist(), grid_thw.tolist(), strict=True)]
     inverse = [seen.setdefault(key, len(seen)) for key in keys]
     first = [inverse.index(number) for number in range(len(seen))]
-    if len(first) < len(lengths):
-        pieces = pixels.split(lengths)
-        copies = torch.cat([pieces[first[number]] for number in inverse])
-        if not torch.equal(pixels, copies):
-            return list(range(len(lengths))), list(range(len(lengths)))
+    if len(first) < len(counts):
+        copies = copied_rows(counts, [first[number] for number in inverse], 1).to(pixels.device)
+        if not torch.equal(pixels, pixels.index_select(0, copies)):
+            return list(range(len(counts))), list(range(len(counts)))
     return first, inverse
 
 

@@ -132,10 +132,11 @@ class TrainerMaker:
     def __init__(self, config: RunConfig, world: World, run: RunFolder | None = None):
         self.config, self.world, self.run = config, world, run
         order = training_schedule(world.train, config.compute_steps, config.prompts_per_step, config.data_seed)
-        # a step asks for every picture n times: decoded once here, not n times from PNG
-        pictures = dict(zip(world.train["uid"], world.train["image"], strict=True))
-        self.schedule = order.remove_columns("image").with_transform(
-            lambda rows: {**rows, "image": [pictures[uid] for uid in rows["uid"]]}
+        # a step asks for every row n times: read once here, pictures decoded, not n times from the file
+        rows = {row["uid"]: row for row in world.train}
+        self.schedule = order.with_transform(
+            lambda asked: {name: [rows[uid][name] for uid in asked["uid"]] for name in order.column_names},
+            columns=["uid"],
         )
         self.reward = verifier_reward(world.verifier)
 

@@ -302,7 +302,7 @@ def _overhead(evidence: Evidence) -> Claim:
             if shares[arm]
         ),
         "the policy clock does not see rolled-back steps",
-        FEW if np.isnan(highest) else REPRODUCED if highest <= SMALL_OVERHEAD else PARTLY,
+        FEW if len(shares["AutoNPO"]) < 2 else REPRODUCED if highest <= SMALL_OVERHEAD else PARTLY,
         f"off-line rollouts of every run at most {SMALL_OVERHEAD:.0%}; steps done again are the larger cost and are "
         "charged in every comparison",
         STUDY,

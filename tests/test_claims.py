@@ -107,7 +107,7 @@ def test_overhead_is_the_share_of_offline_rollouts():
 def test_one_seed_decides_nothing():
     gains = {arm: [0.1] for arm in NEEDED if arm != "GRPO"}
     found = verdicts(evidence(gains, base=(0.4,), ends={"NPO": 20, "NPO early": 30}))
-    assert {found[name] for name in ("plateau", "Table 1", "ordering", "entropy", "correction", "growing gap")} == {FEW}
+    assert {found[name] for name in set(found) - {"early speed-up"}} == {FEW}
 
 
 def test_arms_that_a_claim_needs_are_named():

@@ -8,6 +8,8 @@ import papermill
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+QUICK = {"cache_rollouts": 4, "rollout_every": 0}
+"""Settings of the studies of 05 and 06, which share their runs."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +100,7 @@ def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
 @pytest.fixture(scope="module")
 def benchmarks(runs, tmp_path_factory):
     """The executed 06_benchmarks: a study of one seed."""
-    return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), seeds=1)
+    return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), seeds=1, overrides=QUICK)
 
 
 def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, benchmarks):
@@ -114,7 +116,7 @@ def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, benchmarks):
 
 
 def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
-    notebook = execute("05_baselines", tmp_path, results=str(runs / "study-smoke"))
+    notebook = execute("05_baselines", tmp_path, overrides=QUICK)
     methods = {json.loads(path.read_text())["method"] for path in runs.glob("*-smoke-s0-*/result.json")}
     assert {"grpo", "luffy", "exgrpo", "rlep", "npo", "autonpo"} <= methods
     modes = {json.loads(path.read_text())["ratio_mode"] for path in runs.glob("npo-smoke-s0-*/config.json")}

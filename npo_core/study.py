@@ -17,6 +17,7 @@ import pandas as pd
 
 from . import stages
 from .checkpoints import checkpoint_folder
+from .comparisons import LEVEL_SHARE
 from .config import RunConfig, resolve_config
 from .findings import PREDICTORS, SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
@@ -29,9 +30,6 @@ from .stats import mean_interval
 
 ARMS = {"GRPO": None, "NPO early": {"late_step": 0}, "NPO late": {"scout_steps": 0}, "NPO early+late": {}}
 """Arms of the manual interventions: settings of method npo, None for GRPO."""
-
-LEVEL_SHARE = 0.8
-"""Reference level of the speed-up: this share of the way from GRPO's first ten steps to its second quarter."""
 
 PRIMARY = {"current": "signal_gradient_current", "exact": "signal_gradient_exact"}
 """The signal that is said to predict the gain in each ratio mode: Q over the variance measured in that mode."""

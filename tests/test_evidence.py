@@ -120,6 +120,7 @@ def test_a_killed_study_goes_on_where_it_stopped(root, cells, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert cell.folder(tmp_path).result() is None, "the run was over before it was killed"
     run_cells([cell], tmp_path, quiet=True)
     unbroken = next(other for other in cells if (other.arm, other.seed) == ("GRPO", 0)).folder(root)
     weights = "branches/00/checkpoint-12/model.safetensors"

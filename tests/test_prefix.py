@@ -1,5 +1,7 @@
 """Runs that share a beginning: how long it is, and that taking it over changes no bit of what follows."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -121,3 +123,14 @@ def test_a_run_that_has_begun_takes_nothing(root):
 def test_only_steps_with_a_checkpoint_are_taken(root):
     """A donor that saved every second step cannot hand over an odd number of them."""
     assert take_prefix(RunFolder(BOTH.with_changes(scout_steps=0, late_step=9, late_start=8), root)) == 8
+
+
+def test_a_run_of_a_version_with_fewer_settings_lends_nothing_and_gets_no_twin(tmp_path):
+    """Its missing settings would be filled with today's defaults, and its folder name would be another one."""
+    old = json.loads(GRPO.to_json())
+    old.pop("guide_from")
+    folder = tmp_path / f"grpo-smoke-s{GRPO.seed}-0123456789"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(old))
+    assert take_prefix(RunFolder(LATE, tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, LATE.run_name}

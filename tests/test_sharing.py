@@ -1097,3 +1097,27 @@ def test_a_saved_processor_holds_no_rendered_text(rendering, tmp_path):
     fresh, used = ({path.name: path.read_text() for path in (tmp_path / name).iterdir()} for name in ("fresh", "used"))
     assert fresh == used
     assert json.loads(used["processor_config.json"])["processor_class"] == "TinyQwen3VLProcessor"
+
+
+def test_the_pictures_of_the_last_call_are_remembered_and_no_others(processor, plain, monkeypatch):
+    """TRL asks for the same pictures twice, as lists and as tensors; another picture or setting is another question."""
+    gradient = Image.linear_gradient("L").convert("RGB")
+    first, second = gradient.resize((48, 32)), gradient.rotate(90).resize((48, 32))
+    (text,) = one_picture_texts(processor, 1)
+    asked = []
+    inner = type(processor.image_processor).__call__
+    monkeypatch.setattr(
+        type(processor.image_processor), "__call__", lambda self, *a, **k: asked.append(1) or inner(self, *a, **k)
+    )
+    for picture, options, calls in (
+        (first, {}, 1),
+        (first, {"return_tensors": "pt"}, 1),
+        (second, {"return_tensors": "pt"}, 2),
+        (first, {"return_tensors": "pt"}, 3),
+        (first, {"return_tensors": "pt", "do_rescale": False}, 4),
+    ):
+        found = processor(images=[picture], text=[text], **options)
+        assert len(asked) == calls
+        with monkeypatch.context() as patch:
+            patch.setattr(type(processor.image_processor), "__call__", inner)
+            same(found, plain(images=[picture], text=[text], **options))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..findings import paper_table
 from ..results import ABOUT, read_evidence
-from ..runs import project_folder
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -75,9 +75,8 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
 
 def _evidence_figures(results: Path) -> dict[str, Figure]:
     evidence = read_evidence(results)
-    paper = pd.read_csv(project_folder() / "data" / "paper" / "table1.csv")
     figures = {name: draw(evidence) for name, draw in FROM_EVIDENCE.items()}
-    figures["evidence_suites"] = suite_table(evidence, paper)
+    figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
     if (results / MAP).is_file():
         figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
     return figures

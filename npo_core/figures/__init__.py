@@ -4,6 +4,7 @@ Every function returns a closed matplotlib figure: a notebook shows it as the va
 Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at a width of 7 inches.
 """
 
+from .benchmarks import benchmark_table
 from .committed import draw_study
 from .curves import plateau, training_curves
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
@@ -16,6 +17,7 @@ from .style import save_figure
 
 __all__ = [
     "arm_differences",
+    "benchmark_table",
     "controls",
     "correction_ablation",
     "draw_study",

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, Image
 
 from . import stages
 from .checkpoints import complete_checkpoints
 from .config import RunConfig
+from .datafiles import read_rows
 from .measure import Measurement, find_checkpoints
 from .policies import load_policy, load_processor
 from .signal_report import Pair, SignalSettings, plan_pairs
@@ -25,9 +25,6 @@ from .warmstart import teacher_folder
 
 TEACHER = "teacher"
 """Name of the external teacher among the sources."""
-
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-"""Data files that can be read, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -198,21 +195,9 @@ def load_rows(path: str | Path) -> Dataset:
         FileNotFoundError: There is nothing at `path`.
         ValueError: A format that is not read, no rows, a missing column, an empty value, or one uid for two rows.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():  # else it could be a name on the hub
         raise FileNotFoundError(f"There is no data set at {path}.")
-    if path.is_file() and path.suffix not in READERS:
-        raise ValueError(f"{path} ends in {path.suffix!r}; {', '.join(READERS)} and folders of datasets are read.")
-    try:
-        if path.is_dir():
-            rows = load_from_disk(str(path))
-        else:
-            rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetsError, ValueError, IndexError, StopIteration) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
-        raise ValueError(f"{path} holds no rows that can be read: {reason}.") from error
-    if not isinstance(rows, Dataset):
-        raise ValueError(f"{path} holds several splits ({', '.join(rows)}); give the folder of one.")
+    rows = read_rows(path)
     require_columns(rows)
     if "image" in rows.column_names and not isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image())

@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 SUITES = ("mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mmbench", "mmstar", "mathverse")
 """Suites of the paper's Table 1, in its order."""
 
+DATA_COLUMNS = ("uid", "prompt", "image", "images", "answer", "suite", "difficulty")
+"""Columns of the rows of a data set, in our names; prompt and answer must be there."""
+
 
 def require(condition: bool, name: str, given: Any, allowed: str) -> None:
     """Raise ValueError with what was given and what is allowed, unless the condition holds."""

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from .problems import Problem
 
 REQUIRED_COLUMNS = ("uid", "prompt", "answer")
 """Columns that NPO needs beside TRL's; `image` is needed for visual tasks only."""
+
+CHECKED_AT_ONCE = 1024
+"""Rows in memory at a time when a data set is checked."""
 
 
 def conversation(problem: Problem, with_picture: bool) -> list[dict]:
@@ -73,9 +78,11 @@ def require_columns(dataset: Dataset) -> None:
             f"{list(REQUIRED_COLUMNS)} in every row: uid names the prompt in the guidance cache, answer is verified."
         )
     seen: dict[str, tuple[str, str]] = {}
-    for index, (uid, answer, prompt) in enumerate(
-        zip(dataset["uid"], dataset["answer"], dataset["prompt"], strict=True)
-    ):
+    # as stored: through a data set's own format or transform, each row would have its pictures decoded
+    stored = dataset.with_format("arrow").select_columns(list(REQUIRED_COLUMNS))
+    rows = (row for batch in stored.iter(CHECKED_AT_ONCE) for row in batch.to_pylist())
+    for index, row in enumerate(rows):
+        uid, answer, prompt = row["uid"], row["answer"], row["prompt"]
         if not isinstance(uid, str) or not uid:
             raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
         if not isinstance(answer, str) or not answer.strip():
@@ -88,10 +95,23 @@ def require_columns(dataset: Dataset) -> None:
                 f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {answer!r}; "
                 "make uids unique."
             )
-    if "image" in dataset.column_names:
-        column = dataset.with_format("arrow")[:]["image"]
-        if column.null_count:
-            index = column.is_null().to_pylist().index(True)
-            raise ValueError(
-                f"Row {index} (uid {dataset['uid'][index]!r}) has no image; give every row one, or drop the column."
-            )
+    for name in {"image", "images"} & set(dataset.column_names):
+        index = _first_without(dataset, name)
+        if index is not None:
+            uid = stored[index]["uid"][0].as_py()
+            raise ValueError(f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column.")
+
+
+def _first_without(dataset: Dataset, name: str) -> int | None:
+    """Index of the first row without a picture. None is read from disk: of the stored column, only what is null."""
+    missing: list[bool] = []
+    for chunk in dataset.data.column(name).chunks:
+        empty = chunk.is_null()
+        if pa.types.is_list(chunk.type):
+            empty = pc.or_(empty, pc.equal(pc.fill_null(pc.list_value_length(chunk), 0), 0))
+        missing += empty.to_pylist()
+    if not any(missing):
+        return None
+    # a selection of rows is a column of places in the stored table
+    order = dataset._indices.column(0).to_pylist() if dataset._indices is not None else range(len(missing))
+    return next((index for index, place in enumerate(order) if missing[place]), None)

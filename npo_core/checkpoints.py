@@ -7,12 +7,30 @@ is slimmed to its weights: it can still be a guide or be evaluated, but no longe
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 MARKER = "complete.json"
-WEIGHTS = "model.safetensors"
-FULL_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-"""Files that a roll-back needs beside the weights."""
+
+WEIGHTS = re.compile(
+    r"model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
+)
+"""Files with weights: whole, in shards with their index, or those of an adapter."""
+
+FULL_STATE = {
+    "optimiser": re.compile(r"optimizer\.(pt|bin)|optimizer_\d+/.+"),
+    "schedule": re.compile(r"scheduler\.pt"),
+    "random state": re.compile(r"rng_state(_\d+)?\.pth"),
+    "trainer state": re.compile(r"trainer_state\.json"),
+}
+"""What a roll-back needs beside the weights; one process, DDP and FSDP name the files differently."""
+
+SHARDED_MODEL = re.compile(r"pytorch_model_fsdp(\.bin|_\d+/.+)")
+"""The model's own state under FSDP, needed to resume where it was written."""
+
+KEPT = re.compile(r"config\.json|adapter_config\.json")
+"""Files that a slimmed checkpoint keeps beside its weights."""
 
 ADAM_COPIES = 3
 """A resumable checkpoint holds the weights and two Adam moments."""
@@ -34,11 +52,19 @@ def checkpoint_step(folder: Path) -> int:
 
 def mark_complete(folder: Path) -> None:
     """Write the marker: from now on the checkpoint counts as complete."""
-    sizes = {entry.name: entry.stat().st_size for entry in sorted(Path(folder).iterdir()) if entry.is_file()}
+    sizes = {
+        entry.relative_to(folder).as_posix(): entry.stat().st_size
+        for entry in sorted(Path(folder).rglob("*"))
+        if entry.is_file()
+    }
     sizes.pop(MARKER, None)
-    unfinished = Path(folder) / f".{MARKER}.{os.getpid()}"
+    _write_marker(Path(folder), sizes)
+
+
+def _write_marker(folder: Path, sizes: dict[str, int]) -> None:
+    unfinished = folder / f".{MARKER}.{os.getpid()}"
     unfinished.write_text(json.dumps(sizes))
-    unfinished.replace(Path(folder) / MARKER)
+    unfinished.replace(folder / MARKER)
 
 
 def require_complete(folder: str | Path, resumable: bool = True) -> Path:
@@ -57,15 +83,20 @@ def require_complete(folder: str | Path, resumable: bool = True) -> Path:
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder} is half written (it has no {MARKER}); resume from an earlier checkpoint.")
     sizes = json.loads((folder / MARKER).read_text())
-    for name in (WEIGHTS, *FULL_STATE) if resumable else (WEIGHTS,):
-        path = folder / name
-        if name not in sizes:
+    for part, pattern in {"weights": WEIGHTS, **(FULL_STATE if resumable else {})}.items():
+        if not any(pattern.fullmatch(name) for name in sizes):
             raise CheckpointError(
-                f"{folder} holds no {name}: it was slimmed to its weights and cannot be resumed from. "
+                f"{folder} holds no {part}: it was slimmed to its weights and cannot be resumed from. "
                 "Raise checkpoint_keep, or choose a later checkpoint."
+                if part != "weights"
+                else f"{folder} holds no weights in safetensors."
             )
-        if not path.is_file() or path.stat().st_size != sizes[name]:
-            raise CheckpointError(f"{path} is missing or not {sizes[name]} bytes long; the checkpoint is damaged.")
+    needed = [WEIGHTS, *((SHARDED_MODEL, *FULL_STATE.values()) if resumable else ())]
+    for name, size in sizes.items():
+        path = folder / name
+        wanted = any(pattern.fullmatch(name) for pattern in needed)
+        if wanted and (not path.is_file() or path.stat().st_size != size):
+            raise CheckpointError(f"{path} is missing or not {size} bytes long; the checkpoint is damaged.")
     return folder
 
 
@@ -85,12 +116,12 @@ def slim(folder: Path) -> None:
     folder = Path(folder)
     # the marker first: a kill in between leaves a folder that claims less than it holds, never more
     sizes = json.loads((folder / MARKER).read_text())
-    kept = {name: size for name, size in sizes.items() if name == WEIGHTS or name == "config.json"}
-    unfinished = folder / f".{MARKER}.{os.getpid()}"
-    unfinished.write_text(json.dumps(kept))
-    unfinished.replace(folder / MARKER)
+    kept = {name: size for name, size in sizes.items() if WEIGHTS.fullmatch(name) or KEPT.fullmatch(name)}
+    _write_marker(folder, kept)
     for entry in folder.iterdir():
-        if entry.name not in kept and entry.name != MARKER:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in kept and entry.name != MARKER:
             entry.unlink()
 
 

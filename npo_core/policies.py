@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -34,6 +35,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from .prompts import SharedPrompts
@@ -184,15 +186,20 @@ def save_policy(model: PreTrainedModel, processor, folder: Path) -> None:
 
 
 def load_processor(folder: str | Path):
-    """Processor (vision-language) or tokenizer (text-only) of a policy folder.
+    """Processor (vision-language) or tokenizer (text-only) of a policy folder, or of a checkpoint with adapters.
+
+    A Qwen3-VL that cannot have its video part here, because torchvision is missing, gets a processor without it, which
+    works on its pictures with PIL.
 
     Raises:
         FileNotFoundError: `folder` is not a policy folder.
     """
+    folder = _base_folder(folder)
     config = _policy_config(folder)
     if config.model_type != "qwen3_vl":
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if (Path(folder) / "video_preprocessor_config.json").exists():
+        auto = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    if _has_video_part(folder) and is_torchvision_available():
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         # a subclass of the same name, so that a saved processor still names the class of transformers
         processor.__class__ = type(type(processor).__name__, (SharedPrompts, type(processor)), {})
@@ -200,26 +207,41 @@ def load_processor(folder: str | Path):
     return TinyQwen3VLProcessor.from_pretrained(folder)
 
 
-def load_policy(folder: str | Path, freeze_vision: bool = False) -> PreTrainedModel:
-    """Policy of a folder in float32, its vision tower shared over the rollouts of a prompt.
+def load_policy(
+    folder: str | Path, freeze_vision: bool = False, dtype: str = "float32", attention: str = "sdpa"
+) -> PreTrainedModel | PeftModel:
+    """Policy of a folder, with its adapters where it is a checkpoint of those; rollouts of a prompt share its work.
 
     Args:
         folder: Folder in the Hugging Face format (safetensors; no code from the folder is run).
         freeze_vision: Take the vision tower out of training.
+        dtype: Type of the weights: "float32" or "bfloat16".
+        attention: Attention of transformers: "sdpa", "eager" or "flash_attention_2".
 
     Raises:
-        FileNotFoundError: `folder` is not a policy folder.
+        FileNotFoundError: `folder` is not a policy folder, or its adapters belong to a base policy that is gone.
     """
-    config = _policy_config(folder)
+    base = _base_folder(folder)
+    config = _policy_config(base)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with quiet_transformers():
-        model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+        model = auto.from_pretrained(
+            base,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     share_work(model)
     if config.get_text_config().tie_word_embeddings:
         # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
         model._keys_to_ignore_on_save = {"lm_head.weight"}
     if freeze_vision and hasattr(model.base_model, "visual"):
         model.base_model.visual.requires_grad_(False)
+    if base != Path(folder):
+        if not (Path(folder) / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors; pickled adapters are not read.")
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
     return model
 
 
@@ -279,6 +301,19 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(option, 1 << 30)
+
+
+def _base_folder(folder: str | Path) -> Path:
+    """The folder itself, or that of the base policy which the adapters of a checkpoint belong to."""
+    adapter = Path(folder) / "adapter_config.json"
+    return Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else Path(folder)
+
+
+def _has_video_part(folder: Path) -> bool:
+    """Whether a processor was saved with its video part: in a file of its own, or as transformers 5 does, in one."""
+    whole = folder / "processor_config.json"
+    within = whole.is_file() and "video_processor" in json.loads(whole.read_text())
+    return within or (folder / "video_preprocessor_config.json").is_file()
 
 
 def _policy_config(folder: str | Path):

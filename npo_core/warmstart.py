@@ -20,6 +20,7 @@ import torch
 
 from .config import RunConfig
 from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
+from .pretrained import policy_folder
 from .progress import progress
 from .runs import project_folder, runs_folder
 from .sharing import share_work
@@ -125,16 +126,10 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     """Folder of the base policy: the given one, the shipped one, or one that is made now and kept.
 
     Raises:
-        FileNotFoundError: `config.policy` names a folder that does not exist.
+        FileNotFoundError: `config.policy` names neither a folder nor a model of the hub.
     """
     if config.policy != "tiny":
-        folder = Path(config.policy).expanduser()
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"policy is {config.policy!r}, but {folder} holds no config.json. "
-                'Give "tiny" or a local folder in the Hugging Face format.'
-            )
-        return folder
+        return policy_folder(config.policy)
     name = f"tiny-{base_digest(config)}"
     for folder in (project_folder() / "data" / "base" / name, runs_folder() / "base" / name):
         if (folder / "model.safetensors").is_file():
@@ -157,7 +152,7 @@ def teacher_config(config: RunConfig) -> RunConfig:
     """
     if config.policy != "tiny":
         raise ValueError(
-            f"policy is {config.policy!r}; only the tiny policy has a teacher of its own. Give its folder."
+            f"policy is {config.policy!r}; only the tiny policy has a teacher of its own. Name one in `teacher`."
         )
     if config.teacher_seed == config.policy_seed:
         raise ValueError(f"teacher_seed and policy_seed are both {config.policy_seed}; a teacher is another policy.")

@@ -8,9 +8,7 @@ from safetensors.torch import save_file
 
 from npo_core.checkpoints import (
     ADAM_COPIES,
-    FULL_STATE,
     MARKER,
-    WEIGHTS,
     CheckpointError,
     checkpoint_folder,
     checkpoint_step,
@@ -22,12 +20,16 @@ from npo_core.checkpoints import (
     slim,
 )
 
+WEIGHTS = "model.safetensors"
+FULL_STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
-def write_checkpoint(branch, step, mark=True):
+
+def write_checkpoint(branch, step, mark=True, files=(WEIGHTS, "config.json", "training_args.bin", *FULL_STATE)):
     """A folder with the files that transformers' Trainer writes."""
     folder = checkpoint_folder(branch, step)
     folder.mkdir(parents=True)
-    for size, name in enumerate((WEIGHTS, "config.json", "training_args.bin", *FULL_STATE), start=1):
+    for size, name in enumerate(files, start=1):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x" * size)
     if mark:
         mark_complete(folder)
@@ -92,6 +94,53 @@ def test_a_slimmed_checkpoint_guides_but_does_not_resume(tmp_path):
         require_complete(folder)
     slim(folder)
     assert require_complete(folder, resumable=False) == folder
+
+
+LAYOUTS = {
+    "adapter": (("adapter_model.safetensors", "adapter_config.json"), FULL_STATE),
+    "shards": (
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+        FULL_STATE,
+    ),
+    "two processes": ((WEIGHTS,), ("rng_state_0.pth", "rng_state_1.pth", *FULL_STATE[:2], FULL_STATE[3])),
+    "FSDP": (
+        (WEIGHTS,),
+        ("pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"),
+    ),
+    "FSDP in shards": (
+        (WEIGHTS,),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp", "scheduler.pt", "rng_state_0.pth",
+         "trainer_state.json"),
+    ),
+}  # fmt: skip
+"""Files that hold the weights, and those that a resume needs, as each way of training names them."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_way_of_training_has_its_checkpoints(tmp_path, layout):
+    weights, state = LAYOUTS[layout]
+    folder = write_checkpoint(tmp_path, 10, files=("config.json", *weights, *state))
+    for name in (*weights, *state):
+        if name == "adapter_config.json":
+            continue
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match="damaged"):
+            require_complete(folder)
+        (folder / name).write_bytes(whole)
+    assert require_complete(folder) == folder
+    slim(folder)
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {"config.json", *weights, MARKER}
+    assert require_complete(folder, resumable=False) == folder
+    with pytest.raises(CheckpointError, match="slimmed"):
+        require_complete(folder)
+
+
+def test_weights_that_are_not_safetensors_are_none(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, files=("pytorch_model.bin", *FULL_STATE))
+    with pytest.raises(CheckpointError, match="no weights in safetensors"):
+        require_complete(folder, resumable=False)
 
 
 def test_a_kill_while_slimming_leaves_a_checkpoint_that_claims_no_more_than_it_holds(tmp_path, monkeypatch):

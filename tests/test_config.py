@@ -3,53 +3,25 @@
 import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from otherwise import pair
 
 from npo_core import tasks
 from npo_core.config import (
     METHOD_SETTINGS,
-    SUITES,
-    Method,
     RunConfig,
     check_parameters,
     load_preset,
     preset_names,
     resolve_config,
 )
-
-OTHER = {
-    "method": "grpo",
-    "preset": "other",
-    "suites": SUITES[:2],
-    "policy": "/elsewhere",
-    "loss_type": "dapo",
-    "ratio_mode": "exact",
-    "cache_rule": "shortest",
-    "variance_proxy": "sequence",
-    "micro_batch": 128,
-    "guide_behaviour": "one",
-    "placement": "append",
-    "advantage_scale": "none",
-    "guide_from": "own",
-}
-"""Another valid value of each setting for which 'a bit smaller or larger' is none."""
-
-METHOD = {"guides_per_group": "rlep", "placement": "rlep", "random_interventions": "npo"}
-"""Method of the settings that only one method may change."""
-
-
-def another(setting, value):
-    """A valid value of a setting that differs from `value`."""
-    if setting.name in OTHER:
-        return OTHER[setting.name]
-    if isinstance(value, bool):
-        return not value
-    return value + 1 if isinstance(value, int) else value * 0.9 if value else 0.1
+from npo_core.settings import Method
+from npo_core.validation import SUITES
 
 
 @pytest.mark.parametrize(
@@ -240,13 +212,15 @@ def test_every_preset_resolves_under_its_own_name():
 
 
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
-def test_the_digest_changes_with_every_setting(setting):
-    # the micro-batch divides whatever the others become
-    keep = 0 if setting.name == "random_interventions" else 20
-    config = RunConfig(method=METHOD.get(setting.name, "autonpo"), micro_batch=8, checkpoint_keep=keep)
-    changed = replace(config, **{setting.name: another(setting, getattr(config, setting.name))})
-    assert getattr(changed, setting.name) != getattr(config, setting.name)
-    assert changed.digest != config.digest
+def test_the_digest_changes_with_every_setting_that_decides(setting):
+    config, changed = pair(setting)
+    assert (changed.digest != config.digest) == setting.metadata["names_run"]
+    assert (setting.name in config.deciding()) == setting.metadata["names_run"]
+
+
+def test_trackers_and_addresses_decide_nothing():
+    nameless = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
+    assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory"}
 
 
 def test_the_digest_is_the_same_in_another_process():

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from otherwise import pair
 
 from npo_core import warmstart
 from npo_core.config import RunConfig, resolve_config
@@ -27,37 +28,11 @@ from npo_core.warmstart import (
 )
 
 CONFIG = resolve_config("grpo", "smoke", overrides={"warmstart_steps": 3, "warmstart_batch": 4})
-OTHER = {
-    "method": "autonpo",
-    "preset": "other",
-    "suites": RunConfig().suites[:2],
-    "policy": "/elsewhere",
-    "loss_type": "dapo",
-    "ratio_mode": "exact",
-    "cache_rule": "shortest",
-    "variance_proxy": "sequence",
-    "micro_batch": 128,
-    "guide_behaviour": "one",
-    "placement": "append",
-    "advantage_scale": "none",
-    "guide_from": "own",
-}
-METHOD = {"guides_per_group": "rlep", "placement": "rlep", "random_interventions": "npo", "guide_from": "npo"}
-"""Method of the settings that not every method may change."""
 
 
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
 def test_the_digest_depends_on_the_settings_of_the_world_and_on_no_other(setting):
-    keep = 0 if setting.name == "random_interventions" else 20
-    config = RunConfig(method=METHOD.get(setting.name, "grpo"), micro_batch=8, checkpoint_keep=keep)
-    value = getattr(config, setting.name)
-    if setting.name in OTHER:
-        changed = OTHER[setting.name]
-    elif isinstance(value, bool):
-        changed = not value
-    else:
-        changed = value + 1 if isinstance(value, int) else value * 0.9 if value else 0.1
-    other = replace(config, **{setting.name: changed})
+    config, other = pair(setting, "grpo")
     assert (base_digest(other) != base_digest(config)) == (setting.name in WORLD_FIELDS)
 
 

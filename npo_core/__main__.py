@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         _settings(stage)
         stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
         stage.add_argument("--quiet", action="store_true", help="no progress bars")
+        if name == "plan":
+            stage.add_argument("--method", default="autonpo", help="training method (default: autonpo)")
         if name == "warmstart":
             stage.add_argument("--teacher", action="store_true", help="make the external teacher instead")
     again = stages.add_parser("run", help="Run a saved configuration, or what is left of it.")
@@ -202,11 +205,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
-    from . import stages
+    from . import launch, stages
+    from .processes import is_writer
 
-    folder = stages.run(config, options.root, options.quiet)
+    # inside of a launcher this is one of its processes; elsewhere a configuration that names a launcher starts it
+    do = stages.run if "WORLD_SIZE" in os.environ else launch.run_launched
+    folder = do(config, options.root, options.quiet)
     result = folder.result()
-    print(f"{folder.path}: {result['base']['average']:.3f} -> {result['final']['average']:.3f}")
+    if is_writer():
+        print(f"{folder.path}: {result['base']['average']:.3f} -> {result['final']['average']:.3f}")
     return 0
 
 
@@ -264,11 +271,12 @@ def _warmstart(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from . import stages
+    from . import plan
 
-    for name, value in stages.plan(_config(options, "autonpo")).items():
-        print(f"{name:<34} {value}")
-    return 0
+    table = plan.plan(_config(options, options.method), options.root)
+    for name, value in table.items():
+        print(f"{name:<38} {value}")
+    return 0 if plan.fits(table) else 1
 
 
 def _signal(options: argparse.Namespace) -> int:

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from .controller import Controller
+from .engine import trainer_generate
 from .learning_signal import variance_cost
-from .policies import load_policy
-from .sampling import completion_logps
 from .trainer import NPOTrainer
 from .trajectories import Trajectory
 from .trigger import Candidate, Decision, Mistake, choose_distance
@@ -35,7 +34,8 @@ class AutoNPO(Controller):
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
         left = config.compute_steps - watch.compute_step
         # a replay that the budget would cut short is no candidate
-        origins = [saved for saved in self._checkpoints(segments) if saved < step <= saved + left]
+        checkpoints = self._checkpoints(segments)
+        origins = {saved: folder for saved, folder in checkpoints.items() if saved < step <= saved + left}
         mistakes = watch.pool.since(min(origins, default=step))
         if not mistakes:
             run.event(
@@ -55,23 +55,23 @@ class AutoNPO(Controller):
         if quality < config.confirm_quality:
             run.event("dismissed", **clocks, reason=f"the probe's pass rate {quality:.3f} is below confirm_quality")
             return None
-        candidates = self._candidates(step, {s: self._checkpoints(segments)[s] for s in origins}, mistakes, probed)
+        candidates = self._candidates(step, origins, mistakes, probed)
         decision = choose_distance(candidates, config.quality_floor)
         run.event("choice", **clocks, **_decision_record(decision))
         if decision.chosen is None:
             run.event("dismissed", **clocks, reason=decision.reason)
             return None
         origin = decision.chosen.policy_step
-        folder = self._checkpoints(segments)[origin]
         replayed = [mistake for mistake in mistakes if mistake.step > origin]
-        return self._replay(trainer, watch, step, folder, [mistake.uid for mistake in replayed], until=step)
+        return self._replay(trainer, watch, step, origins[origin], [mistake.uid for mistake in replayed], until=step)
 
     def _probe(self, trainer: NPOTrainer, mistakes: Sequence[Mistake], step: int) -> list[list[Trajectory]]:
         """Rollouts of the current policy on a random subset of the pool, a list per prompt."""
         rng = np.random.default_rng([self.config.seed, step, 1])
         chosen = rng.permutation(len(mistakes))[: self.config.probe_prompts]
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        return self._sample(policy, [mistakes[i].uid for i in sorted(chosen)], self.config.probe_rollouts, step, 1)
+        uids = [mistakes[i].uid for i in sorted(chosen)]
+        return self._sample(policy, uids, self.config.probe_rollouts, step, 1, trainer_generate(trainer))
 
     def _candidates(
         self,
@@ -90,14 +90,12 @@ class AutoNPO(Controller):
         flat = [trajectory for group in probed for trajectory in group]
         keep = np.random.default_rng([self.config.seed, step, 2]).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
         judged = [flat[i] for i in sorted(keep)]
-        rows = [self.rows[trajectory.uid] for trajectory in judged]
         guide_logps, mask = _padded([trajectory.logps for trajectory in judged])
         candidates = []
         for origin, folder in origins.items():
             since = [group for group in probed if failed_at[group[0].uid] > origin]
             quality = float(np.mean([t.correct for group in since for t in group])) if since else 0.0
-            learner = load_policy(folder).eval()
-            logps = completion_logps(learner, self.processor, rows, [trajectory.token_ids for trajectory in judged])
+            logps = self._score(self._learner(folder), judged)
             variance = variance_cost(
                 _padded(logps)[0], guide_logps, mask, self.config.variance_proxy, c=self.config.variance_c
             )

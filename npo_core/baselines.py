@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .controller import Controller
-from .policies import load_policy, tokenizer_digest
+from .processes import agree
 from .replay import OwnPast, ReplayPool
-from .sampling import completion_logps, sample_rollouts
+from .sampling import shared_rollouts
 from .sources import GuidanceSource
 from .trajectories import GuidanceCache, Trajectory
 from .watch import Segment
@@ -46,7 +46,7 @@ class GuidedByPolicy(Controller):
         cache = self._sampled_guides(source_step=spent)
         if not len(cache):
             raise ValueError(f"The guide {self.guide_folder} solved no training prompt; it cannot guide.")
-        cache.save(run.path / WHOLE_RUN)
+        agree(lambda: cache.save(run.path / WHOLE_RUN))
         run.event(
             "cache",
             policy_step=0,
@@ -61,8 +61,8 @@ class GuidedByPolicy(Controller):
     def _sampled_guides(self, source_step: int) -> GuidanceCache:
         """Correct rollouts of the guide; log-probs are computed for those that are kept, not for all."""
         config = self.config
-        policy = load_policy(self.guide_folder).eval()
-        sampled = sample_rollouts(
+        policy = self._learner(self.guide_folder)
+        sampled = shared_rollouts(
             policy,
             self.processor,
             list(self.rows.values()),
@@ -73,10 +73,10 @@ class GuidedByPolicy(Controller):
             source_step=source_step,
             temperature=config.temperature,
             score=False,
+            batch=config.rollout_batch,
         )
         kept = [trajectory for group in sampled for trajectory in self._chosen(group)]
-        rows = [self.rows[trajectory.uid] for trajectory in kept]
-        logps = completion_logps(policy, self.processor, rows, [trajectory.token_ids for trajectory in kept])
+        logps = self._score(policy, kept)
         cache = self._empty_cache(self._cache_type)
         cache.fill([replace(trajectory, logps=tuple(row)) for trajectory, row in zip(kept, logps, strict=True)])
         return cache
@@ -90,7 +90,7 @@ class GuidedByPolicy(Controller):
 
     def _guidance(self, segment: Segment, resume_from: Path | None = None) -> GuidanceSource | None:
         path = self.run_folder.path / segment.guidance
-        cache = self._cache_type.load(path, tokenizer_digest(self.processor), self.rows)
+        cache = self._load_cache(path, self._cache_type)
         if isinstance(cache, ReplayPool):
             cache.seed = self.config.seed
         return cache

@@ -14,6 +14,7 @@ optimiser steps and never goes back.
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,13 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from .checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from .config import RunConfig
+from .datafiles import image_digest
+from .engine import trainer_generate
 from .policies import load_policy, tokenizer_digest, tokenizer_of
+from .processes import agree, is_writer, join
 from .progress import progress
 from .runs import RunFolder
-from .sampling import completion_logps, sample_rollouts
+from .sampling import Generate, shared_logps, shared_rollouts
 from .sources import GuidanceSource, GuidanceWindow
 from .trainer import NPOTrainer, Verifier
 from .trajectories import GuidanceCache, Trajectory
@@ -38,6 +42,10 @@ class TrainerFactory(Protocol):
     def __call__(
         self, output_dir: Path, guidance: GuidanceSource | None, callbacks: Sequence[TrainerCallback]
     ) -> NPOTrainer: ...
+
+    def policy(self) -> PreTrainedModel:
+        """The base policy alone."""
+        ...
 
 
 class Controller:
@@ -73,7 +81,7 @@ class Controller:
         self.rows = rows
         self.processor = processor
         self.verifier = verifier
-        self.quiet = quiet
+        self.quiet = quiet or not is_writer()
 
     def run(self) -> NPOTrainer:
         """Train until the compute budget is spent; return the trainer with the final policy."""
@@ -140,12 +148,12 @@ class Controller:
         if segment.guidance is None:
             return None
         path = self.run_folder.path / segment.guidance
-        cache = GuidanceCache.load(path, tokenizer_digest(self.processor), self.rows)
+        cache = self._load_cache(path)
         return GuidanceWindow(cache, segment.start, segment.guide_until)
 
     def _resume_point(self, segment: Segment) -> Path | None:
         """Newest complete checkpoint of the segment; metric lines past it are dropped, to be executed again."""
-        saved = complete_checkpoints(self._branch(segment))
+        saved = agree(lambda: complete_checkpoints(self._branch(segment)))
         step = max(saved, default=segment.start)
         compute_step = segment.compute_start + step - segment.start
         last = max((line["compute_step"] for line in self.run_folder.metrics()), default=0)
@@ -156,7 +164,9 @@ class Controller:
             self.run_folder.event("resume", compute_step=compute_step, policy_step=step)
         if saved:
             return saved[step]
-        return None if segment.resume_from is None else require_complete(self.run_folder.path / segment.resume_from)
+        if segment.resume_from is None:
+            return None
+        return agree(lambda: require_complete(self.run_folder.path / segment.resume_from))
 
     def _lineage(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
         """Metric lines of the current trajectory: rolled-back ones left out, in the order of `policy_step`."""
@@ -172,15 +182,21 @@ class Controller:
         found: dict[int, Path] = {}
         for segment in segments:
             found = {step: path for step, path in found.items() if step <= segment.start}
-            found |= complete_checkpoints(self._branch(segment))
+            found |= agree(partial(complete_checkpoints, self._branch(segment)))
         return dict(sorted(found.items()))
 
     # Off-line rollouts
 
     def _sample(
-        self, policy: PreTrainedModel, uids: Sequence[str], k: int, step: int, stream: int
+        self,
+        policy: PreTrainedModel,
+        uids: Sequence[str],
+        k: int,
+        step: int,
+        stream: int,
+        generate: Generate | None = None,
     ) -> list[list[Trajectory]]:
-        return sample_rollouts(
+        return shared_rollouts(
             policy,
             self.processor,
             [self.rows[uid] for uid in uids],
@@ -190,7 +206,16 @@ class Controller:
             max_new_tokens=self.config.max_completion_length,
             source_step=step,
             temperature=self.config.temperature,
+            batch=self.config.rollout_batch,
+            score_batch=self.config.score_batch,
+            generate=generate,
         )
+
+    def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Log-probs of trajectories under another policy, in nats."""
+        rows = [self.rows[trajectory.uid] for trajectory in trajectories]
+        tokens = [trajectory.token_ids for trajectory in trajectories]
+        return shared_logps(policy, self.processor, rows, tokens, self.config.score_batch)
 
     def _replay(
         self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int
@@ -215,12 +240,13 @@ class Controller:
         if guided:
             own = self.config.guide_from == "own"
             guide = self._learner(origin) if own else trainer.accelerator.unwrap_model(trainer.model)
-            cache = self._fill_cache(guide, uids, start if own else step, origin)
+            generate = None if own else trainer_generate(trainer)
+            cache = self._fill_cache(guide, uids, start if own else step, origin, generate)
             if not len(cache):
                 run.event("dismissed", **clocks, reason="the guide solved none of the prompts to be replayed")
                 return None
             name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
-            cache.save(run.path / name)
+            agree(lambda: cache.save(run.path / name))
             rollouts = len(uids) * self.config.cache_rollouts
             run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
         run.event("rollback", **clocks, to=start, distance=step - start)
@@ -235,16 +261,19 @@ class Controller:
         )
 
     def _fill_cache(
-        self, guide: PreTrainedModel, uids: Sequence[str], step: int, learner_folder: Path | None
+        self,
+        guide: PreTrainedModel,
+        uids: Sequence[str],
+        step: int,
+        learner_folder: Path | None,
+        generate: Generate | None = None,
     ) -> GuidanceCache:
         """Guides of a policy for some prompts."""
         config = self.config
-        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3)
+        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3, generate)
         flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
         if config.cache_rule == "closest" and flat:
-            learner = self._learner(learner_folder)
-            rows = [self.rows[trajectory.uid] for trajectory in flat]
-            scores = completion_logps(learner, self.processor, rows, [trajectory.token_ids for trajectory in flat])
+            scores = self._score(self._learner(learner_folder), flat)
             flat = [
                 replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
             ]
@@ -258,13 +287,20 @@ class Controller:
             self.config.max_completion_length,
             tokenizer_digest(self.processor),
             self.rows,
+            image_digest(self.processor),
         )
 
+    def _load_cache(self, path: Path, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        """A cache of this run; refused when tokenizer or picture settings are others than those it was made with."""
+        return kind.load(path, tokenizer_digest(self.processor), self.rows, image_digest(self.processor))
+
     def _learner(self, folder: Path | None) -> PreTrainedModel:
-        """Policy of a checkpoint, in evaluation mode; None is the base policy, which a fresh trainer holds."""
+        """Policy of a checkpoint, in evaluation mode; None is the base policy."""
         if folder is not None:
-            return load_policy(folder).eval()
-        return self.make_trainer(self.run_folder.path / "branches" / "base", None, []).model.eval()
+            policy = load_policy(folder, dtype=self.config.dtype, attention=self.config.attention)
+        else:
+            policy = self.make_trainer.policy()
+        return policy.eval().to(join().device)
 
 
 def _segment(event: Mapping[str, Any]) -> Segment:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from .processes import process_count
 from .progress import progress
-from .sampling import sample_rollouts
+from .sampling import ROLLOUT_BATCH, Generate, shared_rollouts
 from .stats import bootstrap_interval, pass_at_k
 from .trainer import Verifier
 
@@ -24,6 +25,8 @@ def evaluate(
     temperature: float,
     top_p: float,
     top_k: int,
+    batch: int = ROLLOUT_BATCH,
+    generate: Generate | None = None,
     label: str = "evaluation",
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def evaluate(
         temperature: Sampling temperature.
         top_p: Nucleus.
         top_k: Number of likeliest tokens; 0 for all.
+        batch: Responses that are sampled at a time.
+        generate: Samples in place of the model, such as vLLM.
         label: Words on the progress bar.
         quiet: Without a progress bar.
 
@@ -49,7 +54,7 @@ def evaluate(
         hold for this one policy; they say nothing about other seeds.
     """
     with progress(len(rows) * k, label, quiet) as bar:
-        groups = sample_rollouts(
+        groups = shared_rollouts(
             model,
             processor,
             rows,
@@ -61,7 +66,9 @@ def evaluate(
             top_p=top_p,
             top_k=top_k,
             score=False,
-            advance=bar.advance,
+            batch=batch,
+            generate=generate,
+            advance=lambda rollouts: bar.advance(rollouts * process_count()),
         )
     solved = np.array([sum(trajectory.correct for trajectory in group) for group in groups])
     rates = solved / k

@@ -8,7 +8,6 @@ as it would after a kill. The steps count on both clocks all the same: nothing i
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import zip_longest
 
 from .checkpoints import complete_checkpoints
@@ -40,7 +39,7 @@ def shared_steps(config: RunConfig, other: RunConfig) -> int:
     """
     if config.method not in SHARING or other.method not in SHARING:
         return 0
-    ours, theirs = asdict(config), asdict(other)
+    ours, theirs = config.deciding(), other.deciding()
     different = {name for name in ours if ours[name] != theirs[name]} - MAY_DIFFER
     if different - GUIDANCE:
         return 0

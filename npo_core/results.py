@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from .arms import ARMS
-from .config import SUITES
 from .findings import SCHEMA, results_folder
+from .validation import SUITES
 
 SCORES, TRAINING, ABOUT = "evidence.csv", "evidence_training.parquet", "evidence.json"
 """File names in the folder of results."""

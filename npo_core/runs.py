@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from typing import Any
 import numpy as np
 
 from .config import RunConfig
+
+NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
+"""Settings that may differ from one sitting of a run to the next."""
 
 SCHEMA = 1
 """Version of `result.json`."""
@@ -85,7 +89,7 @@ class RunFolder:
             ) from error
         saved = self.path / "config.json"
         if saved.exists():
-            if json.loads(saved.read_text()) != json.loads(config.to_json()):
+            if _deciding(saved.read_text()) != _deciding(config.to_json()):
                 raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
         else:
             write_json(saved, json.loads(config.to_json()))
@@ -132,9 +136,15 @@ class RunFolder:
         """All metric lines in the order of `compute_step`."""
         return list(read_lines(self.metrics_path))
 
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append the line of an executed step."""
+        append_line(self.metrics_path, line)
+
     def drop_metrics_after(self, compute_step: int) -> None:
         """Forget metric lines past `compute_step`: an interrupted run repeats those steps from its checkpoint."""
-        kept = [record for record in self.metrics() if record["compute_step"] <= compute_step]
+        self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
+
+    def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
         unfinished = self.metrics_path.with_name(f".{self.metrics_path.name}.{os.getpid()}")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
         unfinished.replace(self.metrics_path)
@@ -156,6 +166,10 @@ class RunFolder:
         }
         write_json(self.path / "result.json", content)
         return content
+
+
+def _deciding(text: str) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(text).items() if name not in NAMELESS}
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -5,13 +5,15 @@ Rollouts are sampled in batches by `generate`; log-probabilities come from a sec
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 
 from .policies import tokenizer_of
+from .processes import process_count, process_number, shared
 from .trajectories import Trajectory
 from .verifiers import Verdict
 
@@ -19,14 +21,26 @@ ROLLOUT_BATCH = 512
 """Rollouts in one `generate` call."""
 
 
+class Generate(Protocol):
+    """Samples token ids otherwise than by transformers: k responses per row, those of a row together.
+
+    `sampling` holds temperature, top_p and top_k.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]: ...
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[Any]:
+    """Pictures of a row: its `images`, or its `image` alone, or none."""
+    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
+
+
 def encode_prompts(processor, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Model inputs of data set rows, left-padded; rows with an `image` get it put into the first user message."""
+    """Model inputs of data set rows, left-padded; `image` or `images` go into the first user message, as in TRL."""
     messages = []
     for row in rows:
-        if row.get("image") is not None:
-            messages.append(prepare_multimodal_messages(row["prompt"], images=[row["image"]]))
-        else:
-            messages.append(row["prompt"])
+        pictures = pictures_of(row)
+        messages.append(prepare_multimodal_messages(row["prompt"], images=pictures) if pictures else row["prompt"])
     padding = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
     extra = padding if tokenizer_of(processor) is processor else {"processor_kwargs": padding}
     return dict(
@@ -48,6 +62,9 @@ def sample_rollouts(
     top_p: float = 1.0,
     top_k: int = 0,
     score: bool = True,
+    batch: int = ROLLOUT_BATCH,
+    score_batch: int = ROLLOUT_BATCH,
+    generate: Generate | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[list[Trajectory]]:
     """Sample k verified responses per row. Training state and the global random state are left as they were.
@@ -65,6 +82,9 @@ def sample_rollouts(
         top_p: Nucleus; 1 switches it off.
         top_k: Number of likeliest tokens; 0 switches it off.
         score: Compute log-probs (at temperature 1, untruncated); without it `logps` is empty.
+        batch: Responses that are sampled at a time.
+        score_batch: Responses that are scored at a time.
+        generate: Samples in place of the model, whose weights it has, such as vLLM; takes no seed.
         advance: Called with the number of rollouts done after each batch.
 
     Returns:
@@ -90,14 +110,24 @@ def sample_rollouts(
     try:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            batch = max(1, ROLLOUT_BATCH // k)
-            for start in range(0, len(rows), batch):
-                part = list(rows[start : start + batch])
+            prompts = max(1, batch // k)
+            for start in range(0, len(rows), prompts):
+                part = list(rows[start : start + prompts])
                 repeated = [row for row in part for _ in range(k)]
-                inputs = {name: value.to(model.device) for name, value in encode_prompts(processor, repeated).items()}
-                ids = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-                completions = [_until_eos(row, tokenizer.eos_token_id) for row in ids.tolist()]
-                logps = completion_logps(model, processor, repeated, completions) if score else [()] * len(repeated)
+                if generate is None:
+                    encoded = encode_prompts(processor, repeated)
+                    inputs = {name: value.to(model.device) for name, value in encoded.items()}
+                    # processes that hold a policy together sample in step, to the end of the longest response of all
+                    ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
+                    ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
+                else:
+                    ids = generate(part, k, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+                completions = [_until_eos(row, tokenizer.eos_token_id) for row in ids]
+                logps = (
+                    completion_logps(model, processor, repeated, completions, score_batch)
+                    if score
+                    else [()] * len(repeated)
+                )
                 texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
                 trajectories = [
                     Trajectory(
@@ -118,8 +148,51 @@ def sample_rollouts(
     return out
 
 
+def shared_rollouts(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    verifier: Callable[[str, Mapping[str, Any]], Verdict],
+    *,
+    seed: int,
+    **settings: Any,
+) -> list[list[Trajectory]]:
+    """`sample_rollouts` with the rows shared between the processes of a run; all of them get the whole result.
+
+    Arguments are those of `sample_rollouts`. Each process samples with a seed of its own, so the result depends on
+    their number.
+    """
+    number = process_number()
+    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
+
+    def part(mine: Sequence[Mapping[str, Any]]) -> list[list[Trajectory]]:
+        return sample_rollouts(model, processor, mine, k, verifier, seed=own_seed, **settings)
+
+    return shared(rows, part)
+
+
+def shared_logps(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
+) -> list[list[float]]:
+    """`completion_logps` with the responses shared between the processes of a run; all get the whole result."""
+
+    def part(mine: Sequence[int]) -> list[list[float]]:
+        return completion_logps(model, processor, [rows[i] for i in mine], [completions[i] for i in mine], batch)
+
+    return shared(range(len(rows)), part)
+
+
 def completion_logps(
-    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
 ) -> list[list[float]]:
     """Log-probability of each token of given responses, in nats, at temperature 1.
 
@@ -128,6 +201,7 @@ def completion_logps(
         processor: Its processor or tokenizer.
         rows: One data set row per response.
         completions: Token ids of the responses.
+        batch: Responses in a forward pass.
 
     Raises:
         ValueError: A response is empty.
@@ -136,9 +210,9 @@ def completion_logps(
         raise ValueError("An empty response has no log-probs; leave it out.")
     scores: list[list[float]] = []
     with torch.no_grad():
-        for start in range(0, len(rows), ROLLOUT_BATCH):
-            tokens = completions[start : start + ROLLOUT_BATCH]
-            logps = forced_logps(model, processor, rows[start : start + ROLLOUT_BATCH], tokens)
+        for start in range(0, len(rows), batch):
+            tokens = completions[start : start + batch]
+            logps = forced_logps(model, processor, rows[start : start + batch], tokens)
             scores += [logps[index, : len(row)].tolist() for index, row in enumerate(tokens)]
     return scores
 
@@ -155,7 +229,11 @@ def forced_logps(
 
 
 def completion_entropies(
-    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
 ) -> list[float]:
     """Mean entropy of the next-token distribution over the tokens of each response, in nats, at temperature 1.
 
@@ -166,9 +244,9 @@ def completion_entropies(
     model.eval()
     try:
         with torch.no_grad():
-            for start in range(0, len(rows), ROLLOUT_BATCH):
-                tokens = completions[start : start + ROLLOUT_BATCH]
-                logps, _ = _forced(model, processor, rows[start : start + ROLLOUT_BATCH], tokens)
+            for start in range(0, len(rows), batch):
+                tokens = completions[start : start + batch]
+                logps, _ = _forced(model, processor, rows[start : start + batch], tokens)
                 entropies = torch.special.entr(logps.exp()).sum(dim=-1)
                 means += [float(entropies[index, : len(row)].mean()) for index, row in enumerate(tokens)]
     finally:

@@ -20,7 +20,9 @@ import torch
 from trl import GRPOTrainer
 
 from .arguments import NPOConfig
+from .engine import collapse_pictures
 from .groups import gate, guide_rows, pass_rate
+from .processes import collect
 from .ratios import MAX_LOG_WEIGHT, gradient_weight
 from .recording import RolloutTable, StepRollouts
 from .sampling import completion_entropies
@@ -71,6 +73,7 @@ class NPOTrainer(GRPOTrainer):
         self._rollouts: StepRollouts | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: RolloutTable | None = None
+        self._token_sums: torch.Tensor | None = None
         self.guidance = guidance
 
     @property
@@ -150,7 +153,9 @@ class NPOTrainer(GRPOTrainer):
             return inputs
         n = self.num_generations
         model = self.accelerator.unwrap_model(self.model)
-        entropies = partial(completion_entropies, model, self.processing_class)
+        entropies = partial(
+            completion_entropies, model, self.processing_class, batch=self.args.per_device_train_batch_size
+        )
         chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
         rows = list(inputs)
         for group, row in chosen.items():
@@ -158,6 +163,8 @@ class NPOTrainer(GRPOTrainer):
         return rows
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.use_vllm and self.vllm_mode == "colocate":
+            prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self.model.training:
             if self.guidance is not None:
@@ -264,9 +271,8 @@ class NPOTrainer(GRPOTrainer):
             rates = pass_rate(on_policy.view(groups, self.num_generations)[:, : self._own_slots])
             sums[4], sums[5] = rates.sum(), (rates == 0).sum()
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
-            self.group_pass_rates = {
-                uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None
-            }
+            own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
+            self.group_pass_rates = {uid: rate for part in collect(own_rates) for uid, rate in part.items()}
         totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
         reward, rows, replaced, gated, rate, wrong, groups = self.accelerator.reduce(totals, reduction="sum").tolist()
         metrics = self._metrics["train"]
@@ -278,14 +284,18 @@ class NPOTrainer(GRPOTrainer):
             metrics["npo/all_wrong_groups"].append(wrong / groups)
 
     def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-        """Entropy of on-policy tokens, and divergence of guide tokens, over all processes."""
+        """Entropy of on-policy tokens, and divergence of guide tokens, over all passes and processes of a step."""
         mask = self._token_mask(inputs)
         guide = inputs["is_guide"].unsqueeze(1) & mask
         own = inputs["is_own"].unsqueeze(1) & mask
         log_ratio = (logps - inputs["guide_logps"])[guide].double()
         weight = log_ratio.clamp(max=MAX_LOG_WEIGHT).exp()
         sums = [entropies[own].sum(), own.sum(), guide.sum(), log_ratio.sum(), weight.sum(), weight.square().sum()]
-        totals = torch.stack([value.detach().to(logps.device, torch.float64) for value in sums])
+        part = torch.stack([value.detach().to(logps.device, torch.float64) for value in sums])
+        totals = part if self._token_sums is None else self._token_sums + part
+        self._token_sums = None if self.accelerator.sync_gradients else totals
+        if not self.accelerator.sync_gradients:
+            return  # more passes of this step follow
         entropy, tokens, guided, log_sum, weights, squares = self.accelerator.reduce(totals, reduction="sum").tolist()
         metrics = self._metrics["train"]
         metrics["npo/entropy"].append(entropy / tokens if tokens else float("nan"))

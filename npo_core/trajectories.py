@@ -55,6 +55,7 @@ class GuidanceCache:
         max_completion_length: Longest response in tokens.
         tokenizer_digest: Fingerprint of the tokenizer that the token ids belong to.
         known_uids: Prompts that may be guided; None allows any.
+        image_digest: Fingerprint of the picture settings that the guides were sampled under; empty if unknown.
     """
 
     def __init__(
@@ -63,10 +64,12 @@ class GuidanceCache:
         max_completion_length: int,
         tokenizer_digest: str,
         known_uids: Iterable[str] | None = None,
+        image_digest: str = "",
     ):
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_completion_length = max_completion_length
         self.tokenizer_digest = tokenizer_digest
+        self.image_digest = image_digest
         self.known_uids = None if known_uids is None else frozenset(known_uids)
         self._guides: dict[str, Trajectory] = {}
 
@@ -149,6 +152,7 @@ class GuidanceCache:
             "eos_token_ids": self.eos_token_ids,
             "max_completion_length": self.max_completion_length,
             "tokenizer": self.tokenizer_digest,
+            "pictures": self.image_digest,
         }
         table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"npo_guidance": json.dumps(about)})
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -157,7 +161,11 @@ class GuidanceCache:
 
     @classmethod
     def load(
-        cls, path: str | Path, tokenizer_digest: str | None = None, known_uids: Iterable[str] | None = None
+        cls,
+        path: str | Path,
+        tokenizer_digest: str | None = None,
+        known_uids: Iterable[str] | None = None,
+        image_digest: str | None = None,
     ) -> "GuidanceCache":
         """Read a cache; each guide is checked again.
 
@@ -165,10 +173,11 @@ class GuidanceCache:
             path: Parquet file that `save` wrote.
             tokenizer_digest: Fingerprint of the tokenizer in use; None skips that check.
             known_uids: Prompts that may be guided; None allows any.
+            image_digest: Fingerprint of the picture settings in use; None skips that check, as does a cache without.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: Not a guidance cache, or one made with another tokenizer.
+            ValueError: Not a guidance cache, or one made with another tokenizer or other picture settings.
         """
         path = Path(path)
         if not path.is_file():
@@ -188,7 +197,13 @@ class GuidanceCache:
                 f"{path} was made with another tokenizer ({about['tokenizer']}) than this policy's "
                 f"({tokenizer_digest}); its token ids would mean other text. Make the cache again."
             )
-        cache = cls(about["eos_token_ids"], about["max_completion_length"], about["tokenizer"], known_uids)
+        pictures = about.get("pictures", "")
+        if image_digest and pictures and image_digest != pictures:
+            raise ValueError(
+                f"{path} was sampled with other picture settings ({pictures}) than this policy's ({image_digest}), so "
+                "its guides saw other pictures. Make the cache again, or set min_pixels and max_pixels as they were."
+            )
+        cache = cls(about["eos_token_ids"], about["max_completion_length"], about["tokenizer"], known_uids, pictures)
         for row in table.to_pylist():
             cache.add(
                 Trajectory(

@@ -10,8 +10,9 @@ from transformers import TrainerCallback, set_seed
 
 from .checkpoints import checkpoint_folder, mark_complete, retain
 from .config import RunConfig
+from .processes import agree, collect, is_writer, process_number
 from .progress import ProgressBar
-from .runs import RunFolder, append_line
+from .runs import RunFolder
 from .sources import ReplaySource
 from .trainer import NPOTrainer
 from .trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
@@ -117,7 +118,8 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         segment = self.segments[-1]
         if segment.reseed and state.global_step == segment.start:
-            set_seed(int(np.random.SeedSequence([self.config.seed, segment.branch, 4]).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence([self.config.seed, segment.branch, 4]).generate_state(1)[0])
+            set_seed((seed + process_number()) % 2**32)
         every = self.config.rollout_every
         self.trainer.record_rollouts = bool(every) and (state.global_step % every == 0)
 
@@ -133,7 +135,8 @@ class Watch(TrainerCallback):
             **{name: value for name, value in logs.items() if isinstance(value, int | float)},
             "groups": {uid: round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
         }
-        append_line(self.run_folder.metrics_path, line)
+        line = agree(lambda: line)
+        self.run_folder.append_metrics(line)
         warning = self.observe(line)
         self.due = state.global_step if warning is not None or self._stops(line) else None
         self.bar.advance(reward=f"{line['npo/reward']:.2f}", entropy=f"{line['npo/entropy']:.2f}", at=state.global_step)
@@ -149,8 +152,11 @@ class Watch(TrainerCallback):
         branch = Path(args.output_dir)
         if isinstance(self.trainer.guidance, ReplaySource):
             self.trainer.guidance.save(checkpoint_folder(branch, state.global_step))
-        mark_complete(checkpoint_folder(branch, state.global_step))
-        retain(branch, state.global_step, self.config.checkpoint_keep)
+        collect(None)  # each process writes its random state
+        if is_writer():
+            mark_complete(checkpoint_folder(branch, state.global_step))
+            retain(branch, state.global_step, self.config.checkpoint_keep)
+        collect(None)
 
 
 def _fields(warning: PlateauWarning) -> dict[str, float]:

@@ -12,7 +12,6 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from npo_core.config import SUITES
 from npo_core.figures import (
     group_before_after,
     intervention_signals,
@@ -24,6 +23,7 @@ from npo_core.figures import (
 )
 from npo_core.groups import group_advantages
 from npo_core.trajectories import write_rollouts
+from npo_core.validation import SUITES
 
 WARNED, ORIGIN, TOTAL = 40, 20, 100
 """The synthetic intervention: a warning at 40, back to 20, replay until 40; 100 steps executed."""

@@ -16,7 +16,6 @@ from matplotlib.patches import Rectangle
 
 from npo_core import figures
 from npo_core.arms import ARMS
-from npo_core.config import SUITES
 from npo_core.figures import (
     arm_differences,
     committed,
@@ -28,6 +27,7 @@ from npo_core.figures import (
 )
 from npo_core.results import SCORE_COLUMNS, Evidence
 from npo_core.runs import project_folder
+from npo_core.validation import SUITES
 
 BUDGET = 40
 SEEDS = (0, 1, 2)

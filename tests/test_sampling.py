@@ -5,9 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from npo_core import sampling
 from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
-from npo_core.sampling import completion_entropies, completion_logps, encode_prompts, sample_rollouts
+from npo_core.sampling import (
+    completion_entropies,
+    completion_logps,
+    encode_prompts,
+    sample_rollouts,
+    shared_logps,
+    shared_rollouts,
+)
 from npo_core.tasks import make_dataset, sample_problems, vocabulary
 from npo_core.verifiers import BoxedVerifier
 
@@ -86,15 +92,15 @@ def test_entropies_are_those_of_an_independent_forward_pass(model, processor, ro
     assert max(found) - min(found) > 0.1 and len({len(tokens) for _, tokens in pairs}) > 1
 
 
-def test_entropies_are_asked_in_evaluation_mode_in_batches_and_leave_no_trace(model, processor, rows, monkeypatch):
+def test_entropies_are_asked_in_evaluation_mode_in_batches_and_leave_no_trace(model, processor, rows):
     completions, modes = [(15, 16, 17), (15,), (16, 17)], []
     whole = completion_entropies(model, processor, rows[:3], completions)
-    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 2)
     before = torch.get_rng_state()
     hook = model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     model.train()
     try:
-        assert completion_entropies(model, processor, rows[:3], completions) == pytest.approx(whole, abs=1e-5)
+        apart = completion_entropies(model, processor, rows[:3], completions, batch=2)
+        assert apart == pytest.approx(whole, abs=1e-5)
         assert model.training and modes == [False, False]
     finally:
         hook.remove()
@@ -122,17 +128,33 @@ def test_padding_does_not_change_a_score(model, processor, rows, groups):
         assert len(scores) == len(tokens)
 
 
-def test_scores_do_not_depend_on_the_batches(model, processor, rows, groups, monkeypatch):
+def test_scores_do_not_depend_on_the_batches(model, processor, rows, groups):
     completions = [group[0].token_ids for group in groups]
     together = completion_logps(model, processor, rows, completions)
-    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 3)
-    apart = completion_logps(model, processor, rows, completions)
+    apart = completion_logps(model, processor, rows, completions, batch=3)
     assert [pytest.approx(scores, abs=1e-4) for scores in together] == apart
 
 
 def test_scores_are_at_temperature_one_and_untruncated_however_it_was_sampled(model, processor, rows, sample):
     for group, row in zip(sample(temperature=0.3, top_p=0.5, top_k=3, k=1), rows, strict=True):
         assert group[0].logps == pytest.approx(alone(model, processor, row, group[0].token_ids), abs=1e-4)
+
+
+def test_a_list_of_pictures_stands_where_one_does(processor, rows):
+    """`images` of one picture is `image`; of two, both are shown, the first one first."""
+    one, other = (row["image"] for row in rows[:2])
+    plain = {"prompt": rows[0]["prompt"]}
+    single = encode_prompts(processor, [{**plain, "image": one}])
+    listed = encode_prompts(processor, [{**plain, "images": [one]}, {**plain, "images": [one]}])
+    assert all(torch.equal(listed[name], torch.cat([value, value])) for name, value in single.items())
+    both = encode_prompts(processor, [{**plain, "images": [one, other]}])
+    alone = encode_prompts(processor, [{**plain, "image": other}])
+    assert torch.equal(both["pixel_values"], torch.cat([single["pixel_values"], alone["pixel_values"]]))
+    shown = [int((inputs["input_ids"] == processor.image_token_id).sum()) for inputs in (single, alone, both)]
+    assert shown[0] + shown[1] == shown[2]
+    for empty in ({"image": None}, {"images": []}, {"images": None}):
+        without = encode_prompts(processor, [{**plain, **empty}])["input_ids"]
+        assert torch.equal(without, encode_prompts(processor, [plain])["input_ids"])
 
 
 def test_there_are_k_per_row_in_the_order_of_the_rows(rows, groups):
@@ -197,18 +219,42 @@ def test_a_verifier_that_fails_leaves_no_trace_either(model, sample):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_batches_are_reported_and_joined_in_order(rows, sample, monkeypatch):
-    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 7)  # three rows of k = 2, then three, then two
+def test_batches_are_reported_and_joined_in_order(rows, sample):
     done = []
-    groups = sample(k=2, advance=done.append)
+    groups = sample(k=2, batch=7, advance=done.append)  # three rows of k = 2, then three, then two
     assert done == [6, 6, 4]
     assert [group[0].uid for group in groups] == [row["uid"] for row in rows]
     assert all(len(group) == 2 for group in groups)
 
 
-def test_a_group_larger_than_a_batch_is_sampled_all_the_same(rows, sample, monkeypatch):
-    monkeypatch.setattr(sampling, "ROLLOUT_BATCH", 2)
-    assert [len(group) for group in sample(k=3, rows=rows[:2])] == [3, 3]
+def test_a_group_larger_than_a_batch_is_sampled_all_the_same(rows, sample):
+    assert [len(group) for group in sample(k=3, rows=rows[:2], batch=2)] == [3, 3]
+
+
+def test_another_sampler_takes_the_place_of_the_model(model, processor, rows, sample):
+    """Its tokens are cut at the end of sequence, judged, and scored by the model."""
+    solution = processor.tokenizer("2 3 \\boxed{ 3 }")["input_ids"]
+    eos = processor.tokenizer.eos_token_id
+    asked = []
+
+    def generate(part, k, sampling):
+        asked.append((len(part), k, sampling))
+        return [[*solution, eos, 9] for _ in part for _ in range(k)]
+
+    settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    groups = sample(k=2, batch=4, generate=generate, rows=rows[:3], **settings)
+    assert asked == [(2, 2, settings), (1, 2, settings)]
+    for group, row in zip(groups, rows[:3], strict=True):
+        assert [trajectory.token_ids for trajectory in group] == [(*solution, eos)] * 2
+        assert group[0].logps == pytest.approx(alone(model, processor, row, (*solution, eos)), abs=1e-4)
+
+
+def test_shared_work_of_one_process_is_the_work_itself(model, processor, rows, sample):
+    settings = {"seed": 3, "max_new_tokens": 6}
+    plain = sample_rollouts(model, processor, rows, 2, BoxedVerifier(), **settings)
+    assert shared_rollouts(model, processor, rows, 2, BoxedVerifier(), **settings) == plain
+    completions = [group[0].token_ids for group in plain]
+    assert shared_logps(model, processor, rows, completions) == completion_logps(model, processor, rows, completions)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}])

@@ -183,6 +183,17 @@ def test_another_tokenizer_is_refused(saved):
         GuidanceCache.load(saved, "other")
 
 
+def test_other_picture_settings_are_refused(tmp_path):
+    path = tmp_path / "guides.parquet"
+    GuidanceCache([9], 4, "t", image_digest="small").save(path)
+    assert GuidanceCache.load(path, "t", image_digest="small").image_digest == "small"
+    assert GuidanceCache.load(path, "t").image_digest == "small"
+    with pytest.raises(ValueError, match=r"other picture settings \(small\) than this policy's \(large\)"):
+        GuidanceCache.load(path, "t", image_digest="large")
+    GuidanceCache([9], 4, "t").save(path)
+    assert len(GuidanceCache.load(path, "t", image_digest="large")) == 0, "a cache that does not say is taken"
+
+
 def test_a_cache_for_other_prompts_is_refused(saved):
     with pytest.raises(GuidanceRefused, match="unknown prompt 'a'"):
         GuidanceCache.load(saved, "t", known_uids=["b"])

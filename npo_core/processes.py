@@ -1,0 +1,147 @@
+"""Several processes that are one run: how they are laid out, and how they agree.
+
+One process writes the run folder and decides; the others are told. What is sampled or scored off line is shared between
+them. With one process every function here hands back what it was given.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+import yaml
+from accelerate import PartialState
+
+from .validation import nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How processes are laid out.
+
+    Attributes:
+        processes: Processes, one per GPU.
+        machines: Nodes.
+        sharded: Weights, gradients and moments are spread over the processes (FSDP).
+        file: The accelerate configuration, or None for one process.
+    """
+
+    processes: int = 1
+    machines: int = 1
+    sharded: bool = False
+    file: Path | None = None
+
+
+def launcher_names() -> list[str]:
+    """Names of the accelerate configurations that ship with the package."""
+    folder = resources.files(__package__) / "launchers"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_launcher(name: str) -> Launcher:
+    """Layout of an accelerate configuration: one that ships, or a YAML file; the empty name is one process.
+
+    Raises:
+        ValueError: Neither, or a file that `accelerate config` would not write.
+    """
+    if not name:
+        return Launcher()
+    shipped = Path(str(resources.files(__package__) / "launchers" / f"{name}.yaml"))
+    file = shipped if name in launcher_names() else Path(name).expanduser()
+    if not file.is_file():
+        raise ValueError(
+            f"launcher is {name!r}{nearest(name, launcher_names())} Allowed: {', '.join(launcher_names())}, or a YAML "
+            "file that `accelerate config` wrote."
+        )
+    content = yaml.safe_load(file.read_text())
+    missing = [key for key in ("num_processes", "num_machines", "distributed_type") if key not in (content or {})]
+    if missing:
+        raise ValueError(f"{file} says nothing about {', '.join(missing)}; write it with `accelerate config`.")
+    return Launcher(
+        processes=content["num_processes"],
+        machines=content["num_machines"],
+        sharded=content["distributed_type"] == "FSDP",
+        file=file,
+    )
+
+
+def join() -> PartialState:
+    """Join the other processes of a run, where a launcher started several; to be called before anything else.
+
+    Returns:
+        accelerate's state of this process, with its device.
+    """
+    if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
+        # accelerate numbers the processors ("cpu:1"), and torch cannot load an optimiser's state to such a device
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    return PartialState()
+
+
+def process_count() -> int:
+    """Processes of this run."""
+    return torch.distributed.get_world_size() if _joined() else 1
+
+
+def process_number() -> int:
+    """Number of this process, from 0."""
+    return torch.distributed.get_rank() if _joined() else 0
+
+
+def is_writer() -> bool:
+    """Whether this process writes the run folder."""
+    return process_number() == 0
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """What the writing process makes of `decide`, in every process; an error there is raised in all of them."""
+    if not _joined():
+        return decide()
+    told: list[Any] = [None, None]
+    if is_writer():
+        try:
+            told[0] = decide()
+        except Exception as error:  # handed to the others, which would wait for ever
+            told[1] = error
+    torch.distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def collect(part: T) -> list[T]:
+    """The parts of all processes, in their order, in every process."""
+    if not _joined():
+        return [part]
+    parts: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(parts, part)
+    return parts
+
+
+def shared(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
+    """`work` on all items, each process doing a part; the results in the order of the items, in every process.
+
+    Parts are equally long, so that processes which compute together never wait for each other: the last ones repeat an
+    item, and what comes of it is dropped.
+
+    Args:
+        items: What is to be done.
+        work: Makes one result per item.
+    """
+    count = process_count()
+    if count == 1 or not items:
+        return list(work(items))
+    length = -(-len(items) // count)
+    padded = [*items, *[items[-1]] * (length * count - len(items))]
+    start = process_number() * length
+    parts = collect(list(work(padded[start : start + length])))
+    return [result for part in parts for result in part][: len(items)]
+
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,149 @@
+"""What trainers are made of: data of one's own on a pretrained policy, from the file to the scores; TRL's arguments."""
+
+import io
+import json
+import shutil
+
+import pytest
+from datasets import Dataset
+
+from npo_core import stages
+from npo_core.config import resolve_config
+from npo_core.datafiles import RowsByUid, image_digest
+from npo_core.factory import HELD_OUT, TrainerMaker, prepare, training_arguments
+from npo_core.runs import runs_folder
+from npo_core.tasks import make_dataset, sample_problems
+
+SUITES = ["mathvista", "mmstar"]
+
+
+def png(picture) -> dict:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A policy folder, and its training problems as somebody's parquet file with columns of other names."""
+    folder = tmp_path_factory.mktemp("there")
+    base = stages.prepare(resolve_config("grpo", "smoke"), quiet=True).base
+    shutil.copytree(base, folder / "policy")
+    rows = [
+        {
+            "id": index,
+            "source": row["suite"],
+            "question": "<image>" + row["prompt"][-1]["content"],
+            "answer": row["answer"],
+            "image": png(row["image"]),
+            "teacher_response": "not used",
+        }
+        for index, row in enumerate(make_dataset(sample_problems("train", 40, 0, SUITES)))
+    ]
+    Dataset.from_list(rows).to_parquet(folder / "problems.parquet")
+    return folder
+
+
+@pytest.fixture
+def own(there, tmp_path, monkeypatch):
+    """Settings of a run on that policy and that file; runs and lists of refused rows go to a folder of the test."""
+    monkeypatch.setenv("NPO_RUNS", str(tmp_path))
+
+    def settings(method="grpo", **overrides):
+        columns = ["uid=source/id", "prompt=question", "image=image", "answer=answer"]
+        mine = {"policy": str(there / "policy"), "data": str(there / "problems.parquet"), "columns": columns}
+        return resolve_config(method, "smoke", overrides={**mine, **overrides})
+
+    return settings
+
+
+def test_a_run_on_data_of_ones_own(own, tmp_path):
+    """Trained, rolled back, guided and scored like the small world: data and policy are settings."""
+    run = stages.run(own("npo", compute_steps=18), tmp_path, quiet=True)
+    result = run.result()
+    assert list(result["final"]["suites"]) == [HELD_OUT] and result["final"]["items"] == run.config.eval_problems
+    assert len(result["interventions"]) == 2
+    asked = {uid for line in run.metrics() for uid in line["groups"]}
+    assert len(asked) == 32 and all(uid.split("/")[0] in SUITES for uid in asked)
+
+
+def test_rows_are_read_when_a_step_asks_for_them(own):
+    world = prepare(own(), quiet=True)
+    assert isinstance(world.rows, RowsByUid)
+    assert len(world.train) == 32 and len(world.test) == 8
+    assert not set(world.train["uid"]) & set(world.test["uid"])
+    maker = TrainerMaker(own(), world)
+    step = maker.schedule[[0, 0, 1]]
+    assert step["uid"][0] == step["uid"][1] != step["uid"][2]
+    assert step["image"][0] is step["image"][1], "a row was read twice"
+    assert step["prompt"][0] == world.rows[step["uid"][0]]["prompt"]
+    assert set(maker.schedule.column_names) == set(world.train.column_names)
+
+
+def test_suites_and_a_test_file_of_ones_own(own, there):
+    columns = ["uid=source/id", "prompt=question", "image=image", "answer=answer", "suite=source"]
+    world = prepare(own(columns=columns, test_data=str(there / "problems.parquet"), eval_problems=12), quiet=True)
+    assert len(world.train) == 40 and len(world.test) == 12 and set(world.test["suite"]) <= set(SUITES)
+
+
+def test_instruction_and_picture_sizes_reach_the_prompt(own):
+    plain = prepare(own(), quiet=True)
+    world = prepare(own(instruction="= \\boxed{", max_pixels=16 * 32, min_pixels=256), quiet=True)
+    assert world.train[0]["prompt"][-1]["content"] == plain.train[0]["prompt"][-1]["content"] + "\n= \\boxed{"
+    assert image_digest(world.processor) != image_digest(plain.processor)
+    small, large = (w.processor(images=[w.train[0]["image"]], text=["<|image_pad|>"]) for w in (world, plain))
+    assert small["image_grid_thw"].prod() < large["image_grid_thw"].prod()
+
+
+def test_rows_that_break_a_rule_are_listed_and_refused(own, there):
+    longest = own(max_prompt_length=12)
+    with pytest.raises(ValueError, match=r"40 of 40 rows break the rules \(prompt too long: 40\)"):
+        prepare(longest, quiet=True)
+    listed = [json.loads(line) for line in next((runs_folder() / "refused").glob("*-train.jsonl")).open()]
+    assert listed and all({"index", "uid", "reason"} <= set(line) for line in listed)
+
+
+def test_data_without_a_policy_that_knows_its_words_is_refused(there):
+    with pytest.raises(ValueError, match=r"policy \"tiny\", whose tokenizer knows the small world's words only"):
+        resolve_config("grpo", "smoke", overrides={"data": str(there / "problems.parquet")})
+    with pytest.raises(ValueError, match=r"instruction is 'Think\.'; it must be empty without data"):
+        resolve_config("grpo", "smoke", overrides={"instruction": "Think."})
+    with pytest.raises(ValueError, match=r"columns is 'question'; it must be \"ours=theirs\""):
+        resolve_config("grpo", "smoke", overrides={"columns": ["question"]})
+    with pytest.raises(ValueError, match=r"columns is 'text=question'; it must be of our columns"):
+        resolve_config("grpo", "smoke", overrides={"columns": ["text=question"]})
+
+
+def test_settings_of_large_policies_reach_trl(tmp_path):
+    plain = training_arguments(resolve_config("grpo", "smoke"), tmp_path)
+    assert (plain.bf16, plain.gradient_checkpointing, plain.use_vllm, plain.report_to) == (False, False, False, [])
+    large = {"mixed_precision": "bf16", "gradient_checkpointing": True, "micro_batch": 4}
+    made = training_arguments(resolve_config("grpo", "smoke", overrides=large), tmp_path)
+    assert made.bf16 and made.gradient_checkpointing
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (4, 4)
+    assert made.steps_per_generation == 4, "one optimiser step per rollout batch"
+    assert made.run_name.startswith("grpo-smoke-s0-")
+
+
+def test_a_tracker_is_told_every_step(own, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = stages.run(own(compute_steps=4, report_to=["tensorboard"]), tmp_path, quiet=True)
+    log = EventAccumulator(str(next(run.path.rglob("*tfevents*")).parent)).Reload()
+    assert [event.step for event in log.Scalars("train/npo/reward")] == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_training(own, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = own(report_to=["wandb"])
+    with pytest.raises(ValueError, match=r"report_to names wandb, which is not installed.*pip install wandb"):
+        training_arguments(config, tmp_path)
+    with pytest.raises(ValueError, match="report_to is 'weights'"):
+        own(report_to=["weights"])
+
+
+def test_trackers_do_not_name_the_run(own):
+    assert own(report_to=["wandb"]).run_name == own().run_name
+    assert own(gpu_memory=40.0, vllm_port=8001).run_name == own().run_name
+    assert own(max_pixels=512).run_name != own().run_name

@@ -316,7 +316,7 @@ def image_policy(processor, min_pixels: int = 0, max_pixels: int = 0) -> None:
     """Set the picture sizes of a Qwen-VL processor, for training, off-line sampling and evaluation alike (ours).
 
     Larger and smaller pictures are resized at their aspect ratio. vLLM reads its own processor from the policy's
-    folder: save this one there, or give vLLM the same limits.
+    folder and must be given the same limits, see `engine.picture_limits`.
 
     Args:
         processor: Processor of the policy, changed in place.

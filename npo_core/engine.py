@@ -11,6 +11,7 @@ What is added to TRL's use of vLLM:
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -47,18 +48,32 @@ def collapse_pictures(prompt_ids: Sequence[Sequence[int]], processor: Any) -> li
     return collapsed
 
 
+def picture_limits(min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    """Settings that give vLLM, which reads its own processor from the policy's folder, the same picture sizes.
+
+    Args:
+        min_pixels: Smallest picture in pixels; 0 as the processor has it.
+        max_pixels: Largest picture in pixels; 0 as the processor has it.
+    """
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    given = {name: value for name, value in limits.items() if value}
+    return {"mm_processor_kwargs": given} if given else {}
+
+
 @contextmanager
-def one_engine(engine: Any | None) -> Iterator[None]:
+def one_engine(engine: Any | None, **settings: Any) -> Iterator[None]:
     """Trainers that are made in this block take over a colocated vLLM engine in place of starting one of their own.
 
     Args:
-        engine: `trainer.vllm_generation.llm` of an earlier trainer of the same policy and settings, or None.
+        engine: `trainer.vllm_generation.llm` of an earlier trainer of the same policy and settings, or None: then an
+            engine is started.
+        **settings: Settings of vLLM's `LLM` beside those that TRL gives to an engine that is started.
     """
-    if engine is None:
+    if engine is None and not settings:
         yield
         return
     made = vllm_generation.LLM
-    vllm_generation.LLM = lambda **settings: _TakenOver(engine)
+    vllm_generation.LLM = partial(made, **settings) if engine is None else lambda **_: _TakenOver(engine)
     try:
         yield
     finally:

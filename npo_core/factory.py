@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from .arguments import NPOConfig
 from .config import RunConfig
 from .datafiles import DataSettings, RowsByUid, hold_out, image_policy, load_data
-from .engine import never_sampled, one_engine
+from .engine import never_sampled, one_engine, picture_limits
 from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
 from .pretrained import adapter_settings, check_policy
 from .processes import collect, is_writer, join, process_count
@@ -230,7 +230,9 @@ class TrainerMaker:
     ) -> NPOTrainer:
         """A fresh trainer that writes its checkpoints to `output_dir`."""
         set_seed(self.config.seed)
-        with quiet_transformers(), one_engine(self._engine):
+        colocated = self.config.vllm == "colocate"
+        limits = picture_limits(self.config.min_pixels, self.config.max_pixels) if colocated else {}
+        with quiet_transformers(), one_engine(self._engine, **limits):
             trainer = NPOTrainer(
                 model=self.policy(),
                 reward_funcs=self.reward,
@@ -245,7 +247,7 @@ class TrainerMaker:
             )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        if self.config.vllm == "colocate":
+        if colocated:
             self._engine = trainer.vllm_generation.llm
         return trainer
 

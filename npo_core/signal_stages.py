@@ -86,7 +86,7 @@ def measure_run(
         list(world.train.select(range(min(settings.prompts, len(world.train))))),
         world.verifier,
         settings,
-        load=lambda folder: load_policy(folder, config.freeze_vision),
+        load=lambda folder: load_policy(folder, config.freeze_vision, config.dtype, config.attention),
         quiet=quiet,
     )
     # as in training: at this size a second thread costs more than it brings

@@ -6,7 +6,15 @@ import pytest
 from trl.generation import vllm_generation
 from worlds import world
 
-from npo_core.engine import NEVER, collapse_pictures, never_sampled, one_engine, picture_tokens, trainer_generate
+from npo_core.engine import (
+    NEVER,
+    collapse_pictures,
+    never_sampled,
+    one_engine,
+    picture_limits,
+    picture_tokens,
+    trainer_generate,
+)
 from npo_core.sampling import encode_prompts
 
 
@@ -66,6 +74,16 @@ def test_a_later_trainer_takes_over_the_engine(monkeypatch):
         third.sleep(level=2)
     assert first.asleep and third._engine is first
     assert vllm_generation.LLM(model="b") is not first and len(made) == 2
+
+
+def test_picture_sizes_are_told_to_an_engine_that_is_started(monkeypatch):
+    made = []
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **settings: made.append(settings), raising=False)
+    with one_engine(None, **picture_limits(256, 0)):
+        vllm_generation.LLM(model="a")
+    with one_engine(None, **picture_limits(0, 0)):
+        vllm_generation.LLM(model="a")
+    assert made == [{"model": "a", "mm_processor_kwargs": {"min_pixels": 256}}, {"model": "a"}]
 
 
 def test_the_engine_is_given_back_when_a_trainer_cannot_be_made(monkeypatch):

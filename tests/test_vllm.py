@@ -34,7 +34,7 @@ pytestmark = pytest.mark.vllm
 
 SUITES = ["mathvista", "mmstar"]
 CLOSE = 0.05
-"""Log-probs of vLLM and of transformers, in nats: float32 on both sides, other kernels."""
+"""Log-probs of vLLM and of transformers, in nats, and ratios of whole responses: vLLM computes in 16 bits."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +125,7 @@ def test_a_whole_run_samples_with_vllm_through_its_rollbacks(config, tmp_path):
     ratios = [line["sampling/importance_sampling_ratio/mean"] for line in lines]
     assert len(ratios) == run.config.compute_steps
     # weights that were not sent again after a step or a roll-back would show here
-    assert ratios == pytest.approx([1.0] * len(ratios), abs=0.02)
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=CLOSE)
     assert sum(line["npo/replaced_slots"] for line in lines) > 0, "no guide was used"
     caches = [event["cached"] for event in events if event["event"] == "cache"]
     assert len(caches) == 2 and min(caches) > 0

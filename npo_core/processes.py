@@ -144,4 +144,6 @@ def shared(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[Any]]) -> 
 
 
 def _joined() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Whether there are others; vLLM opens a process group for itself alone."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together and torch.distributed.get_world_size() > 1

@@ -125,6 +125,27 @@ def test_the_stage_is_the_method_and_values_are_json_or_bare_words(ran, method, 
     assert "0.250 -> 0.500" in capsys.readouterr().out
 
 
+def test_a_launcher_starts_the_run_and_is_not_started_again_inside(ran, tmp_path, monkeypatch):
+    from npo_core import launch
+
+    started = []
+    monkeypatch.setattr(
+        launch, "start", lambda config, root: started.append(config) or launch.BackgroundRun(config, None, root)
+    )
+    monkeypatch.setattr(
+        launch.BackgroundRun,
+        "wait",
+        lambda self: SimpleNamespace(path="there", result=lambda: {"base": {"average": 0}, "final": {"average": 1}}),
+    )
+    config = resolve_config("grpo", "smoke", 0, {"launcher": "two_cpu", "micro_batch": 8})
+    settings = ["--set", "launcher=two_cpu", "--set", "micro_batch=8", "--root", str(tmp_path), "--quiet"]
+    assert main(["grpo", "--preset", "smoke", *settings]) == 0
+    assert started == [config] and ran == []
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert main(["run", "--config", str(tmp_path / "config.json"), "--quiet"]) == 0
+    assert started == [config] and [asked[0] for asked in ran] == [config]
+
+
 def test_a_saved_configuration_runs_again_as_it_was(ran, tmp_path):
     config = resolve_config("autonpo", "smoke", 7, {"tau_gate": 0.25})
     (tmp_path / "config.json").write_text(json.dumps(json.loads(config.to_json())))

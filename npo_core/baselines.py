@@ -12,7 +12,7 @@ from typing import Any
 from .controller import Controller
 from .processes import agree
 from .replay import OwnPast, ReplayPool
-from .sampling import shared_rollouts
+from .sampling import Lazily, shared_rollouts
 from .sources import GuidanceSource
 from .trajectories import GuidanceCache, Trajectory
 from .watch import Segment
@@ -65,7 +65,7 @@ class GuidedByPolicy(Controller):
         sampled = shared_rollouts(
             policy,
             self.processor,
-            list(self.rows.values()),
+            Lazily(self.rows.__getitem__, list(self.rows)),
             config.cache_rollouts,
             self.verifier,
             seed=config.seed,

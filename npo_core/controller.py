@@ -29,7 +29,7 @@ from .policies import load_policy, tokenizer_digest, tokenizer_of
 from .processes import agree, is_writer, join
 from .progress import progress
 from .runs import RunFolder
-from .sampling import Generate, shared_logps, shared_rollouts
+from .sampling import Generate, Lazily, shared_logps, shared_rollouts
 from .sources import GuidanceSource, GuidanceWindow
 from .trainer import NPOTrainer, Verifier
 from .trajectories import GuidanceCache, Trajectory
@@ -199,7 +199,7 @@ class Controller:
         return shared_rollouts(
             policy,
             self.processor,
-            [self.rows[uid] for uid in uids],
+            Lazily(self.rows.__getitem__, uids),
             k,
             self.verifier,
             seed=int(np.random.SeedSequence([self.config.seed, step, stream]).generate_state(1)[0]),
@@ -213,7 +213,7 @@ class Controller:
 
     def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
         """Log-probs of trajectories under another policy, in nats."""
-        rows = [self.rows[trajectory.uid] for trajectory in trajectories]
+        rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
         return shared_logps(policy, self.processor, rows, tokens, self.config.score_batch)
 

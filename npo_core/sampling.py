@@ -30,6 +30,24 @@ class Generate(Protocol):
     def __call__(self, rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]: ...
 
 
+class Lazily(Sequence):
+    """Rows that are read when they are asked for, so that pictures of a whole data set are never in memory together.
+
+    Args:
+        read: Row of a key.
+        keys: Keys in the order of the rows.
+    """
+
+    def __init__(self, read: Callable[[Any], Mapping[str, Any]], keys: Sequence[Any]):
+        self.read, self.keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, place):
+        return [self.read(key) for key in self.keys[place]] if isinstance(place, slice) else self.read(self.keys[place])
+
+
 def pictures_of(row: Mapping[str, Any]) -> list[Any]:
     """Pictures of a row: its `images`, or its `image` alone, or none."""
     return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
@@ -166,10 +184,11 @@ def shared_rollouts(
     number = process_number()
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
 
-    def part(mine: Sequence[Mapping[str, Any]]) -> list[list[Trajectory]]:
-        return sample_rollouts(model, processor, mine, k, verifier, seed=own_seed, **settings)
+    def part(mine: Sequence[int]) -> list[list[Trajectory]]:
+        own = Lazily(rows.__getitem__, mine)
+        return sample_rollouts(model, processor, own, k, verifier, seed=own_seed, **settings)
 
-    return shared(rows, part)
+    return shared(range(len(rows)), part)
 
 
 def shared_logps(
@@ -182,7 +201,8 @@ def shared_logps(
     """`completion_logps` with the responses shared between the processes of a run; all get the whole result."""
 
     def part(mine: Sequence[int]) -> list[list[float]]:
-        return completion_logps(model, processor, [rows[i] for i in mine], [completions[i] for i in mine], batch)
+        own = Lazily(rows.__getitem__, mine)
+        return completion_logps(model, processor, own, [completions[i] for i in mine], batch)
 
     return shared(range(len(rows)), part)
 

@@ -7,6 +7,7 @@ import torch
 
 from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
 from npo_core.sampling import (
+    Lazily,
     completion_entropies,
     completion_logps,
     encode_prompts,
@@ -225,6 +226,16 @@ def test_batches_are_reported_and_joined_in_order(rows, sample):
     assert done == [6, 6, 4]
     assert [group[0].uid for group in groups] == [row["uid"] for row in rows]
     assert all(len(group) == 2 for group in groups)
+
+
+def test_rows_are_read_batch_by_batch(rows, sample):
+    """Pictures of all prompts of a cache together would not fit into memory."""
+    reads, seen = [], []
+    lazy = Lazily(lambda place: reads.append(place) or rows[place], range(5))
+    groups = sample(k=2, batch=4, rows=lazy, advance=lambda rollouts: seen.append(list(reads)))
+    assert seen == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert [group[0].uid for group in groups] == [row["uid"] for row in rows[:5]]
+    assert len(lazy) == 5 and lazy[4] is rows[4] and lazy[1:3] == rows[1:3]
 
 
 def test_a_group_larger_than_a_batch_is_sampled_all_the_same(rows, sample):

@@ -7,6 +7,7 @@ PRESET ?= cpu
 SEED ?= 0
 DEV ?=
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +30,7 @@ CORE := $(THREADS) $(BIN)/python -m npo_core
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "Variables: PRESET=$(PRESET) SEED=$(SEED) PYTHON=$(PYTHON) ARGS='extra arguments for the command'"
+	@echo "Variables: PRESET=$(PRESET) SEED=$(SEED) JOBS=$(JOBS) PYTHON=$(PYTHON) ARGS='extra arguments for the command'"
 
 setup: $(if $(DEV),$(DEV_STAMP),$(STAMP)) ## Create .venv and install the pinned packages (DEV=1 adds the development tools)
 
@@ -94,8 +95,8 @@ base: setup ## Remake the shipped base policy and teachers of the small world
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)
 
-test: $(DEV_STAMP) ## Run the tests (ARGS goes to pytest)
-	$(THREADS) $(BIN)/python -m pytest $(ARGS)
+test: $(DEV_STAMP) ## Run the tests, JOBS files at a time (ARGS goes to pytest)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):

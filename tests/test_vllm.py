@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from worlds import Guides
 
 from npo_core import stages
 from npo_core.config import resolve_config
@@ -26,6 +27,8 @@ from npo_core.policies import CHAT_TEMPLATE, build_tokenizer, load_policy, load_
 from npo_core.runs import RunFolder
 from npo_core.sampling import completion_logps, sample_rollouts
 from npo_core.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
+from npo_core.trainer import NPOTrainer
+from npo_core.trajectories import Trajectory
 
 pytestmark = pytest.mark.vllm
 
@@ -173,6 +176,33 @@ def test_sampling_settings_are_those_asked_for_and_training_keeps_its_own(traine
     )
     assert [group[0].token_ids for group in greedy] == [group[0].token_ids for group in expected]
     assert (trainer.vllm_generation.temperature, trainer.vllm_generation.top_k) == (1.0, trainer.args.top_k)
+
+
+def test_guide_rows_have_ratio_one_to_the_sampler(trainers, monkeypatch):
+    """A guide was not sampled by vLLM: its stored log-probs must not be taken for the sampler's (mode current)."""
+    world, _, trainer = trainers
+    seen, loss = [], NPOTrainer._compute_loss
+
+    def spied(self, model, inputs):
+        seen.append({name: inputs[name].clone() for name in ("is_guide", "importance_sampling_ratio")})
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(NPOTrainer, "_compute_loss", spied)
+    eos = world.processor.eos_token_id
+    guides = {}
+    for uid, row in world.rows.items():
+        problem = parse_uid(uid)
+        text = write_response(problem, problem.states())
+        ids = (*world.processor(text)["input_ids"], eos)
+        guides[uid] = Trajectory(uid, ids, (-9.0,) * len(ids), 30, True, row["answer"])
+    monkeypatch.setattr(trainer, "_guidance", Guides(guides))
+    trainer.args.max_steps, trainer.args.save_strategy = 1, "no"
+    trainer.train()
+    guided = torch.cat([step["is_guide"] for step in seen])
+    ratios = torch.cat([step["importance_sampling_ratio"].reshape(len(step["is_guide"]), -1) for step in seen])
+    assert guided.any() and not guided.all()
+    assert (ratios[guided] == 1).all()
+    assert (ratios[~guided] != 1).any(), "the other rows are not compared with the sampler at all"
 
 
 def test_autonpo_probes_fills_its_cache_and_rolls_back(there, tmp_path):

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from .checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from .config import RunConfig
 from .datafiles import image_digest
-from .engine import trainer_generate
+from .engine import place, trainer_generate
 from .policies import load_policy, tokenizer_digest, tokenizer_of
 from .processes import agree, is_writer, join
 from .progress import progress
@@ -104,7 +105,7 @@ class Controller:
                     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
                     due = watch.due
                 elif resume_from is not None:
-                    trainer._load_from_checkpoint(str(resume_from))
+                    place(trainer, resume_from)
                 if due is None or watch.compute_step >= self.config.compute_steps:
                     return trainer
                 bar.label(f"{self.config.method}, deciding at {due}")
@@ -215,7 +216,10 @@ class Controller:
         """Log-probs of trajectories under another policy, in nats."""
         rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
-        return shared_logps(policy, self.processor, rows, tokens, self.config.score_batch)
+        # a trainer's policy computes in its mixed precision; one that is compared with it must too
+        mixed = self.config.mixed_precision == "bf16"
+        with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
+            return shared_logps(policy, self.processor, rows, tokens, self.config.score_batch)
 
     def _replay(
         self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
+from trl.models import prepare_fsdp
 
 from .sampling import Generate, encode_prompts, pictures_of
 
@@ -60,38 +62,67 @@ def picture_limits(min_pixels: int, max_pixels: int) -> dict[str, Any]:
     return {"mm_processor_kwargs": given} if given else {}
 
 
+def engine_of(trainer: GRPOTrainer) -> Any | None:
+    """What trainers of a run share: the colocated engine, or the writing process's connection to the server."""
+    if not trainer.use_vllm:
+        return None
+    generation = trainer.vllm_generation
+    return generation.llm if trainer.vllm_mode == "colocate" else getattr(generation, "vllm_client", None)
+
+
 @contextmanager
-def one_engine(engine: Any | None, **settings: Any) -> Iterator[None]:
-    """Trainers that are made in this block take over a colocated vLLM engine in place of starting one of their own.
+def one_engine(mode: str, engine: Any | None, **settings: Any) -> Iterator[None]:
+    """Trainers that are made in this block take over an engine, or a connection, in place of one of their own.
 
     Args:
-        engine: `trainer.vllm_generation.llm` of an earlier trainer of the same policy and settings, or None: then an
-            engine is started.
-        **settings: Settings of vLLM's `LLM` beside those that TRL gives to an engine that is started.
+        mode: "off", "colocate" or "server".
+        engine: `engine_of` an earlier trainer of the same policy and settings, or None: then one is made.
+        **settings: Settings of vLLM's `LLM` beside those that TRL gives to a colocated engine that is started.
     """
-    if engine is None and not settings:
+    name = {"colocate": "LLM", "server": "VLLMClient"}.get(mode)
+    if name is None or (engine is None and (mode == "server" or not settings)):
         yield
         return
-    made = vllm_generation.LLM
-    vllm_generation.LLM = partial(made, **settings) if engine is None else lambda **_: _TakenOver(engine)
+    made = getattr(vllm_generation, name)
+    taken = partial(made, **settings) if engine is None else lambda **_: _TakenOver(engine)
+    setattr(vllm_generation, name, taken)
     try:
         yield
     finally:
-        vllm_generation.LLM = made
+        setattr(vllm_generation, name, made)
 
 
 class _TakenOver:
-    """An engine that may sleep already when TRL, which takes it for a fresh one, sends it to sleep."""
+    """An engine or a connection that is there already, where TRL takes it for a fresh one."""
 
     def __init__(self, engine: Any):
         self._engine = engine._engine if isinstance(engine, _TakenOver) else engine
 
     def sleep(self, level: int = 1) -> None:
+        """TRL sends a fresh engine to sleep; this one may sleep already."""
         if not self._engine.llm_engine.is_sleeping():
             self._engine.sleep(level=level)
 
+    def init_communicator(self, **settings: Any) -> None:
+        """TRL opens the channel for weights; this one is open."""
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+
+def place(trainer: GRPOTrainer, checkpoint: Path | None = None) -> None:
+    """Bring a policy that was not trained yet in this sitting to where it can be sampled from.
+
+    Training does this by itself: it shards the policy (FSDP) and loads the checkpoint that it resumes from.
+
+    Args:
+        trainer: A fresh trainer.
+        checkpoint: Checkpoint whose weights are loaded, or None.
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.model = trainer.model_wrapped = prepare_fsdp(trainer.model, trainer.accelerator)
+    if checkpoint is not None:
+        trainer._load_from_checkpoint(str(checkpoint))
 
 
 def trainer_generate(trainer: GRPOTrainer) -> Generate | None:

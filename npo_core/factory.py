@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from .arguments import NPOConfig
 from .config import RunConfig
 from .datafiles import DataSettings, RowsByUid, hold_out, image_policy, load_data
-from .engine import never_sampled, one_engine, picture_limits
+from .engine import engine_of, never_sampled, one_engine, picture_limits
 from .policies import load_policy, load_processor, quiet_transformers, tokenizer_of
 from .pretrained import adapter_settings, check_policy
-from .processes import collect, is_writer, join, process_count
+from .processes import collect, is_writer, join, process_count, read_launcher
 from .runs import RunFolder, runs_folder
 from .sources import GuidanceSource
 from .tasks import make_dataset, sample_problems, training_schedule
@@ -62,6 +63,8 @@ def prepare(config: RunConfig, quiet: bool = False) -> World:
         ValueError: A policy or a data set that cannot be trained on; the message names all rows that break the rules.
         FileNotFoundError: No such policy or data.
     """
+    if config.vllm != "off" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"vllm is {config.vllm!r}, but vLLM is not installed here: pip install 'npo_core[gpu]'.")
     with join().main_process_first():  # one process downloads or makes what the others then find
         base = base_policy_folder(config, quiet)
     processor = load_processor(base)
@@ -94,14 +97,29 @@ def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
     listed = runs_folder() / "refused"
     train = load_data(settings, processor, refused=listed / f"{config.digest}-train.jsonl")
     if config.test_data:
-        settings = replace(settings, source=config.test_data)
+        settings = replace(settings, source=config.test_data, split=config.test_split)
         test = load_data(settings, processor, refused=listed / f"{config.digest}-test.jsonl")
-        test = test.select(range(min(config.eval_problems, len(test))))
+        if len(test) > config.eval_problems:
+            test = hold_out(test, config.eval_problems, config.data_seed)[1]
     else:
         train, test = hold_out(train, config.eval_problems, config.data_seed)
-    if "suite" not in test.column_names:
-        test = test.add_column("suite", [HELD_OUT] * len(test))
-    return train, test
+    common = set(train["uid"][:]) & set(test["uid"][:])
+    if common:
+        raise ValueError(
+            f"{len(common)} prompts are in data and in test_data, such as {min(common)!r}; a test prompt must not be "
+            "trained on. Give another split (test_split) or file."
+        )
+    return train, _with_suites(test)
+
+
+def _with_suites(test: Dataset) -> Dataset:
+    """Test rows that all have a suite of at least two rows, as an interval needs; the others share one."""
+    named = test["suite"][:] if "suite" in test.column_names else [HELD_OUT] * len(test)
+    counts = Counter(named)
+    suites = [name if counts[name] > 1 else HELD_OUT for name in named]
+    kept = [place for place, name in enumerate(suites) if suites.count(name) > 1]
+    test = test.remove_columns("suite") if "suite" in test.column_names else test
+    return test.add_column("suite", suites).select(kept)
 
 
 def batch_shape(config: RunConfig, processes: int = 1) -> tuple[int, int]:
@@ -230,9 +248,8 @@ class TrainerMaker:
     ) -> NPOTrainer:
         """A fresh trainer that writes its checkpoints to `output_dir`."""
         set_seed(self.config.seed)
-        colocated = self.config.vllm == "colocate"
-        limits = picture_limits(self.config.min_pixels, self.config.max_pixels) if colocated else {}
-        with quiet_transformers(), one_engine(self._engine, **limits):
+        limits = picture_limits(self.config.min_pixels, self.config.max_pixels)
+        with quiet_transformers(), one_engine(self.config.vllm, self._engine, **limits):
             trainer = NPOTrainer(
                 model=self.policy(),
                 reward_funcs=self.reward,
@@ -247,14 +264,13 @@ class TrainerMaker:
             )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        if colocated:
-            self._engine = trainer.vllm_generation.llm
+        self._engine = engine_of(trainer)
         return trainer
 
     def policy(self) -> PreTrainedModel:
         """The base policy as it is trained, without adapters."""
-        config = self.config
-        return load_policy(self.world.base, config.freeze_vision, config.dtype, config.attention)
+        config, whole = self.config, not read_launcher(self.config.launcher).sharded
+        return load_policy(self.world.base, config.freeze_vision, config.dtype, config.attention, share=whole)
 
 
 class _Rows:

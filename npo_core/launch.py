@@ -136,7 +136,7 @@ def start(config: RunConfig, root: Path | None = None) -> BackgroundRun:
 def _launch_command(config: RunConfig, folder: RunFolder) -> list[str]:
     """What starts `npo_core`: this Python alone, or accelerate's launcher."""
     layout = read_launcher(config.launcher)
-    if layout.file is None:
+    if layout.processes == 1:  # accelerate would start a child that outlives it
         return [sys.executable, "-m", "npo_core"]
     command = ["accelerate.commands.launch", "--config_file", str(layout.file)]
     if layout.machines > 1:

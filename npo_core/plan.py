@@ -90,27 +90,32 @@ def gpu_bytes(config: RunConfig) -> int:
 def checkpoint_bytes(config: RunConfig, size: PolicySize, layout: Launcher) -> int:
     """Disk that the checkpoints of a run take at most, by the retention rule.
 
-    A resumable checkpoint holds the weights (adapters only with LoRA) and two moments of what is trained; under FSDP
-    the weights a second time, in the form that a resume needs. A slimmed one holds the weights.
+    Each branch keeps its newest resumable ones, and a roll-back opens a branch; where training stops for a decision a
+    checkpoint is written too. A resumable checkpoint holds the weights (adapters only with LoRA) and two moments of
+    what is trained; under FSDP the weights a second time, in the form that a resume needs. A slimmed one holds the
+    weights.
     """
     width = trained_width(config)
     stored = size.trained if config.lora_rank else size.total
-    count = -(-config.compute_steps // config.checkpoint_every)
-    full = count if config.checkpoint_keep <= 0 else min(config.checkpoint_keep, count)
-    plain = retention_bytes(size.trained, width, count, config.checkpoint_keep)
+    turns = {"npo": len(planned_interventions(config)), "autonpo": config.max_interventions}.get(config.method, 0)
+    count = -(-config.compute_steps // config.checkpoint_every) + turns
+    keep = config.checkpoint_keep * (1 + turns)
+    full = count if keep <= 0 else min(keep, count)
+    plain = retention_bytes(size.trained, width, count, keep)
     untrained = (stored - size.trained) * width * count
     again = full * width * stored if layout.sharded else 0
     return plain + untrained + again
 
 
 def require_room(config: RunConfig, folder: Path) -> int:
-    """Disk that the checkpoints will take, in bytes, when there is room for them.
+    """Disk that the checkpoints of a run will take beside those that are there, in bytes, when there is room for them.
 
     Raises:
         ValueError: Less than that is free where the run folder lies.
     """
     size = policy_size(config, policy_config(_policy(config)))
-    needed = checkpoint_bytes(config, size, read_launcher(config.launcher))
+    written = sum(file.stat().st_size for file in (folder / "branches").rglob("*") if file.is_file())
+    needed = max(0, checkpoint_bytes(config, size, read_launcher(config.launcher)) - written)
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise ValueError(

@@ -208,7 +208,11 @@ def load_processor(folder: str | Path):
 
 
 def load_policy(
-    folder: str | Path, freeze_vision: bool = False, dtype: str = "float32", attention: str = "sdpa"
+    folder: str | Path,
+    freeze_vision: bool = False,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    share: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """Policy of a folder, with its adapters where it is a checkpoint of those; rollouts of a prompt share its work.
 
@@ -217,6 +221,8 @@ def load_policy(
         freeze_vision: Take the vision tower out of training.
         dtype: Type of the weights: "float32" or "bfloat16".
         attention: Attention of transformers: "sdpa", "eager" or "flash_attention_2".
+        share: Compute what rollouts of a prompt share once. Not for a policy that will be sharded: how often a layer
+            runs then depends on the rows, and processes that gather its weights together would wait for each other.
 
     Raises:
         FileNotFoundError: `folder` is not a policy folder, or its adapters belong to a base policy that is gone.
@@ -232,7 +238,8 @@ def load_policy(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    share_work(model)
+    if share:
+        share_work(model)
     if config.get_text_config().tie_word_embeddings:
         # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
         model._keys_to_ignore_on_save = {"lm_head.weight"}

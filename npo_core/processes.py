@@ -7,6 +7,7 @@ them. With one process every function here hands back what it was given.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,12 @@ from accelerate import PartialState
 from .validation import nearest
 
 T = TypeVar("T")
+
+PATIENCE = 6
+"""Hours that processes wait for one that downloads a policy, copies checkpoints or writes a large one."""
+
+RESUMABLE = {"NO", "MULTI_GPU", "FSDP"}
+"""Ways of distribution whose checkpoints this package resumes from and reads guides from."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,15 @@ def read_launcher(name: str) -> Launcher:
     missing = [key for key in ("num_processes", "num_machines", "distributed_type") if key not in (content or {})]
     if missing:
         raise ValueError(f"{file} says nothing about {', '.join(missing)}; write it with `accelerate config`.")
+    kind, fsdp = content["distributed_type"], content.get("fsdp_config") or {}
+    if kind not in RESUMABLE or (
+        kind == "FSDP" and (fsdp.get("fsdp_version"), fsdp.get("fsdp_state_dict_type")) != (2, "FULL_STATE_DICT")
+    ):
+        raise ValueError(
+            f"{file} has distributed_type {kind}, fsdp_version {fsdp.get('fsdp_version')}, fsdp_state_dict_type "
+            f"{fsdp.get('fsdp_state_dict_type')}. Its checkpoints could not be rolled back to or read as guides; "
+            "allowed: NO, MULTI_GPU, and FSDP with version 2 and FULL_STATE_DICT."
+        )
     return Launcher(
         processes=content["num_processes"],
         machines=content["num_machines"],
@@ -77,10 +93,12 @@ def join() -> PartialState:
     Returns:
         accelerate's state of this process, with its device.
     """
-    if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
+    if "WORLD_SIZE" not in os.environ:
+        return PartialState(cpu=not torch.cuda.is_available())  # as the trainers choose their device
+    if not torch.accelerator.is_available():
         # accelerate numbers the processors ("cpu:1"), and torch cannot load an optimiser's state to such a device
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    return PartialState()
+    return PartialState(timeout=timedelta(hours=PATIENCE))
 
 
 def process_count() -> int:

@@ -282,7 +282,8 @@ class RowCheck:
 
     def _keep(self, column: pa.ChunkedArray, shown: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         """Note the pictures of a batch, without copying those that are stored in the source."""
-        if any(picture["path"] for found in shown for picture in found):
+        inner = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if any(picture["path"] for found in shown for picture in found) or pa.types.is_string(inner):
             self.by_path = True
             values = [found if self.kind == "images" else found[0] if found else None for found in shown]
             self._chunks.append(pa.array(values, type=self.pictured.arrow_schema.field(0).type))

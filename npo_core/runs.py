@@ -88,11 +88,12 @@ class RunFolder:
                 "Give another root, or set NPO_RUNS to a folder that you may write to."
             ) from error
         saved = self.path / "config.json"
-        if saved.exists():
-            if _deciding(saved.read_text()) != _deciding(config.to_json()):
-                raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
-        else:
-            write_json(saved, json.loads(config.to_json()))
+        settings = json.loads(config.to_json())
+        found = json.loads(saved.read_text()) if saved.exists() else None
+        if found is not None and _deciding(found) != _deciding(settings):
+            raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
+        if found is None or (found != settings and self.result() is None):
+            write_json(saved, settings)  # trackers and addresses may change between sittings
         if self.result() is None:  # afterwards the folder is only read, maybe on another machine
             write_json(self.path / "env.json", environment())
 
@@ -168,8 +169,8 @@ class RunFolder:
         return content
 
 
-def _deciding(text: str) -> dict[str, Any]:
-    return {name: value for name, value in json.loads(text).items() if name not in NAMELESS}
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NAMELESS}
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

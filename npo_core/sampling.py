@@ -20,6 +20,9 @@ from .verifiers import Verdict
 ROLLOUT_BATCH = 512
 """Rollouts in one `generate` call."""
 
+ENGINE_PROMPTS = 512
+"""Prompts, with their pictures, that another sampler gets at a time; each time it is sent the weights first."""
+
 
 class Generate(Protocol):
     """Samples token ids otherwise than by transformers: k responses per row, those of a row together.
@@ -128,7 +131,7 @@ def sample_rollouts(
     try:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            prompts = max(1, batch // k)
+            prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
             for start in range(0, len(rows), prompts):
                 part = list(rows[start : start + prompts])
                 repeated = [row for row in part for _ in range(k)]

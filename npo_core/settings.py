@@ -68,6 +68,7 @@ class Settings:
     data: str = _setting("", "Training prompts: a parquet or JSON-lines file, a folder, or a hub name.")
     data_split: str = _setting("train", "Split of `data` that is trained on.")
     test_data: str = _setting("", "Test prompts, as `data`; empty holds out `eval_problems` prompts of `data`.")
+    test_split: str = _setting("test", "Split of `test_data`; a file has one.")
     columns: tuple[str, ...] = _setting((), 'Columns of `data` as "ours=theirs", such as "prompt=question".')
     instruction: str = _setting("", "Text put behind every question.")
     image_root: str = _setting("", "Folder of pictures that are named by relative paths.")

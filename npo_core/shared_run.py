@@ -59,4 +59,9 @@ def open_run(config: RunConfig, root: Path | None = None) -> RunFolder:
             f"Each process samples on its own, so another number is another run. Start it {how}, or set launcher to "
             "an accelerate configuration with that many."
         )
+    if layout.sharded and config.lora_rank:
+        raise ValueError(
+            f"launcher {config.launcher!r} shards the policy, and lora_rank is {config.lora_rank}; adapters were not "
+            "made to work with sharding here. Train them on whole copies (distributed_type MULTI_GPU)."
+        )
     return RunFolder(config, root) if process_count() == 1 else SharedRunFolder(config, root)

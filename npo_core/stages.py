@@ -4,6 +4,7 @@
 on from its last checkpoint. `start(config)` does the same in a process of its own.
 """
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from .baselines import GuidedByOwnPast, GuidedByPolicy
 from .checkpoints import checkpoint_folder
 from .config import RunConfig, resolve_config
 from .controller import Controller
-from .engine import trainer_generate
+from .engine import place, trainer_generate
 from .evaluation import evaluate
 from .factory import TEST_SEED, TrainerMaker, World, prepare, training_arguments
 from .interventions import ScheduledNPO
@@ -90,13 +91,13 @@ def _execute(
     config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train what is left to train; scores of the base and of the final policy."""
+    guide = _guide_folder(config, root, quiet)
     world = prepare(config, quiet)
     size = agree(lambda: require_room(config, folder.path))
     if not quiet:
         print(f"{folder.path.name}: checkpoints will take {amount(size)}")
     maker = TrainerMaker(config, world, folder)
     base_scores = _base_scores(config, maker, world, folder, device, quiet)
-    guide = _guide_folder(config, root, quiet)
     extra = {} if guide is None else {"guide_folder": guide}
     kind = CONTROLLERS[config.method]
     controller = kind(maker, config, folder, world.rows, world.processor, world.verifier, quiet, **extra)
@@ -113,7 +114,12 @@ def _base_scores(
     if config.vllm == "off":
         return evaluate_policy(config, maker.policy().to(device), world, "base policy", quiet)
     trainer = maker(folder.path / "branches" / "base")
-    return evaluate_policy(config, trainer.model, world, "base policy", quiet, generate=trainer_generate(trainer))
+    place(trainer)
+    try:
+        return evaluate_policy(config, trainer.model, world, "base policy", quiet, generate=trainer_generate(trainer))
+    finally:
+        del trainer
+        gc.collect()  # the next trainer brings a policy of its own
 
 
 def source_config(config: RunConfig) -> RunConfig:
@@ -128,7 +134,13 @@ def _guide_folder(config: RunConfig, root: Path | None, quiet: bool) -> Path | N
     if config.method == "luffy":
         return policy_folder(config.teacher) if config.teacher else teacher_folder(config, quiet)
     if config.method == "rlep":
-        source = run(source_config(config), root, quiet)
+        earlier = source_config(config)
+        if config.vllm == "colocate" and open_run(earlier, root).result() is None:
+            raise ValueError(
+                "RLEP's earlier run is not finished, and one process holds one vLLM engine. Do it first: "
+                f"python -m npo_core run --config {open_run(earlier, root).path / 'config.json'}"
+            )
+        source = run(earlier, root, quiet)
         return checkpoint_folder(source.path / "branches" / "00", config.rlep_source_steps)
     return None
 

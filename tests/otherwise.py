@@ -17,6 +17,7 @@ OTHER = {
     "data": "others.parquet",
     "data_split": "validation",
     "test_data": "others.parquet",
+    "test_split": "validation",
     "columns": ("prompt=problem",),
     "instruction": "Think.",
     "image_root": "pictures",

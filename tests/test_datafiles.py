@@ -352,6 +352,16 @@ def test_the_message_shows_ten_rows_and_the_file_all(tmp_path, processor):
     assert kept["uid"][:] == [f"rows/{n}" for n in range(0, 600, 2)]
 
 
+def test_a_batch_that_is_refused_whole_does_not_spoil_pictures_by_path(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(datafiles, "BATCH", 2)
+    for name in ("a.png", "b.png"):
+        picture(seed=1).save(tmp_path / name)
+    names = ["a.png", "b.png", "gone.png", "gone.png"]
+    source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "?", "answer": "1", "image": name} for name in names])
+    kept = load_data(DataSettings(source, skip_refused=True), processor, tmp_path / "refused.jsonl")
+    assert [row["image"].tobytes() for row in kept] == [picture(seed=1).tobytes()] * 2
+
+
 def test_where_every_row_breaks_a_rule_nothing_is_left(tmp_path, processor):
     source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "?", "answer": ""}])
     with pytest.raises(ValueError, match="1 of 1 rows break the rules"):

@@ -80,10 +80,20 @@ def test_rows_are_read_when_a_step_asks_for_them(own):
     assert set(maker.schedule.column_names) == set(world.train.column_names)
 
 
-def test_suites_and_a_test_file_of_ones_own(own, there):
+def test_suites_and_a_test_file_of_ones_own(own, there, tmp_path):
     columns = ["uid=source/id", "prompt=question", "image=image", "answer=answer", "suite=source"]
-    world = prepare(own(columns=columns, test_data=str(there / "problems.parquet"), eval_problems=12), quiet=True)
-    assert len(world.train) == 40 and len(world.test) == 12 and set(world.test["suite"]) <= set(SUITES)
+    whole = Dataset.from_parquet(str(there / "problems.parquet"))
+    seen, other = tmp_path / "seen.parquet", tmp_path / "other.parquet"
+    whole.select(range(24)).to_parquet(seen)
+    named = ["lonely", *whole["source"][25:]]
+    whole.select(range(24, 40)).remove_columns("source").add_column("source", named).to_parquet(other)
+    settings = {"columns": columns, "data": str(seen), "eval_problems": 15}
+    with pytest.raises(ValueError, match=r"24 prompts are in data and in test_data.*must not be trained on"):
+        prepare(own(**{**settings, "test_data": str(seen), "eval_problems": 24}), quiet=True)
+    world = prepare(own(**{**settings, "test_data": str(other), "eval_problems": 16}), quiet=True)
+    assert len(world.train) == 24
+    # a suite of one row has no interval; alone, it is left out
+    assert len(world.test) == 15 and set(world.test["suite"]) == set(SUITES)
 
 
 def test_instruction_and_picture_sizes_reach_the_prompt(own):
@@ -123,6 +133,12 @@ def test_settings_of_large_policies_reach_trl(tmp_path):
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (4, 4)
     assert made.steps_per_generation == 4, "one optimiser step per rollout batch"
     assert made.run_name.startswith("grpo-smoke-s0-")
+
+
+def test_vllm_that_is_not_there_is_refused_before_anything_is_read(own, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"vllm is 'colocate', but vLLM is not installed here"):
+        prepare(own(vllm="colocate", max_prompt_length=64), quiet=True)
 
 
 def test_a_tracker_is_told_every_step(own, tmp_path):

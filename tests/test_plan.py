@@ -77,6 +77,19 @@ def test_disk_of_the_checkpoints_by_hand():
     assert checkpoint_bytes(adapters, EIGHT, Launcher()) == 5 * 3200 + 2 * 2 * 3200
     kept = config.with_changes(checkpoint_keep=0)
     assert checkpoint_bytes(kept, EIGHT, Launcher()) == 5 * (4000 + 2 * 3200)
+    # one roll-back: a branch more with two resumable ones, and a checkpoint where training stopped
+    decided = config.with_changes(method="autonpo", max_interventions=1)
+    assert checkpoint_bytes(decided, EIGHT, Launcher()) == 6 * 4000 + 4 * 2 * 3200
+
+
+def test_what_is_on_disk_already_needs_no_room(tmp_path, monkeypatch):
+    """A run that has written most of its checkpoints goes on, however full the disk is by now."""
+    config = resolve_config("grpo", "smoke")
+    needed = require_room(config, tmp_path)
+    (tmp_path / "branches" / "00").mkdir(parents=True)
+    (tmp_path / "branches" / "00" / "weights").write_bytes(bytes(needed - 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 89, 11))
+    assert require_room(config, tmp_path) == 10
 
 
 def test_too_little_disk_is_refused_before_training(tmp_path, monkeypatch):

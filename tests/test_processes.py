@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from npo_core import shared_run
 from npo_core.config import resolve_config
 from npo_core.processes import (
     Launcher,
@@ -125,6 +126,13 @@ def test_one_process_hands_back_what_it_is_given():
         agree(lambda: 1 / 0)
 
 
+def test_adapters_are_not_sharded(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_run, "process_count", lambda: 8)
+    config = resolve_config("grpo", "smoke", overrides={"launcher": "one_node", "lora_rank": 4})
+    with pytest.raises(ValueError, match=r"'one_node' shards the policy, and lora_rank is 4"):
+        open_run(config, tmp_path)
+
+
 def test_open_run_is_a_plain_folder_for_one_process(tmp_path):
     run = open_run(resolve_config("grpo", "smoke"), tmp_path)
     assert type(run) is RunFolder and not isinstance(run, SharedRunFolder)
@@ -145,6 +153,10 @@ def test_a_launcher_of_ones_own(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("distributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 16\n")
     assert read_launcher(str(file)) == Launcher(processes=16, machines=2, sharded=False, file=file)
+    for other in ("DEEPSPEED", "FSDP"):
+        file.write_text(f"distributed_type: {other}\nnum_machines: 1\nnum_processes: 8\n")
+        with pytest.raises(ValueError, match=rf"has distributed_type {other}.*could not be rolled back to"):
+            read_launcher(str(file))
     file.write_text("num_machines: 2\n")
     with pytest.raises(ValueError, match=r"says nothing about num_processes, distributed_type"):
         read_launcher(str(file))

@@ -46,6 +46,15 @@ def test_other_settings_get_another_folder(run, tmp_path):
     assert RunFolder(CONFIG.with_changes(tau_gate=0.5), tmp_path).path != run.path
 
 
+def test_trackers_and_addresses_may_change_between_sittings(run, tmp_path):
+    again = CONFIG.with_changes(report_to=["wandb"], vllm_port=8001)
+    assert RunFolder(again, tmp_path).path == run.path
+    assert json.loads((run.path / "config.json").read_text()) == json.loads(again.to_json())
+    run.finish({})
+    RunFolder(CONFIG, tmp_path)
+    assert json.loads((run.path / "config.json").read_text())["vllm_port"] == 8001, "a finished run is only read"
+
+
 def test_a_folder_with_other_settings_under_this_name_is_refused(run, tmp_path):
     (run.path / "config.json").write_text(CONFIG.with_changes(tau_gate=0.5).to_json())
     with pytest.raises(ValueError, match="other settings"):

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, Qwen3VLProcessor, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Qwen3VLProcessor,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from . import stages
@@ -239,7 +246,7 @@ def _plain(config, world, schedule, reward, folder: Path, shared: bool = True) -
             train_dataset=schedule,
             processing_class=processor,
         )
-    for callback in (stages.PrinterCallback, stages.ProgressCallback):
+    for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
 

@@ -16,7 +16,7 @@ from npo_core import stages
 from npo_core.autonpo import AutoNPO
 from npo_core.checkpoints import checkpoint_folder, complete_checkpoints
 from npo_core.config import RunConfig, resolve_config
-from npo_core.policies import tokenizer_digest
+from npo_core.policies import load_processor, tokenizer_digest
 from npo_core.runs import RunFolder, append_line
 from npo_core.tasks import sample_problems
 from npo_core.trainer import NPOTrainer
@@ -218,7 +218,7 @@ def test_until_the_warning_the_run_is_plain_grpo(autonpo, grpo):
 
 def test_guides_are_those_of_the_cache_and_only_in_the_replayed_segment(autonpo):
     (segment,) = [event for event in autonpo.events("segment") if event["branch"] == 1]
-    processor = stages.load_processor(Path(autonpo.config.policy))
+    processor = load_processor(Path(autonpo.config.policy))
     cache = GuidanceCache.load(autonpo.path / segment["guidance"], tokenizer_digest(processor))
     assert len(cache) == autonpo.result()["interventions"][0]["cached"]
     assert {guide.source_step for guide in cache} == {segment["guide_until"]}
@@ -287,7 +287,7 @@ def _kill_before_line(compute_step: int) -> Callable:
                 raise Killed
             append_line(path, record)
 
-        patch.setattr(npo_core.watch, "append_line", append)
+        patch.setattr(RunFolder, "append_metrics", lambda run, line: append(run.metrics_path, line))
 
     return install
 
@@ -299,7 +299,7 @@ def _kill_after_line(compute_step: int) -> Callable:
             if record.get("compute_step") == compute_step:
                 raise Killed
 
-        patch.setattr(npo_core.watch, "append_line", append)
+        patch.setattr(RunFolder, "append_metrics", lambda run, line: append(run.metrics_path, line))
 
     return install
 

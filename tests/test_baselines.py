@@ -28,6 +28,7 @@ from worlds import (
 )
 
 import npo_core.baselines
+import npo_core.controller
 import npo_core.watch
 from npo_core import stages
 from npo_core.baselines import WHOLE_RUN, GuidedByOwnPast, GuidedByPolicy
@@ -483,12 +484,12 @@ def rollouts(monkeypatch):
         asked.append((k, source_step, settings))
         return [[Trajectory(row["uid"], ids, (), source_step, ok, "") for ids, ok in made[row["uid"]]] for row in rows]
 
-    def score(policy, processor, rows, completions):
+    def score(policy, processor, rows, completions, batch):
         return [[-0.25 * (place + 1) for place in range(len(ids))] for ids in completions]
 
-    monkeypatch.setattr(npo_core.baselines, "load_policy", lambda folder: torch.nn.Identity())
-    monkeypatch.setattr(npo_core.baselines, "sample_rollouts", sample)
-    monkeypatch.setattr(npo_core.baselines, "completion_logps", score)
+    monkeypatch.setattr(GuidedByPolicy, "_learner", lambda self, folder: torch.nn.Identity())
+    monkeypatch.setattr(npo_core.baselines, "shared_rollouts", sample)
+    monkeypatch.setattr(npo_core.controller, "shared_logps", score)
     return made, asked
 
 
@@ -662,7 +663,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(request, root, tmp_path, m
         append_line(path, record)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(npo_core.watch, "append_line", append)
+        patch.setattr(RunFolder, "append_metrics", lambda run, line: append(run.metrics_path, line))
         stages.run(whole.config, tmp_path, quiet=True)
     run = stages.run(whole.config, tmp_path, quiet=True)
     assert lines(run) == lines(whole)

@@ -29,7 +29,7 @@ def score(monkeypatch):
                 advance(len(row["verdicts"]))
             return [[SimpleNamespace(correct=bool(verdict)) for verdict in row["verdicts"]] for row in given]
 
-        monkeypatch.setattr(evaluation, "sample_rollouts", rigged)
+        monkeypatch.setattr(evaluation, "shared_rollouts", rigged)
         k = len(rows[0]["verdicts"])
         return evaluation.evaluate("model", "processor", rows, "verifier", k=k, quiet=True, **(SAMPLING | settings))
 

@@ -156,7 +156,7 @@ def test_guides_are_the_scouts_for_the_windows_prompts_and_only_in_the_window(bo
 
 
 def test_a_guide_that_solves_nothing_is_a_dismissal_and_training_goes_on(grpo, tmp_path, monkeypatch):
-    def nothing(self, trainer, uids, step, learner):
+    def nothing(self, trainer, uids, step, learner, generate):
         return GuidanceCache([0], 1, "")
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", nothing)
@@ -184,9 +184,9 @@ def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, mo
     filled = []
     fill = ScheduledNPO._fill_cache
 
-    def watched(self, guide, uids, step, learner):
+    def watched(self, guide, uids, step, learner, generate):
         filled.append({name: value.clone() for name, value in guide.state_dict().items()})
-        return fill(self, guide, uids, step, learner)
+        return fill(self, guide, uids, step, learner, generate)
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", watched)
     run = stages.run(_config(guide_from="own", **LATE), root, quiet=True)
@@ -205,7 +205,7 @@ def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, mo
 def test_guides_from_the_own_policy_at_a_restart_are_the_base_policys(grpo, root, monkeypatch):
     seen = []
 
-    def nothing(self, guide, uids, step, learner):
+    def nothing(self, guide, uids, step, learner, generate):
         seen.append((step, learner, {name: value.clone() for name, value in guide.state_dict().items()}))
         return GuidanceCache([0], 1, "")
 
@@ -261,7 +261,7 @@ def test_a_kill_after_a_replay_without_guide_began_changes_nothing(grpo, root, t
             append_line(path, record)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(npo_core.watch, "append_line", append)
+            patch.setattr(RunFolder, "append_metrics", lambda run, line: append(run.metrics_path, line))
             stages.run(settings, tmp_path, quiet=True)
     run = stages.run(settings, tmp_path, quiet=True)
     # one took its first four steps from a longer run, of which they are a smaller share
@@ -280,7 +280,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
         append_line(path, record)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(npo_core.watch, "append_line", append)
+        patch.setattr(RunFolder, "append_metrics", lambda run, line: append(run.metrics_path, line))
         stages.run(BOTH, tmp_path, quiet=True)
     run = stages.run(BOTH, tmp_path, quiet=True)
     assert _lines(run) == _lines(both)

@@ -100,7 +100,8 @@ def run_apart(settings, folder: Path) -> RunFolder:
     file = folder / "config.json"
     file.write_text(settings.to_json())
     # an engine in this process leaves addresses for processes that there are none of
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in left}
     done = subprocess.run(
         [sys.executable, cpu_vllm.__file__, str(file), str(folder)],
         env={**kept, "NPO_RUNS": str(folder), "PYTHONPATH": f"{HERE.parent}:{HERE / 'vllm_site'}"},

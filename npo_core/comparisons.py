@@ -29,6 +29,8 @@ PRIMARY = ("LUFFY", "ExGRPO", "RLEP", "NPO early", "NPO late", "NPO", "AutoNPO")
 CLOCKS = ("compute", "policy")
 LEVEL_SHARE = 0.8
 """Reference level of the speed-up: this share of the way from GRPO's first steps to its plateau."""
+SPEED_UP_COUNTS = ("without scout", "with scout", "with scout and off-line")
+"""What the guided run's steps count: its trajectory, all optimiser steps, off-line rollouts too."""
 
 
 @dataclass(frozen=True)
@@ -227,33 +229,46 @@ def entropy_widening(evidence: Evidence, arm: str, steps: int = 20) -> pd.Series
 
 
 def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
-    """Steps of GRPO over those of an arm to a reference level of the on-policy pass rate, a row per seed.
-
-    The level is `LEVEL_SHARE` of the way from the mean of GRPO's first fortieth of the steps to that of its second
-    quarter, on the moving average. Counted without the scout, with it, and with its off-line rollouts too (a step's
-    worth of rollouts counts as a step). NaN where a level is not reached.
-    """
+    """`speed_up_ratios` of an arm over GRPO, a row per seed that finished both."""
     rows = {}
     for seed in evidence.about["seeds"]:
         slow, fast = _lines(evidence, "GRPO", seed), _lines(evidence, arm, seed)
         if not slow or not fast:
             continue
-        rates = [line["pass_rate"] for line in slow]
-        first, plateau = np.mean(rates[: max(1, len(rates) // 40)]), np.mean(rates[len(rates) // 4 : len(rates) // 2])
-        level = first + LEVEL_SHARE * (plateau - first)
         run = next(run for run in evidence.about["runs"] if (run["arm"], run["seed"]) == (arm, seed))
-        a, b = _reached(slow, level, 0), _reached(fast, level, 1)
-        if a is None or b is None or not run["interventions"]:
-            rows[seed] = dict.fromkeys(("without scout", "with scout", "with scout and off-line"), np.nan)
+        if not run["interventions"]:
+            rows[seed] = dict.fromkeys(SPEED_UP_COUNTS, np.nan)
             continue
         per_step = run["config"]["prompts_per_step"] * run["config"]["num_generations"]
         offline = run["offline_rollouts"] / len(run["interventions"]) / per_step
-        rows[seed] = {
-            "without scout": a["compute_step"] / b["policy_step"],
-            "with scout": a["compute_step"] / b["compute_step"],
-            "with scout and off-line": a["compute_step"] / (b["compute_step"] + offline),
-        }
+        rows[seed] = speed_up_ratios(slow, fast, offline)
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def reference_level(lines: Sequence[dict[str, Any]]) -> float:
+    """On-policy pass rate `LEVEL_SHARE` of the way from the first fortieth of a run's steps to its second quarter."""
+    rates = [line["pass_rate"] for line in lines]
+    first, plateau = np.mean(rates[: max(1, len(rates) // 40)]), np.mean(rates[len(rates) // 4 : len(rates) // 2])
+    return float(first + LEVEL_SHARE * (plateau - first))
+
+
+def speed_up_ratios(slow: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], offline: float) -> dict[str, float]:
+    """Steps of GRPO over those of a guided run to GRPO's reference level, on the moving average (ours).
+
+    Args:
+        slow: Training lines of GRPO with pass_rate, branch, policy_step and compute_step, in order.
+        fast: The same of the guided run; its first branch is the scout.
+        offline: Off-line rollouts of the first intervention, in steps' worth of rollouts.
+
+    Returns:
+        The ratio for each of `SPEED_UP_COUNTS`; NaN where one of them does not reach the level.
+    """
+    level = reference_level(slow)
+    a, b = _reached(slow, level, 0), _reached(fast, level, 1)
+    if a is None or b is None:
+        return dict.fromkeys(SPEED_UP_COUNTS, np.nan)
+    steps = (b["policy_step"], b["compute_step"], b["compute_step"] + offline)
+    return {count: a["compute_step"] / step for count, step in zip(SPEED_UP_COUNTS, steps, strict=True)}
 
 
 def _lines(evidence: Evidence, arm: str, seed: int) -> list[dict[str, Any]]:

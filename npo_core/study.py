@@ -17,12 +17,12 @@ import pandas as pd
 
 from . import stages
 from .checkpoints import checkpoint_folder
-from .comparisons import LEVEL_SHARE
+from .comparisons import LEVEL_SHARE, SPEED_UP_COUNTS, reference_level, speed_up_ratios
 from .config import RunConfig, resolve_config
 from .findings import PREDICTORS, SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
 from .policies import load_policy
-from .runs import RunFolder, environment, moving_average, write_json
+from .runs import RunFolder, environment, write_json
 from .signal_curve import MEASURED_COSTS, QUALITIES, SIGNALS, rank_correlation
 from .signal_report import PROXIES
 from .signal_stages import default_origins, measure_run, settings_for
@@ -162,36 +162,20 @@ def _score_at(run: RunFolder, step: int) -> float:
 
 def _speed_up(runs: Mapping[tuple[str, int], RunFolder], seeds: Sequence[int]) -> dict[str, Any]:
     """Compute steps of GRPO over those of NPO to a reference level, counted three ways."""
-    ratios: dict[str, list[float | None]] = {"without scout": [], "with scout": [], "with scout and off-line": []}
-    levels = []
+    found, levels = [], []
     for seed in seeds:
-        grpo, npo = runs["GRPO", seed], runs["NPO early", seed]
-        rates = [line["npo/pass_rate"] for line in grpo.metrics()]
-        steps = len(rates)
-        first, plateau = np.mean(rates[: max(1, steps // 40)]), np.mean(rates[steps // 4 : steps // 2])
-        levels.append(float(first + LEVEL_SHARE * (plateau - first)))
-        slow, fast = _reached(grpo, levels[-1], branch=0), _reached(npo, levels[-1], branch=1)
-        if slow is None or fast is None:
-            for values in ratios.values():
-                values.append(None)
-            continue
-        offline = npo.result()["interventions"][0]
-        cache = next(e for e in npo.effective_events() if e["event"] == "cache" and e["compute_step"]
-                     == offline["compute_step"])  # fmt: skip
-        extra = cache["rollouts"] / npo.config.rollouts_per_step
-        ratios["without scout"].append(slow["compute_step"] / fast["policy_step"])
-        ratios["with scout"].append(slow["compute_step"] / fast["compute_step"])
-        ratios["with scout and off-line"].append(slow["compute_step"] / (fast["compute_step"] + extra))
-    rows = [{"arm": "NPO early", "count": count, **_over_seeds(values)} for count, values in ratios.items()]
+        npo = runs["NPO early", seed]
+        slow, fast = (
+            [{**line, "pass_rate": line["npo/pass_rate"]} for line in run.metrics()]
+            for run in (runs["GRPO", seed], npo)
+        )
+        first = npo.result()["interventions"][0]["compute_step"]
+        caches = (e for e in npo.effective_events() if e["event"] == "cache" and e["compute_step"] == first)
+        found.append(speed_up_ratios(slow, fast, next(caches)["rollouts"] / npo.config.rollouts_per_step))
+        levels.append(reference_level(slow))
+    columns = {count: [None if np.isnan(one[count]) else one[count] for one in found] for count in SPEED_UP_COUNTS}
+    rows = [{"arm": "NPO early", "count": count, **_over_seeds(values)} for count, values in columns.items()]
     return {"level_share": LEVEL_SHARE, "levels": levels, "rows": rows}
-
-
-def _reached(run: RunFolder, level: float, branch: int) -> dict[str, Any] | None:
-    """First metric line of a branch at which the moving average of the pass rate reaches a level."""
-    lines = run.metrics()
-    averages = moving_average(lines, "npo/pass_rate")
-    at = (line for line, value in zip(lines, averages, strict=True) if line["branch"] >= branch and value >= level)
-    return next(at, None)
 
 
 def signal(

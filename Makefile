@@ -74,7 +74,7 @@ study: setup ## Run the evidence study, arms x seeds, and write data/results/ (h
 map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
 
-claims: setup ## Verdicts on the paper's claims from data/results/, in seconds
+claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in seconds
 	$(BIN)/python -m npo_core claims $(ARGS)
 
 figures: setup ## Draw the committed figures from data/results/, in seconds

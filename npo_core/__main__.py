@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     _evidence_parser(stages)
     _map_parser(stages)
-    decide = stages.add_parser("claims", help="Verdicts on the paper's claims from the results, in seconds.")
+    decide = stages.add_parser(
+        "claims", help="The table of arms, and verdicts on the paper's claims, from the results, in seconds."
+    )
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     _signal_parser(stages)
@@ -251,10 +253,11 @@ def _map(options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from . import claims
+    from . import claims, comparisons
     from .results import read_evidence
 
-    print(claims.write(read_evidence(options.results), options.results))
+    found = read_evidence(options.results)
+    print(comparisons.arm_markdown(found), claims.write(found, options.results), sep="\n\n")
     return 0
 
 

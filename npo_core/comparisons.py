@@ -5,7 +5,7 @@ over seeds; docs/evidence.md says which of them is primary.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ PRIMARY = ("LUFFY", "ExGRPO", "RLEP", "NPO early", "NPO late", "NPO", "AutoNPO")
 """Arms of the primary comparison with GRPO; Holm's adjustment is over these."""
 
 CLOCKS = ("compute", "policy")
+AT_CLOCK = {"compute": "compute", "policy": "policy step"}
 LEVEL_SHARE = 0.8
 """Reference level of the speed-up: this share of the way from GRPO's first steps to its plateau."""
 SPEED_UP_COUNTS = ("without scout", "with scout", "with scout and off-line")
@@ -132,7 +133,7 @@ def primary(evidence: Evidence) -> pd.DataFrame:
     """The primary comparison: each arm against GRPO at equal compute, with Holm's adjustment; and the policy clock."""
     arms = [arm for arm in PRIMARY if arm in evidence.arms]
     rows = [asdict(against_grpo(evidence, arm, clock)) for arm in arms for clock in CLOCKS]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=[field.name for field in fields(Difference)])
     for clock in CLOCKS:
         chosen = (table["clock"] == clock) & table["p"].notna()
         if chosen.any():
@@ -141,8 +142,13 @@ def primary(evidence: Evidence) -> pd.DataFrame:
 
 
 def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
-    """One row per arm: final score, IQM with a stratified bootstrap interval, differences on both clocks, cost."""
-    rows = []
+    """One row per arm: final score, IQM with a stratified bootstrap interval, differences on both clocks, cost.
+
+    `p_holm` is that of the primary comparison; an arm that makes more steps than GRPO has no equal policy step.
+    """
+    table, rows = primary(evidence), []
+    adjusted = table[table["clock"] == "compute"].set_index("arm").get("p_holm", pd.Series(dtype=float))
+    furthest = max(policy_ends(evidence, "GRPO").values(), default=0)
     for arm in evidence.arms:
         finals = evidence.finals()[arm].dropna()
         plain = evidence.finals("plain")[arm].dropna()
@@ -151,6 +157,7 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
         ]
         grid = chosen.pivot(index="seed", columns="suite", values="pass_rate").to_numpy()
         runs = [run for run in evidence.about["runs"] if run["arm"] == arm]
+        further = any(run["policy_steps"] > furthest for run in runs)
         estimate = mean_interval(finals.to_numpy()) if len(finals) > 1 else None
         robust = stratified_bootstrap(grid, rng) if len(grid) > 1 else None
         rows.append(
@@ -167,7 +174,8 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
                 "pass rate at T = 1": float(plain.mean()),
                 "pass@8 at T = 1": float(evidence.finals("plain", "pass_at_8")[arm].mean()),
                 "equal compute": None if arm == "GRPO" else against_grpo(evidence, arm).text,
-                "equal policy step": None if arm == "GRPO" else against_grpo(evidence, arm, "policy").text,
+                "p_holm": adjusted.get(arm),
+                "equal policy step": None if arm == "GRPO" or further else against_grpo(evidence, arm, "policy").text,
                 "entropy": float(chosen.groupby("seed")["entropy"].first().mean()),
                 "all-wrong groups": float(chosen.groupby("seed")["all_wrong_groups"].first().mean()),
                 "policy steps": float(np.mean([run["policy_steps"] for run in runs])) if runs else None,
@@ -177,6 +185,29 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def arm_markdown(evidence: Evidence) -> str:
+    """The table of arms in Markdown.
+
+    Bold: the interval excludes 0 and, in the primary comparison, Holm's p of that clock is below 0.05.
+    """
+    head = ("arm", "pass rate", "at equal compute", "p, Holm", "at equal policy step", "steps on the trajectory")
+    lines = ["| " + " | ".join((*head, "off-line rollouts")) + " |", "|" + "---|" * (len(head) + 1)]
+    adjusted = primary(evidence).set_index(["arm", "clock"]).get("p_holm", pd.Series(dtype=float))
+    for row in arm_table(evidence, np.random.default_rng(0)).to_dict("records"):
+        arm, cells = row["arm"], {}
+        for clock in CLOCKS:
+            found, p = against_grpo(evidence, arm, clock), adjusted.get((arm, clock), np.nan)
+            apart = None not in (found.low, found.high) and not found.low <= 0 <= found.high
+            sure = apart and (arm not in PRIMARY or p < 0.05)
+            known = isinstance(row[f"equal {AT_CLOCK[clock]}"], str)
+            cells[clock] = (f"**{found.text}**" if sure else found.text) if known else ""
+            cells[f"p {clock}"] = f"{p:.3f}" if np.isfinite(p) else ""
+        costs = [f"{row[name]:,.0f}" for name in ("policy steps", "off-line rollouts")]
+        shown = [arm, f"{row['pass rate']:.3f}", cells["compute"], cells["p compute"], cells["policy"], *costs]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFrame:
@@ -243,6 +274,18 @@ def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
         offline = run["offline_rollouts"] / len(run["interventions"]) / per_step
         rows[seed] = speed_up_ratios(slow, fast, offline)
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def speed_up_bound(evidence: Evidence, arm: str = "NPO early") -> pd.Series:
+    """Largest speed-up possible with the scout counted, by seed: GRPO's steps to the level over the scout's and one."""
+    bound = {}
+    for run in evidence.about["runs"]:
+        if run["arm"] == arm and run["interventions"]:
+            slow = _lines(evidence, "GRPO", run["seed"])
+            reached = _reached(slow, reference_level(slow), 0) if slow else None
+            if reached is not None:
+                bound[run["seed"]] = reached["compute_step"] / (run["interventions"][0]["compute_step"] + 1)
+    return pd.Series(bound, dtype=float)
 
 
 def reference_level(lines: Sequence[dict[str, Any]]) -> float:

@@ -160,14 +160,15 @@ def paired_t_test(differences: Scores) -> float:
         differences: One difference per seed.
 
     Returns:
-        p in [0, 1]; 1 when all differences are 0, and 0 when they are all equal and not 0.
+        p in [0, 1]; 1 when all differences are 0. When they are all equal and not 0 (scores are fractions of few
+        problems) the spread is unknown, not 0: p is then that of the sign test, 2^(1 − n).
 
     Raises:
         ValueError: Fewer than two differences, or one that is not finite.
     """
     data = _as_scores(differences, at_least=2)
     if np.ptp(data) == 0:
-        return 1.0 if data[0] == 0 else 0.0
+        return 1.0 if data[0] == 0 else 2.0 ** (1 - data.size)
     return float(scipy.stats.ttest_1samp(data, 0.0).pvalue)
 
 

@@ -216,9 +216,16 @@ def signal(
             "optimum": {
                 name: [summary["origins"][origin]["optimum"][name] for summary in summaries] for name in SIGNALS
             },
+            "distances": _distances(tables[0], int(origin)),
             "fit": {
-                quality: [summary["origins"][origin]["fit"][quality]["kl"] for summary in summaries]
-                for quality in QUALITIES
+                **{
+                    quality: [summary["origins"][origin]["fit"][quality]["kl"] for summary in summaries]
+                    for quality in QUALITIES
+                },
+                **{
+                    cost: [summary["origins"][origin]["fit"]["quality"][cost] for summary in summaries]
+                    for cost in MEASURED_COSTS
+                },
             },
             "agreement": {
                 cost: {
@@ -236,6 +243,12 @@ def signal(
     }
     about = {"schema": SCHEMA, **_provenance(preset, seeds, overrides), "settings": summaries[0]["settings"]}
     return {**about, "origins": pooled, "c": constants}, pd.concat(tables, ignore_index=True)
+
+
+def _distances(table: pd.DataFrame, origin: int) -> list[float]:
+    """Distances of 0 and more from an origin, policy steps."""
+    found = table.loc[(table["origin"] == origin) & (table["distance"] >= 0), "distance"]
+    return sorted(float(distance) for distance in found)
 
 
 def gain(

@@ -9,6 +9,7 @@ from evidences import STEPS, SUITES, evidence
 from npo_core.comparisons import (
     PRIMARY,
     against_grpo,
+    arm_markdown,
     arm_table,
     between,
     by_suite,
@@ -78,6 +79,32 @@ def test_the_table_of_arms():
     assert table.loc["NPO", "equal compute"].startswith("+0.040")
     assert table.loc["GRPO", "pass@8 at T = 1"] == pytest.approx(0.65)
     assert table.loc["GRPO", "IQM low"] <= table.loc["GRPO", "IQM"] <= table.loc["GRPO", "IQM high"]
+
+
+def test_the_table_of_arms_in_words_is_bold_where_a_difference_is_sure():
+    up, wide = [0.10, 0.11, 0.12], [-0.1, 0.0, 0.2]
+    found = evidence({"LUFFY": up, "NPO": wide, "GRPO, longer": up, "NPO, own resample": up}, ends={"NPO": 20})
+    rows = [row.strip("| ").split(" | ") for row in arm_markdown(found).splitlines()[2:]]
+    table = {row[0]: row[1:] for row in rows}
+    p = scipy.stats.ttest_1samp(up, 0).pvalue
+    assert table["LUFFY"][1:3] == [f"**{against_grpo(found, 'LUFFY').text}**", f"{2 * p:.3f}"], "Holm over two arms"
+    assert table["NPO"][1] == against_grpo(found, "NPO").text and table["NPO"][4:] == ["20", "16"]
+    assert table["NPO, own resample"][1].startswith("**+0.110") and table["NPO, own resample"][2] == ""
+    # the second of two primary arms: sure by itself, not after Holm's adjustment
+    close = evidence({arm: [0.10, 0.11, 0.16] for arm in PRIMARY})
+    lone = against_grpo(close, "NPO")
+    assert lone.low > 0 and 7 * lone.p > 0.05
+    assert all("**" not in line for line in arm_markdown(close).splitlines())
+
+
+def test_an_arm_with_more_steps_than_grpo_has_no_equal_policy_step():
+    found = evidence({"GRPO, longer": GAINS})
+    for run in found.about["runs"]:
+        run["policy_steps"] += 10 * (run["arm"] == "GRPO, longer")
+    table = arm_table(found, np.random.default_rng(0)).set_index("arm")
+    assert table.loc["GRPO, longer", "equal policy step"] is None
+    (row,) = [row for row in arm_markdown(found).splitlines() if "longer" in row]
+    assert row.split(" | ")[4] == ""
 
 
 def test_entropy_of_a_replay_over_that_of_the_first_pass():

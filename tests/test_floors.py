@@ -36,8 +36,10 @@ HOUSE = {
     "arms": (2, 11),
     "results": (2, 12),
     "comparisons": (2, 13),
-    "claims": (2, 14),
-    "benchmarks": (2, 15),
+    "verdicts": (2, 14),
+    "signal_claims": (2, 15),
+    "claims": (2, 16),
+    "benchmarks": (2, 17),
     # floor 3, world: answers, tasks, what rollouts share, policies
     "verifiers": (3, 0),
     "tasks": (3, 1),

@@ -1,0 +1,105 @@
+"""Verdicts on what the paper says of S, Q and V, from the measurement over seeds (`signal.json`)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, Claim
+
+MOST = 0.8
+"""Share of seeds that must show a shape for it to count."""
+CLOSE_FIT = 0.2
+"""Largest error of a fitted curve, as a share of its rise over the distances, that counts as that shape."""
+GROWTH = math.log(2)
+"""Least rise of ln V over the distances that counts as growth, nats."""
+
+QUALITIES = {"quality": "8 rollouts", "quality_1": "1 rollout"}
+COSTS = {"gradient_current": "ratio current", "gradient_exact": "ratio exact"}
+
+
+def interior_peak(signal: Mapping[str, Any]) -> Claim:
+    """S has one interior maximum: seeds whose Δ* and its interval over prompts exclude both ends."""
+    names = {
+        f"{quality.replace('quality', 'signal')}_{cost}": f"{rollouts}, {mode}"
+        for quality, rollouts in QUALITIES.items()
+        for cost, mode in COSTS.items()
+    }
+    seeds, rows = len(signal["seeds"]), []
+    for origin, entry in signal["origins"].items():
+        for name in names:
+            best = entry["optimum"][name]
+            inside = sum(not one["at_edge"] for one in best)
+            ends = entry["distances"][0], entry["distances"][-1]
+            sure = sum(one["low"] > ends[0] and one["high"] < ends[1] for one in best)
+            rows.append({"origin": origin, "signal": name, "interior": inside, "interval inside": sure})
+    enough = {(row["origin"], row["signal"]): row["interval inside"] >= MOST * seeds for row in rows}
+    everywhere = [name for name in names if all(enough[origin, name] for origin in signal["origins"])]
+    return Claim(
+        "interior peak",
+        "S(Δ) = Q/V has one interior maximum",
+        "Δ* ≈ 20 steps from the base, ≈ 70 from mid-training",
+        "; ".join(
+            f"from {origin}: "
+            + ", ".join(
+                f"{names[row['signal']]} {row['interval inside']}/{seeds} (maximum alone {row['interior']}/{seeds})"
+                for row in rows
+                if row["origin"] == origin
+            )
+            for origin in signal["origins"]
+        ),
+        "a measurement, not a run",
+        REPRODUCED if everywhere else PARTLY if any(enough.values()) else NOT,
+        f"seeds whose Δ* is interior with its 95 % interval over prompts; {MOST:.0%} of them needed, from every origin "
+        "for one definition of S",
+        SIGNAL,
+        rows,
+    )
+
+
+def shapes(signal: Mapping[str, Any]) -> Claim:
+    """Q rises and saturates within the distances, measured V grows like e^(βΔ): seeds for which the fit says so."""
+    seeds, rows = len(signal["seeds"]), []
+    for origin, entry in signal["origins"].items():
+        grid = entry["distances"]
+        for name, words in (QUALITIES | COSTS).items():
+            fits = entry["fit"][name]
+            good = sum(_saturates(fit, grid) if name in QUALITIES else _grows(fit, grid) for fit in fits)
+            rows.append({"origin": origin, "curve": name, "words": words, "seeds": good})
+    enough = {(row["origin"], row["curve"]): row["seeds"] >= MOST * seeds for row in rows}
+    whole = [
+        any(all(enough[origin, name] for origin in signal["origins"]) for name in names) for names in (QUALITIES, COSTS)
+    ]
+    return Claim(
+        "shapes",
+        "Q is concave and saturates, V grows exponentially",
+        "V ≲ e^(βΔ), figures 2b and 2c",
+        "; ".join(
+            f"from {origin}: "
+            + ", ".join(
+                f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
+                for row in rows
+                if row["origin"] == origin
+            )
+            for origin in signal["origins"]
+        ),
+        "a measurement, not a run",
+        REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,
+        "seeds whose fit of Q∞(1 − e^(−Δ/τ)) has τ within the distances, or whose fit of e^(βΔ) at least doubles, with "
+        f"an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as measured",
+        SIGNAL,
+        rows,
+    )
+
+
+def _saturates(fit: Mapping[str, Any], grid: list[float]) -> bool:
+    """Whether a fit of Q bends within the distances and runs close to the points."""
+    if fit["tau"] is None or not grid[1] <= fit["tau"] <= grid[-1]:
+        return False
+    return fit["q_rmse"] <= CLOSE_FIT * -fit["q_inf"] * math.expm1(-grid[-1] / fit["tau"])
+
+
+def _grows(fit: Mapping[str, Any], grid: list[float]) -> bool:
+    """Whether a fit of ln V rises and runs close to the points."""
+    if fit["beta"] is None or fit["beta"] * grid[-1] < GROWTH:
+        return False
+    return fit["v_rmse"] <= CLOSE_FIT * fit["beta"] * grid[-1]

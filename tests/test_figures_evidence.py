@@ -130,8 +130,12 @@ def draw_all(evidence, paper, table):
     }
 
 
+def lines_of(axes, label):
+    return [line for line in axes.get_lines() if line.get_label() == label]
+
+
 def line_of(axes, label):
-    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    (line,) = lines_of(axes, label)
     return line
 
 
@@ -246,15 +250,26 @@ def test_roll_backs_are_lines_where_seeds_agree_and_ticks_where_they_differ(evid
             (ticks,) = [ticks for ticks in axes.collections if "single seeds" in ticks.get_label()]
             assert ticks.get_label() == "AutoNPO, roll-backs of single seeds"
             assert [segment[0, 0] for segment in ticks.get_segments()] == [16, 20, 24]
-            assert matplotlib.colors.same_color(ticks.get_color()[0][:3], line_of(axes, "AutoNPO").get_color())
+            assert matplotlib.colors.same_color(ticks.get_color()[0][:3], lines_of(axes, "AutoNPO")[0].get_color())
             # the curves end above the ticks
             bottom, top = axes.get_ylim()
-            lowest = min(line_of(axes, arm).get_ydata().min() for arm in ("GRPO", "AutoNPO", "NPO"))
+            lowest = min(line.get_ydata().min() for arm in ("GRPO", "AutoNPO", "NPO") for line in lines_of(axes, arm))
             assert bottom + 0.05 * (top - bottom) < lowest
     legends = legends_of(figure)
     assert "roll-back of all seeds of the arm" in legends and any("tick at the bottom" in text for text in legends)
     plain = legends_of(training_with_interventions(evidence, ["GRPO", "LUFFY"]))
     assert not any("roll-back" in text for text in plain)
+
+
+def test_seeds_that_roll_back_at_different_steps_are_drawn_one_by_one(drawn):
+    figure = drawn["training"]
+    assert [len(lines_of(axes, "AutoNPO")) for axes in figure.axes] == [3] * 4
+    assert [len(lines_of(axes, arm)) for axes in figure.axes for arm in ("GRPO", "NPO")] == [1] * 8
+    # seed s rolls back 8 steps at step 16 + 4s
+    for seed, line in enumerate(lines_of(figure.axes[0], "AutoNPO")):
+        values = line.get_ydata()
+        assert len(values) == 40 and np.argmin(np.diff(values)) + 1 == 16 + 4 * seed
+    assert "moving average of one seed" in legends_of(figure)
 
 
 def test_an_arm_whose_seeds_all_failed_has_no_curve():

@@ -107,7 +107,8 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
     """On-policy pass rate and entropy over both clocks, with the roll-backs (paper: Figures 4a and 4b).
 
     A seed's curve is its moving average; after a roll-back it goes on from its state at the step rolled back to. The
-    policy clock shows the final trajectory only. Steps that a seed of the arm lacks are left out.
+    policy clock shows the final trajectory only. A mean is over the steps that all seeds have; seeds that roll back at
+    different steps are drawn one by one, as their mean would jump where none of them does.
 
     Args:
         evidence: Results of the study.
@@ -128,7 +129,7 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
             row[0].set_ylabel(METRICS[metric])
             for axes, clock in zip(row, reversed(CLOCKS), strict=True):
                 for arm in arms:
-                    _draw_curve(axes, records[arm], metric, clock, arm)
+                    _draw_curve(axes, records[arm], metric, clock, arm, single=arm in apart)
                 _draw_rollbacks(axes, {arm: {jump[clock] for jump in jumps[arm][0]} for arm in alike})
             bottom, top = row[0].get_ylim()
             row[0].set_ylim(bottom - 0.06 * len(apart) * (top - bottom), top)
@@ -141,8 +142,10 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
                     )  # fmt: skip
         for axes, clock in zip(grid[1], reversed(CLOCKS), strict=True):
             axes.set_xlabel(CLOCKS[clock] + (", final trajectory" if clock == "policy_step" else ""))
-        _legend_of_curves(figure, evidence, records)
+        _legend_of_curves(figure, evidence, records, apart)
         marks = _curve_marks(records)
+        if apart:
+            marks.append(Line2D([], [], color=GREY, lw=0.8, label="moving average of one seed"))
         if alike:
             marks.append(Line2D([], [], color=GREY, ls="--", lw=1.0, label="roll-back of all seeds of the arm"))
         if apart:
@@ -182,6 +185,8 @@ def correction_ablation(evidence: Evidence) -> Figure:
                 axes.text(0.5, 0.98, text, transform=axes.transAxes, ha="center", va="top", linespacing=1.3)
             bottom, top = row[0].get_ylim()
             row[0].set_ylim(bottom, bottom + (top - bottom) / 0.76)
+            if metric == "pass_rate":
+                row[0].set_yticks([tick for tick in row[0].get_yticks() if bottom <= tick <= 1])
         for axes, pair in zip(grid[0], PAIRS, strict=True):
             axes.set_title(f"{pair[0]}: with and without importance correction")
         for axes in grid[1]:
@@ -314,7 +319,9 @@ def _interval_marks(counts: Sequence[int]) -> list[Line2D]:
     """Entries of a legend for what is drawn of so many seeds."""
     marks = []
     if max(counts) > 1:
-        marks.append(Line2D([], [], color=GREY, lw=1.4, label="95 % t interval of the mean over seeds"))
+        several = sorted({count for count in counts if count > 1})
+        seeds = "–".join(map(str, dict.fromkeys((several[0], several[-1]))))
+        marks.append(Line2D([], [], color=GREY, lw=1.4, label=f"95 % t interval of the mean over {seeds} seeds"))
         marks.append(Line2D([], [], color=GREY, marker="o", label="single seed", **SEED))
     if 1 in counts:
         marks.append(Line2D([], [], color=GREY, marker="o", ms=6, label="one seed: no interval", **MEAN))
@@ -339,15 +346,21 @@ def _moment(jump: Mapping[str, Any]) -> tuple[int, int]:
     return jump["compute_step"], jump["policy_step"]
 
 
-def _draw_curve(axes: Axes, records: Sequence[RunRecord], metric: str, clock: str, arm: str) -> None:
-    """Mean over seeds of the moving averages with its band, over the steps that all seeds have."""
+def _draw_curve(
+    axes: Axes, records: Sequence[RunRecord], metric: str, clock: str, arm: str, single: bool = False
+) -> None:
+    """Mean over seeds of the moving averages with its band, over the steps that all seeds have; or each seed's own."""
     if not records:
         return
     color, line = ARM_LOOKS[arm]
     kept = [record.kept() if clock == "policy_step" else np.full(len(record.lines), True) for record in records]
     steps = [record.values(clock)[keep] for record, keep in zip(records, kept, strict=True)]
-    common = reduce(np.intersect1d, steps)
     averages = [record.average(metric)[keep] for record, keep in zip(records, kept, strict=True)]
+    if single:
+        for own, values in zip(steps, averages, strict=True):
+            axes.plot(own, values, color=color, ls=line, lw=0.8, alpha=0.9, label=arm)
+        return
+    common = reduce(np.intersect1d, steps)
     rows = [values[np.isin(own, common)] for own, values in zip(steps, averages, strict=True)]
     mean, low, high = np.transpose([interval(values) for values in np.transpose(rows)])
     if len(records) > 1:
@@ -364,11 +377,14 @@ def _draw_rollbacks(axes: Axes, places: Mapping[str, set[int]]) -> None:
             axes.axvline(place, color=ARM_LOOKS[arm][0], lw=1.0, ls=dashes, zorder=1, label=f"{arm}, roll-back")
 
 
-def _legend_of_curves(figure: Figure, evidence: Evidence, records: Mapping[str, Sequence[RunRecord]]) -> None:
+def _legend_of_curves(
+    figure: Figure, evidence: Evidence, records: Mapping[str, Sequence[RunRecord]], single: Sequence[str] = ()
+) -> None:
     seeds, lines = len(evidence.about["seeds"]), []
     for arm, runs in records.items():
         count = f"n = {len(runs)}" + (f" of {seeds}" if len(runs) < seeds else "")
-        lines.append(Line2D([], [], color=ARM_LOOKS[arm][0], ls=ARM_LOOKS[arm][1], lw=1.6, label=f"{arm} ({count})"))
+        width = 0.8 if arm in single else 1.6
+        lines.append(Line2D([], [], color=ARM_LOOKS[arm][0], ls=ARM_LOOKS[arm][1], lw=width, label=f"{arm} ({count})"))
     figure.legend(handles=lines, loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
 
 

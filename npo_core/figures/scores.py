@@ -32,7 +32,7 @@ def intervention_signals(run: str | Path) -> Figure:
     dismissed = {event["compute_step"] for event in record.of_kind("dismissed")}
     panels = {
         "quality": "quality $\\hat{Q}$\n(pass rate on failures)",
-        "variance": "variance cost $\\hat{V}$\n(second moment)",
+        "variance": "variance cost $\\hat{V}$\n(on-policy = 1)",
         "signal": "signal\n$\\hat{S} = \\hat{Q}\\,/\\,\\hat{V}$",
     }
     costs = [candidate["variance"] for choice in choices for candidate in choice["candidates"]]

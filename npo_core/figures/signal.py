@@ -82,7 +82,7 @@ def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
     names = {"quality": f"Q, {summary['settings']['rollouts']} rollouts", "quality_1": "Q, 1 rollout"}
     names |= {cost: f"V and S, {COST_NAMES[cost]}" for cost in costs}
     names["kl"] += f", c = {summary['settings']['c']:g}"
-    band, fit = "95 % interval over prompts", "fit: Q = q (1 − exp(−Δ/τ)), V = exp(βΔ)"
+    band, fit = "95 % interval, prompts of one run", "fit: Q = q (1 − exp(−Δ/τ)), V = exp(βΔ)"
     marks: dict[str, Any] = {band: Patch(color=GREY, alpha=0.2, lw=0)}
     with style():
         figure, grid = canvas(3, len(origins), (min(WIDTH, 4.6 + len(origins)), 6.6), sharex="col")
@@ -181,7 +181,7 @@ def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figur
             axes.set_ylabel(f"quality Q, {rollouts} rollouts\n(share of failures shown)")
         order = [name for name, *_ in SOURCES.values()]
         marks = dict(sorted(marks.items(), key=lambda mark: order.index(mark[0]) if mark[0] in order else len(order)))
-        marks["95 % interval over prompts"] = Line2D([], [], color=GREY, lw=0.7, alpha=0.7)
+        marks["95 % interval, prompts of one run"] = Line2D([], [], color=GREY, lw=0.7, alpha=0.7)
         marks["equal signal S = Q / V"] = Line2D([], [], color="0.75", lw=0.8)
         figure.legend(marks.values(), marks, loc="outside lower center", ncols=3 if columns > 1 else 2, frameon=False)
         figure.draw_without_rendering()
@@ -234,7 +234,8 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
         if any(axes.texts for axes in grid.flat):
             lines.append(Line2D([], [], color=GREY, lw=1.0, label="ln V = c·KL"))
         figure.legend(handles=lines, loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
-        note = [Line2D([], [], ls="", label="a point is a distance Δ ≥ 0; ρ: Spearman's, [95 % interval over prompts]")]
+        text = "a point is a distance Δ ≥ 0 of one run; ρ: Spearman's, [95 % interval over its prompts]"
+        note = [Line2D([], [], ls="", label=text)]
         figure.legend(handles=note, loc="outside lower center", frameon=False, handlelength=0)
     return settle(figure)
 

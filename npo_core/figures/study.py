@@ -32,7 +32,7 @@ MODE_LOOKS = {
 """Markers and colours of ratio modes; a mode has the colour of the variance that was measured in it."""
 CLOCK_TITLES = {"compute": "at equal compute steps", "policy": "at equal policy steps"}
 GAIN = "gain in test pass rate\n(guided − unguided, fraction)"
-SEED = {"ls": "", "ms": 3, "alpha": 0.45, "mew": 0}
+SEED = {"ls": "", "ms": 4, "alpha": 0.8, "mec": "white", "mew": 0.5, "zorder": 3.5}
 """Look of a single seed."""
 MEAN = {"ls": "", "mec": "black", "mew": 0.7, "zorder": 4}
 """Look of a mean over seeds."""

@@ -142,14 +142,15 @@ def measure_folder(
     if teacher is not None:
         policies[TEACHER] = Path(teacher)
     pairs = plan_pairs(steps, origins, distances, others=[] if teacher is None else [TEACHER], also=also)
-    rows = load_rows(data)
+    judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
+    rows = load_rows(data, answer=isinstance(judge, BoxedVerifier))
     measurement = Measurement(
         out,
         policies,
         pairs,
         load_processor(found[steps[0]] if processor is None else processor),
         [rows[index] for index in range(min(settings.prompts, len(rows)))],
-        find_verifier(verifier) if isinstance(verifier, str) else verifier,
+        judge,
         settings,
         quiet=quiet,
     )
@@ -188,8 +189,12 @@ def describe(measured: MeasuredSignal) -> str:
     return "\n".join(lines)
 
 
-def load_rows(path: str | Path) -> Dataset:
+def load_rows(path: str | Path, answer: bool = True) -> Dataset:
     """Rows of a data set on disk, checked, with prompts as chat messages.
+
+    Args:
+        path: parquet or jsonl file, or a saved data set.
+        answer: Every row needs a text under `answer`; see `require_columns`.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
@@ -198,7 +203,7 @@ def load_rows(path: str | Path) -> Dataset:
     if not Path(path).exists():  # else it could be a name on the hub
         raise FileNotFoundError(f"There is no data set at {path}.")
     rows = read_rows(path)
-    require_columns(rows)
+    require_columns(rows, answer)
     if "image" in rows.column_names and not isinstance(rows.features["image"], Image):
         rows = rows.cast_column("image", Image())
     if isinstance(rows[0]["prompt"], str):

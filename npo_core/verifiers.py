@@ -48,8 +48,26 @@ class Verdict(enum.Enum):
         return self is Verdict.CORRECT
 
 
-Verifier = Callable[[str, Mapping[str, Any]], Verdict]
-"""What the engine calls: completion text and dataset row in, verdict out."""
+Verifier = Callable[[str, Mapping[str, Any]], Verdict | bool]
+"""What the engine calls: completion text and dataset row in, verdict out; True stands for correct, False for wrong."""
+
+
+def is_correct(verdict: Verdict | bool) -> bool:
+    """Whether a verifier's answer means correct (ours).
+
+    Args:
+        verdict: a `Verdict`, or anything with an attribute `correct`, or a bool.
+
+    Raises:
+        TypeError: neither; a number or None could mean anything.
+    """
+    if isinstance(verdict, bool):
+        return verdict
+    if not hasattr(verdict, "correct"):
+        raise TypeError(
+            f"the verifier returned {verdict!r}; a Verdict or a bool is needed: Verdict.CORRECT, Verdict.WRONG, True."
+        )
+    return bool(verdict.correct)
 
 
 def extract_answer(text: str) -> str | None:
@@ -216,7 +234,9 @@ def verifier_reward(verifier: Verifier) -> Callable[..., list[float]]:
             if isinstance(values, list) and len(values) == len(completions)
         }
         return [
-            float(verifier(completion_text(completion), {name: values[i] for name, values in per_row.items()}).correct)
+            float(
+                is_correct(verifier(completion_text(completion), {name: values[i] for name, values in per_row.items()}))
+            )
             for i, completion in enumerate(completions)
         ]
 

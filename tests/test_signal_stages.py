@@ -250,6 +250,11 @@ def test_a_missing_column_is_refused(tmp_path, missing):
         load_rows(written(tmp_path / "rows.jsonl", rows))
 
 
+def test_a_verifier_of_ones_own_needs_no_answer(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "answer"} for row in ROWS]
+    assert load_rows(written(tmp_path / "rows.jsonl", rows), answer=False)["uid"][:] == [row["uid"] for row in ROWS]
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("rows.jsonl", ""), ("rows.jsonl", '{"uid": \n'), ("rows.json", "[]"), ("rows.parquet", None)]
 )

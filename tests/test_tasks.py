@@ -442,3 +442,15 @@ def test_a_row_without_its_picture_is_refused():
 def test_the_same_row_at_several_steps_is_fine():
     rows = make_dataset(sample_problems("train", 4, 0))
     require_columns(training_schedule(rows, 3, 4, 0))
+
+
+def test_the_answer_is_asked_for_on_behalf_of_our_verifier_only():
+    """One of the user's own may read any column, and lists in it."""
+    rows = {"uid": ["a", "b"], "prompt": ["p", "q"]}
+    for answers in ({}, {"answer": [["1", "2"], []]}, {"answer": [3, 4]}):
+        with pytest.raises(ValueError, match="answer"):
+            require_columns(Dataset.from_dict({**rows, **answers}))
+        assert require_columns(Dataset.from_dict({**rows, **answers}), answer=False) == {"a", "b"}
+    with pytest.raises(ValueError, match="Uid 'a' names two rows"):
+        twice = {"uid": ["a", "a"], "prompt": ["p", "p"], "answer": [1, 2]}
+        require_columns(Dataset.from_dict(twice), answer=False)

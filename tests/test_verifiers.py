@@ -1,5 +1,6 @@
 """Verification: hand cases for every rule, and properties over arbitrary text."""
 
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from npo_core.verifiers import (
     Verdict,
     completion_text,
     extract_answer,
+    is_correct,
     normalise_answer,
     verifier_reward,
     verify,
@@ -260,3 +262,17 @@ def test_completion_text():
     for wrong in (3, None, ["text"], [{"role": "assistant", "content": 3}]):
         with pytest.raises(TypeError):
             completion_text(wrong)
+
+
+def test_a_verdict_may_be_a_bool():
+    assert [is_correct(verdict) for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, True, False)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    for unclear in (1.0, None, "correct"):
+        with pytest.raises(TypeError, match=re.escape(f"returned {unclear!r}; a Verdict or a bool")):
+            is_correct(unclear)
+    assert verifier_reward(lambda text, row: text == "x")(["x", "y"]) == [1.0, 0.0]

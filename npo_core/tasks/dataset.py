@@ -10,7 +10,7 @@ from datasets import Dataset
 from .problems import Problem
 
 REQUIRED_COLUMNS = ("uid", "prompt", "answer")
-"""Columns that NPO needs beside TRL's; `image` is needed for visual tasks only."""
+"""Columns that NPO needs; `answer` for the package's own verifier only, `image` for visual tasks only."""
 
 CHECKED_AT_ONCE = 1024
 """Rows in memory at a time when a data set is checked."""
@@ -65,34 +65,47 @@ def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed:
     return dataset.select(np.concatenate(passes)[: steps * prompts_per_step])
 
 
-def require_columns(dataset: Dataset) -> None:
+def require_columns(dataset: Dataset, answer: bool = True) -> set[str]:
     """Refuse a data set whose rows NPO cannot use.
+
+    Args:
+        dataset: Rows.
+        answer: Every row needs a text under `answer`, as `BoxedVerifier` does; False for a verifier of one's own, which
+            may read any column.
+
+    Returns:
+        The uids.
 
     Raises:
         ValueError: A column is missing, a value is empty, an image is missing, or two different rows share a uid.
     """
-    missing = [name for name in REQUIRED_COLUMNS if name not in dataset.column_names]
+    required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
+    missing = [name for name in required if name not in dataset.column_names]
     if missing:
         raise ValueError(
             f"The data set has the columns {dataset.column_names}, but not {missing}. NPO needs "
-            f"{list(REQUIRED_COLUMNS)} in every row: uid names the prompt in the guidance cache, answer is verified."
+            f"{required} in every row: uid names the prompt in the guidance cache, answer is verified."
         )
     seen: dict[str, tuple[str, str]] = {}
     # as stored: through a data set's own format or transform, each row would have its pictures decoded
-    stored = dataset.with_format("arrow").select_columns(list(REQUIRED_COLUMNS))
+    read = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
+    stored = dataset.with_format("arrow").select_columns(read)
     rows = (row for batch in stored.iter(CHECKED_AT_ONCE) for row in batch.to_pylist())
     for index, row in enumerate(rows):
-        uid, answer, prompt = row["uid"], row["answer"], row["prompt"]
+        uid, wanted, prompt = row["uid"], row.get("answer"), row["prompt"]
         if not isinstance(uid, str) or not uid:
             raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"Row {index} (uid {uid!r}) has answer {answer!r}; every row needs a non-empty string.")
+        if answer and (not isinstance(wanted, str) or not wanted.strip()):
+            raise ValueError(
+                f"Row {index} (uid {uid!r}) has answer {wanted!r}; every row needs a non-empty string. (A verifier of "
+                "your own may read any column.)"
+            )
         if not prompt:
             raise ValueError(f"Row {index} (uid {uid!r}) has no prompt.")
-        content = (answer, str(prompt))
+        content = (str(wanted), str(prompt))
         if seen.setdefault(uid, content) != content:
             raise ValueError(
-                f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {answer!r}; "
+                f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {str(wanted)!r}; "
                 "make uids unique."
             )
     for name in {"image", "images"} & set(dataset.column_names):
@@ -100,6 +113,7 @@ def require_columns(dataset: Dataset) -> None:
         if index is not None:
             uid = stored[index]["uid"][0].as_py()
             raise ValueError(f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column.")
+    return set(seen)
 
 
 def _first_without(dataset: Dataset, name: str) -> int | None:

@@ -28,6 +28,7 @@ _HOMES = {
     "measure_folder": "signal_stages",
     "resolve_config": "config",
     "sample_rollouts": "sampling",
+    "tokenizer_digest": "policies",
     "verifier_reward": "verifiers",
 }
 

@@ -4,7 +4,7 @@ What a baseline's own code does is a row of settings (`config.METHOD_SETTINGS`);
 guides come from and what they cost. See the table in `docs/implementation.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,20 @@ class GuidedByPolicy(Controller):
 
     Args:
         guide_folder: Folder of the guide, in the Hugging Face format.
+        chat_template_kwargs: Template arguments that the guide is asked with; it is sampled before any trainer is made.
         **kwargs: Arguments of `Controller`.
     """
 
-    def __init__(self, *args: Any, guide_folder: Path, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        guide_folder: Path,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.guide_folder = Path(guide_folder)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     @property
     def _cache_type(self) -> type[GuidanceCache]:
@@ -74,16 +82,17 @@ class GuidedByPolicy(Controller):
             temperature=config.temperature,
             score=False,
             batch=config.rollout_batch,
+            chat_template_kwargs=self.chat_template_kwargs,
+            score_temperature=config.temperature,
         )
-        kept = [trajectory for group in sampled for trajectory in self._chosen(group)]
+        cache = self._empty_cache(policy, self._cache_type)
+        kept = [trajectory for group in sampled for trajectory in self._chosen(group, cache.eos_token_ids)]
         logps = self._score(policy, kept)
-        cache = self._empty_cache(self._cache_type)
         cache.fill([replace(trajectory, logps=tuple(row)) for trajectory, row in zip(kept, logps, strict=True)])
         return cache
 
-    def _chosen(self, group: Sequence[Trajectory]) -> list[Trajectory]:
+    def _chosen(self, group: Sequence[Trajectory], eos: Sequence[int]) -> list[Trajectory]:
         """Usable correct rollouts of a prompt: the first, or all of at least as many as a group takes (RLEP)."""
-        eos = self._empty_cache().eos_token_ids
         count = self.config.guides_per_group
         correct = [t for t in group if t.correct and t.token_ids[-1] in eos]
         return correct[:1] if count == 1 else correct if len(correct) >= count else []
@@ -108,6 +117,7 @@ class GuidedByOwnPast(Controller):
             share=config.replay_share,
             start=config.replay_start,
             keep=config.replay_keep,
+            temperature=config.temperature,
         )
         if resume_from is not None:
             memory.restore(resume_from)

@@ -26,11 +26,11 @@ from .checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoint
 from .config import RunConfig
 from .datafiles import image_digest
 from .engine import place, trainer_generate
-from .policies import load_policy, tokenizer_digest, tokenizer_of
+from .policies import load_policy, tokenizer_digest
 from .processes import agree, is_writer, join
 from .progress import progress
 from .runs import RunFolder
-from .sampling import Generate, Lazily, shared_logps, shared_rollouts
+from .sampling import Generate, Lazily, end_tokens, shared_logps, shared_rollouts
 from .sources import GuidanceSource, GuidanceWindow
 from .trainer import NPOTrainer, Verifier
 from .trajectories import GuidanceCache, Trajectory
@@ -83,6 +83,7 @@ class Controller:
         self.processor = processor
         self.verifier = verifier
         self.quiet = quiet or not is_writer()
+        self.chat_template_kwargs: Mapping[str, Any] = {}
 
     def run(self) -> NPOTrainer:
         """Train until the compute budget is spent; return the trainer with the final policy."""
@@ -101,6 +102,7 @@ class Controller:
                 guidance = self._guidance(segments[-1], resume_from)
                 trainer = self.make_trainer(self._branch(segments[-1]), guidance, [watch])
                 watch.trainer = trainer
+                self.chat_template_kwargs = trainer.chat_template_kwargs  # off line, prompts must be those of training
                 if due is None and watch.compute_step < self.config.compute_steps:
                     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
                     due = watch.due
@@ -210,16 +212,26 @@ class Controller:
             batch=self.config.rollout_batch,
             score_batch=self.config.score_batch,
             generate=generate,
+            chat_template_kwargs=self.chat_template_kwargs,
+            score_temperature=self.config.temperature,
         )
 
     def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        """Log-probs of trajectories under another policy, in nats."""
+        """Log-probs of trajectories under another policy, in nats, at the training's temperature."""
         rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
         # a trainer's policy computes in its mixed precision; one that is compared with it must too
         mixed = self.config.mixed_precision == "bf16"
         with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
-            return shared_logps(policy, self.processor, rows, tokens, self.config.score_batch)
+            return shared_logps(
+                policy,
+                self.processor,
+                rows,
+                tokens,
+                self.config.score_batch,
+                temperature=self.config.temperature,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
 
     def _replay(
         self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int
@@ -281,13 +293,13 @@ class Controller:
             flat = [
                 replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
             ]
-        cache = self._empty_cache()
+        cache = self._empty_cache(guide)
         cache.fill(flat, config.cache_rule)
         return cache
 
-    def _empty_cache(self, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+    def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
         return kind(
-            [tokenizer_of(self.processor).eos_token_id],
+            end_tokens(guide, self.processor),
             self.config.max_completion_length,
             tokenizer_digest(self.processor),
             self.rows,

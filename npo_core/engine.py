@@ -137,7 +137,7 @@ def trainer_generate(trainer: GRPOTrainer) -> Generate | None:
     def generate(rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]:
         engine.sync_weights()
         trainer._last_loaded_step = trainer.state.global_step
-        encoded = encode_prompts(processor, rows)
+        encoded = encode_prompts(processor, rows, trainer.chat_template_kwargs)
         prompt_ids = [
             ids[mask.bool()].tolist()
             for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)

@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 from . import stages
 from .checkpoints import checkpoint_folder, require_complete
 from .config import RunConfig
-from .policies import load_policy, quiet_transformers, tokenizer_digest, tokenizer_of
+from .policies import load_policy, quiet_transformers, tokenizer_digest
 from .progress import progress
 from .runs import RunFolder, write_json
-from .sampling import sample_rollouts
+from .sampling import end_tokens, sample_rollouts
 from .signal_report import RESAMPLE, Pair
 from .sources import GuidanceWindow
 from .trajectories import GuidanceCache
@@ -187,8 +187,9 @@ class GainStudy:
             step = pair.origin if pair.source == RESAMPLE else int(pair.source) if pair.source.isdecimal() else -1
             folder = self.sources[pair.source] if step < 0 else self._checkpoint(step) if step else self.world.base
             entropy = [config.seed, pair.origin, *pair.source.encode()]
+            guide = load_policy(folder)
             groups = sample_rollouts(
-                load_policy(folder),
+                guide,
                 processor,
                 [rows[uid] for uid in uids],
                 config.cache_rollouts,
@@ -197,9 +198,11 @@ class GainStudy:
                 max_new_tokens=config.max_completion_length,
                 source_step=step,
                 temperature=config.temperature,
+                score_temperature=config.temperature,
             )
-            eos = [tokenizer_of(processor).eos_token_id]
-            cache = GuidanceCache(eos, config.max_completion_length, tokenizer_digest(processor), rows)
+            cache = GuidanceCache(
+                end_tokens(guide, processor), config.max_completion_length, tokenizer_digest(processor), rows
+            )
             cache.fill((trajectory for group in groups for trajectory in group), "first")
             cache.save(path)
         return GuidanceCache.load(path, tokenizer_digest(processor)), len(uids)

@@ -281,7 +281,9 @@ def tokenizer_of(processor):
 def tokenizer_digest(processor) -> str:
     """Fingerprint of a tokenizer: token ids mean the same text where it is equal."""
     tokenizer = tokenizer_of(processor)
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.pad_token]
+    # TRL pads with the end of sequence where a tokenizer has no padding: that makes it no other tokenizer
+    padding = None if tokenizer.pad_token == tokenizer.eos_token else tokenizer.pad_token
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, padding]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -79,6 +79,7 @@ class OwnPast:
         share: Share of a step's prompts that are replayed.
         start: Pass rate of a step above which replay begins.
         keep: Newest correct rollouts kept per prompt.
+        temperature: Temperature of the training, whose log-probs are kept with the rollouts.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class OwnPast:
         share: float = 0.5,
         start: float = 0.35,
         keep: int = 8,
+        temperature: float = 1.0,
     ):
         self.rows, self.n, self.seed, self.share, self.start, self.keep = rows, n, seed, share, start, keep
+        self.temperature = temperature
         self.begun = False
         self._solved: dict[str, int] = {}
         self._kept: dict[str, list[Trajectory]] = {}
@@ -164,13 +167,16 @@ class OwnPast:
         if solved == 0:
             return
         new = [
-            Trajectory(uid, tuple(row["token_ids"]), tuple(row["behaviour_logps"]), step, True, row["text"])
+            self._kept_one(uid, row["token_ids"], row["behaviour_logps"], step, row["text"])
             for row in own
             if row["correct"] and row["ended"]
         ]
         kept = (self._kept.get(uid, []) + new)[-self.keep :]
         if kept:
             self._solved[uid], self._kept[uid] = solved, kept
+
+    def _kept_one(self, uid: str, ids: Sequence[int], logps: Sequence[float], step: int, text: str) -> Trajectory:
+        return Trajectory(uid, tuple(ids), tuple(logps), step, True, text, temperature=self.temperature)
 
     def save(self, folder: Path) -> None:
         """Write the memory to `own_past.parquet` in a checkpoint folder."""
@@ -203,9 +209,7 @@ class OwnPast:
         self.begun, self._solved, self._kept, self._chosen = bool(about["solved"]), {}, {}, {}
         for row in rows:
             uid = row["uid"]
-            trajectory = Trajectory(
-                uid, tuple(row["token_ids"]), tuple(row["logps"]), row["source_step"], True, row["text"]
-            )
+            trajectory = self._kept_one(uid, row["token_ids"], row["logps"], row["source_step"], row["text"])
             self._solved[uid] = row["solved"]
             self._kept.setdefault(uid, []).append(trajectory)
 

@@ -27,11 +27,12 @@ class Trajectory:
     Attributes:
         uid: Prompt that it answers.
         token_ids: Sampled token ids, end of sequence included where there is one.
-        logps: Log-probability of each token under the policy that sampled it, at temperature 1, in nats.
+        logps: Log-probability of each token under the policy that sampled it, at `temperature`, in nats.
         source_step: Policy step of that policy.
         correct: Verdict of the verifier.
         text: Decoded response, for people; never tokenised again.
         policy_logps: Log-probability of each token under the policy that will be guided, or None if not computed.
+        temperature: Temperature that the log-probabilities are taken at. A ratio of π and q needs that of the training.
     """
 
     uid: str
@@ -41,6 +42,7 @@ class Trajectory:
     correct: bool
     text: str
     policy_logps: tuple[float, ...] | None = None
+    temperature: float = 1.0
 
 
 class GuidanceRefused(ValueError):
@@ -48,12 +50,13 @@ class GuidanceRefused(ValueError):
 
 
 class GuidanceCache:
-    """Guide trajectories by prompt uid: the near-future source of NPO.
+    """Guide trajectories by prompt uid: the near-future source of NPO. `NPOTrainer.new_cache` makes one that fits it.
 
     Args:
         eos_token_ids: Token ids that end a response.
         max_completion_length: Longest response in tokens.
-        tokenizer_digest: Fingerprint of the tokenizer that the token ids belong to.
+        tokenizer_digest: Fingerprint of the tokenizer that the token ids belong to (`npo_core.tokenizer_digest`); empty
+            if unknown, then a trainer cannot tell whether they are its own.
         known_uids: Prompts that may be guided; None allows any.
         image_digest: Fingerprint of the picture settings that the guides were sampled under; empty if unknown.
     """
@@ -140,11 +143,20 @@ class GuidanceCache:
             self._guides[uid] = _choose(choices, rule)
         return refused
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the cache to a parquet file; under another name first, then renamed."""
-        columns = {name: [] for name in ("uid", "token_ids", "logps", "source_step", "reward", "text")}
+        path = Path(path)
+        columns = {name: [] for name in _SCHEMA.names}
         for guide in self:
-            values = (guide.uid, list(guide.token_ids), list(guide.logps), guide.source_step, 1.0, guide.text)
+            values = (
+                guide.uid,
+                list(guide.token_ids),
+                list(guide.logps),
+                guide.source_step,
+                1.0,
+                guide.text,
+                guide.temperature,
+            )
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
         about = {
@@ -213,6 +225,7 @@ class GuidanceCache:
                     source_step=row["source_step"],
                     correct=row["reward"] == 1.0,
                     text=row["text"],
+                    temperature=row.get("temperature", 1.0),  # a file without it is older, and scored at 1
                 )
             )
         return cache
@@ -226,6 +239,7 @@ _SCHEMA = pa.schema(
         "source_step": pa.int32(),
         "reward": pa.float32(),
         "text": pa.string(),
+        "temperature": pa.float64(),
     }
 )
 

@@ -484,10 +484,11 @@ def rollouts(monkeypatch):
         asked.append((k, source_step, settings))
         return [[Trajectory(row["uid"], ids, (), source_step, ok, "") for ids, ok in made[row["uid"]]] for row in rows]
 
-    def score(policy, processor, rows, completions, batch):
+    def score(policy, processor, rows, completions, batch, *, temperature, chat_template_kwargs):
         return [[-0.25 * (place + 1) for place in range(len(ids))] for ids in completions]
 
-    monkeypatch.setattr(GuidedByPolicy, "_learner", lambda self, folder: torch.nn.Identity())
+    guide = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
+    monkeypatch.setattr(GuidedByPolicy, "_learner", lambda self, folder: guide)
     monkeypatch.setattr(npo_core.baselines, "shared_rollouts", sample)
     monkeypatch.setattr(npo_core.controller, "shared_logps", score)
     return made, asked

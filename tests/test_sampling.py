@@ -1,16 +1,22 @@
 """Off-line rollouts and scores: against an independent forward pass, and that sampling leaves no trace."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
+import npo_core.controller
+from npo_core.config import resolve_config
+from npo_core.controller import Controller
 from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
+from npo_core.runs import RunFolder
 from npo_core.sampling import (
     Lazily,
     completion_entropies,
     completion_logps,
     encode_prompts,
+    end_tokens,
     sample_rollouts,
     shared_logps,
     shared_rollouts,
@@ -141,6 +147,66 @@ def test_scores_are_at_temperature_one_and_untruncated_however_it_was_sampled(mo
         assert group[0].logps == pytest.approx(alone(model, processor, row, group[0].token_ids), abs=1e-4)
 
 
+def test_scores_at_another_temperature_are_those_of_the_logits_divided_by_it(model, processor, rows, groups, sample):
+    trajectory = groups[0][0]
+    whole = distributions(model, processor, rows[0], trajectory.token_ids)
+    tokens = torch.tensor(trajectory.token_ids).unsqueeze(-1)
+    expected = (whole / 0.6).log_softmax(-1).gather(-1, tokens)[:, 0].tolist()
+    assert completion_logps(model, processor, rows[:1], [trajectory.token_ids], temperature=0.6)[0] == pytest.approx(
+        expected, abs=1e-4
+    )
+    (group,) = sample(k=1, rows=rows[:1], score_temperature=0.6)
+    assert group[0].temperature == 0.6 and trajectory.temperature == 1.0
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+        completion_logps(model, processor, rows[:1], [trajectory.token_ids], temperature=0.0)
+
+
+def test_prompts_are_rendered_with_the_template_arguments_of_training(model, processor, rows, sample, monkeypatch):
+    template = processor.chat_template + "{% if think is defined %}0 0 {% endif %}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    think = {"think": True}
+    plain, longer = (encode_prompts(processor, rows[:1], given)["input_ids"] for given in (None, think))
+    word = processor.tokenizer.convert_tokens_to_ids("0")
+    assert longer[0].tolist() == [*plain[0].tolist(), word, word]
+    tokens = [(word, word)]
+    scores = completion_logps(model, processor, rows[:1], tokens, chat_template_kwargs=think)
+    assert scores[0] == pytest.approx(alone(model, processor, rows[0], (word,) * 4)[2:], abs=1e-4)
+    with_thought, without = sample(k=2, rows=rows[:1], chat_template_kwargs=think), sample(k=2, rows=rows[:1])
+    assert with_thought != without
+    entropies = [completion_entropies(model, processor, rows[:1], tokens, chat_template_kwargs=t) for t in (think, {})]
+    assert entropies[0] != entropies[1]
+
+
+def test_a_prompt_that_is_a_plain_string_is_tokenised_as_it_is(model, processor, rows):
+    tokenizer = processor.tokenizer
+    plain = [{"uid": "a", "prompt": "0 1 2"}, {"uid": "b", "prompt": "3"}]
+    for encoder in (processor, tokenizer):
+        inputs = encode_prompts(encoder, plain)
+        ids = [
+            tokens[kept].tolist()
+            for tokens, kept in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        ]
+        assert ids == [tokenizer(row["prompt"])["input_ids"] for row in plain]
+        assert inputs["attention_mask"][1].tolist() == [0, 0, 1]
+    for some in (plain, plain[:1]):
+        groups = sample_rollouts(model, processor, some, 2, lambda text, row: True, seed=0, max_new_tokens=4)
+        assert [len(group) for group in groups] == [2] * len(some)
+    for mixed in ([plain[0], rows[0]], [{**plain[0], "image": rows[0]["image"]}]):
+        with pytest.raises(ValueError, match="chat messages"):
+            encode_prompts(processor, mixed)
+
+
+def test_rows_may_be_a_data_set(model, processor, rows, sample):
+    dataset = make_dataset(sample_problems("train", 8, 0))
+    assert sample(k=1, batch=3, rows=dataset) == sample(k=1, batch=3)
+    tokens = [(15, 16)] * 4
+    few = dataset.select(range(4))
+    assert completion_logps(model, processor, few, tokens, 3) == completion_logps(model, processor, rows[:4], tokens, 3)
+    assert completion_entropies(model, processor, few, tokens, 3) == completion_entropies(
+        model, processor, rows[:4], tokens, 3
+    )
+
+
 def test_a_list_of_pictures_stands_where_one_does(processor, rows):
     """`images` of one picture is `image`; of two, both are shown, the first one first."""
     one, other = (row["image"] for row in rows[:2])
@@ -175,6 +241,20 @@ def test_a_response_ends_with_the_first_end_of_sequence(processor, groups):
     assert cut_off
     assert {len(tokens) for tokens in cut_off} == {WIDTH}
     assert all(len(t.token_ids) == len(t.logps) for group in groups for t in group)
+
+
+def test_a_response_ends_at_every_token_that_ends_one_in_training(model, processor, rows, sample, monkeypatch):
+    """As the end of a turn beside the end of a text."""
+    tokenizer = processor.tokenizer
+    end, word = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("0")
+    for own, expected in ((None, [end]), (end, [end]), ([end, word], [end, word]), ([word], [end, word])):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", own)
+        assert end_tokens(model, processor) == expected
+    flat = [trajectory.token_ids for group in sample(k=8) for trajectory in group]
+    assert any(tokens[-1] == word and len(tokens) < WIDTH for tokens in flat)
+    assert not any({end, word} & set(tokens[:-1]) for tokens in flat)
+    given = sample(k=1, rows=rows[:1], generate=lambda *_: [[7, word, 8, end]])
+    assert given[0][0].token_ids == (7, word), "also where another sampler went on"
 
 
 def test_the_verdict_is_that_of_the_verifier_on_the_decoded_text(processor, rows, sample):
@@ -314,3 +394,44 @@ def test_what_cannot_be_sampled_or_scored_is_refused(model, processor, rows, sam
 
 def test_no_rows_give_no_groups(sample):
     assert sample(rows=[]) == []
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path, monkeypatch, temperature):
+    """Template arguments are the trainer's; log-probs are at the training's temperature, q and pi alike."""
+    asked = []
+
+    def record(name, result):
+        def call(*args, **settings):
+            asked.append((name, settings))
+            return result
+
+        return call
+
+    monkeypatch.setattr(npo_core.controller, "shared_rollouts", record("sampled", []))
+    monkeypatch.setattr(npo_core.controller, "shared_logps", record("scored", []))
+
+    class Asking(Controller):
+        def _stop_at(self, segments):
+            return 1
+
+        def _decide(self, trainer, watch, step, segments):
+            self._sample(None, [], 2, step, 1)
+            self._score(None, [])
+            raise StopIteration
+
+    class Trainer:
+        chat_template_kwargs: ClassVar = {"enable_thinking": False}
+
+        def __init__(self, output_dir, guidance, callbacks):
+            (self.watch,) = callbacks
+
+        def train(self, resume_from_checkpoint):
+            self.watch.due = 1
+
+    config = resolve_config("grpo", "smoke", 0, {"temperature": temperature})
+    with pytest.raises(StopIteration):
+        Asking(Trainer, config, RunFolder(config, tmp_path), {}, None, None, quiet=True).run()
+    (_, of_sampling), (_, of_scoring) = asked
+    assert of_sampling["chat_template_kwargs"] == of_scoring["chat_template_kwargs"] == {"enable_thinking": False}
+    assert of_sampling["temperature"] == of_sampling["score_temperature"] == of_scoring["temperature"] == temperature

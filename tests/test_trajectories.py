@@ -177,6 +177,19 @@ def rewrite(path, **columns):
     pq.write_table(table, path)
 
 
+def test_the_path_may_be_a_string_and_the_temperature_of_the_log_probs_is_kept(tmp_path):
+    guides = cache()
+    guides.add(replace(GOOD, temperature=0.6))
+    guides.save(str(tmp_path / "g.parquet"))
+    (guide,) = GuidanceCache.load(str(tmp_path / "g.parquet"), "t")
+    assert guide.temperature == 0.6
+
+
+def test_a_file_that_says_no_temperature_was_scored_at_one(saved):
+    pq.write_table(pq.read_table(saved).drop_columns("temperature"), saved)
+    assert GuidanceCache.load(saved).guide("a", 0).temperature == 1.0
+
+
 def test_another_tokenizer_is_refused(saved):
     assert len(GuidanceCache.load(saved, "t")) == 1
     with pytest.raises(ValueError, match="another tokenizer"):

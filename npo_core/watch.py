@@ -111,6 +111,8 @@ class Watch(TrainerCallback):
             if step == replay_end:
                 self.trigger.reset(step)
             return None
+        if not {"npo/reward", "npo/entropy"} <= line.keys():
+            return None  # no row of the policy was scored, or every response was masked: nothing to average
         warning = self.trigger.update(step, line["npo/reward"], line["npo/entropy"])
         enough = len(self.segments) - 1 >= self.config.max_interventions
         return None if enough or not self.acts else warning
@@ -139,7 +141,8 @@ class Watch(TrainerCallback):
         self.run_folder.append_metrics(line)
         warning = self.observe(line)
         self.due = state.global_step if warning is not None or self._stops(line) else None
-        self.bar.advance(reward=f"{line['npo/reward']:.2f}", entropy=f"{line['npo/entropy']:.2f}", at=state.global_step)
+        shown = {name: f"{line.get(f'npo/{name}', float('nan')):.2f}" for name in ("reward", "entropy")}
+        self.bar.advance(**shown, at=state.global_step)
         if warning is not None:
             self.run_folder.event(
                 "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(warning)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,7 +265,24 @@ def test_a_replay_feeds_the_pool_but_not_the_trigger(base, tmp_path):
         averages.append(watch.trigger.entropy_ema)
     assert averages[1] is not None and averages[1:5] == [averages[1]] * 3 + [None]
     assert averages[5] == pytest.approx(6.0)
-    assert [mistake.step for mistake in watch.pool.since(0)] == [1, 2, 3, 4, 5, 6]
+    line = {"policy_step": 7, "branch": 1, "groups": {"prompt 7": 0.0}}
+    for missing in ({"npo/reward": 0.1}, {"npo/entropy": 1.0}, {}):  # all rows masked, none of them scored
+        assert watch.observe({**line, **missing}) is None and watch.trigger.entropy_ema == pytest.approx(6.0)
+    assert [mistake.step for mistake in watch.pool.since(0)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_step_without_entropy_is_logged_and_trained_on(base, tmp_path):
+    """mask_truncated_completions takes every token of a step whose responses are all cut off."""
+    run = RunFolder(_config(base), tmp_path)
+    shown, control = [], SimpleNamespace(should_training_stop=False)
+    bar = SimpleNamespace(advance=lambda **values: shown.append(values))
+    watch = Watch(run.config, run, [Segment(0, 0, 0)], bar, acts=True)
+    watch.trainer = SimpleNamespace(group_pass_rates={"a": 0.0})
+    watch.on_log(None, SimpleNamespace(global_step=1), control, {"npo/reward": 0.25, "npo/entropy": None})
+    watch.on_log(None, SimpleNamespace(global_step=2), control, {"npo/reward": None, "npo/entropy": 1.5})
+    assert [(line["policy_step"], line["groups"]) for line in run.metrics()] == [(1, {"a": 0.0}), (2, {"a": 0.0})]
+    assert [(values["reward"], values["entropy"]) for values in shown] == [("0.25", "nan"), ("nan", "1.50")]
+    assert not control.should_training_stop
 
 
 def test_a_finished_run_is_loaded_not_run_again(autonpo, monkeypatch):

@@ -59,6 +59,14 @@ class NPOConfig(GRPOConfig):
                 f"guides_per_group is {self.guides_per_group} with num_generations = {self.num_generations}, placement "
                 f"{self.placement}; at least one guide, and rollouts of the policy to compare it with, must fit."
             )
+        # both give each guide token a weight of its own, which a ratio of the whole sequence would mix up
+        by_sequence = self.importance_sampling_level == "sequence" or self.loss_type in ("luspo", "vespo")
+        if self.ratio_mode in ("truncated", "shaped") and by_sequence:
+            raise ValueError(
+                f"ratio_mode {self.ratio_mode!r} weights token by token; importance_sampling_level "
+                f"{self.importance_sampling_level!r} with loss_type {self.loss_type!r} takes one ratio for a whole "
+                "response. Use ratio_mode 'current' or 'exact', or importance_sampling_level 'token' with another loss."
+            )
         for name in ("ratio_truncation", "ratio_gamma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")

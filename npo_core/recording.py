@@ -19,7 +19,9 @@ class StepRollouts:
         overwritten: Token ids of the rollout that a guide took the place of, and whether it was correct, by row.
         void: Rows that hold nothing: places for appended guides in groups that have none.
         gated: Groups that got a guide.
-        rewards: Weighted reward of each row.
+        refused: Guides that were judged wrong, so that the sampled rollout stayed.
+        verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
+        rewards: Weighted reward of each row; NaN where no reward function scored it.
         correct: Verdict on each row, or None without a verifier.
     """
 
@@ -28,6 +30,8 @@ class StepRollouts:
     overwritten: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
     void: list[int] = field(default_factory=list)
     gated: int = 0
+    refused: list[Trajectory] = field(default_factory=list)
+    verdicts: dict[int, bool] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 

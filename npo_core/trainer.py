@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .arguments import NPOConfig
 from .engine import collapse_pictures
 from .groups import gate, guide_rows, pass_rate
@@ -26,13 +27,9 @@ from .processes import collect
 from .ratios import MAX_LOG_WEIGHT, gradient_weight
 from .recording import RolloutTable, StepRollouts
 from .sampling import completion_entropies
-from .sources import GuidanceSource, ManyGuides, ReplaySource
-from .tasks import require_columns
-from .trajectories import GuidanceRefused, Trajectory
-from .verifiers import Verdict, completion_text
-
-Verifier = Callable[[str, Mapping[str, Any]], Verdict]
-"""`verifier(response text, data set row) -> Verdict`."""
+from .sources import GuidanceSource, ReplaySource
+from .trajectories import GuidanceCache, Trajectory
+from .verifiers import Verifier, completion_text, is_correct
 
 
 class NPOTrainer(GRPOTrainer):
@@ -41,15 +38,20 @@ class NPOTrainer(GRPOTrainer):
     Args:
         guidance (`GuidanceSource`, *optional*): Where guides come from, such as a `GuidanceCache`. Without one the
             trainer trains exactly as `GRPOTrainer`. May be set between steps through the attribute of this name.
-        verifier (`Callable`, *optional*): `verifier(response text, row) -> Verdict`. Needed with guidance: it gives the
-            pass rate for the gate. With a verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
+        verifier (`Callable`, *optional*): `verifier(response text, row) -> Verdict` or bool, in training only; the text
+            is the decoded response, whole. Needed with guidance: it gives the pass rate for the gate, and judges each
+            guide again before it is injected; a wrong one is left out and counted (`npo/refused_guides`). With a
+            verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
         rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of the step's rollouts
             while the attribute `record_rollouts` is True.
-        **kwargs: Arguments of `GRPOTrainer`. `train_dataset` needs the columns uid, prompt and answer.
+        **kwargs: Arguments of `GRPOTrainer`. With guidance, `train_dataset` needs the columns uid and prompt, and
+            answer where the verifier is `BoxedVerifier`.
 
     Raises:
-        ValueError: Guidance without verifier; a data set without uid, prompt or answer; a group that would be split
-            over two batches or processes; tools, environments or the liger loss together with guidance.
+        ValueError: Guidance without verifier; a data set without the needed columns, or remove_unused_columns; a group
+            that would be split over two batches or processes; tools or environments together with guidance; a cache of
+            another tokenizer, with longer responses, or scored at another temperature where the ratio needs its q.
+        GuidanceRefused: While training: a source gives what is no guide for the prompt, or all its guides are wrong.
     """
 
     _tag_names = ["trl", "grpo", "npo"]  # noqa: RUF012 (TRL's own form)
@@ -74,6 +76,11 @@ class NPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: RolloutTable | None = None
         self._token_sums: torch.Tensor | None = None
+        if verifier is not None and self.args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
+                "False, TRL's default for GRPO."
+            )
         self.guidance = guidance
 
     @property
@@ -84,33 +91,17 @@ class NPOTrainer(GRPOTrainer):
     @guidance.setter
     def guidance(self, source: GuidanceSource | None) -> None:
         if source is not None:
-            self._check_guided(source)
+            check_source(self, source)
         self._guidance = source
+        self._refused = RefusedGuides()
 
-    def _check_guided(self, source: GuidanceSource) -> None:
-        if self.verifier is None:
-            raise ValueError("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=….")
-        if self.tools or self.environments is not None:
-            raise ValueError("NPO replaces whole responses; tools and environments are not supported with guidance.")
-        batch = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        if batch % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
-                f"num_generations = {self.num_generations}, so a group would be split over two processes. "
-                "Change one of the three."
-            )
-        if isinstance(source, ReplaySource) and self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"{type(source).__name__} learns from the rollouts it sees, and each of the "
-                f"{self.accelerator.num_processes} processes sees only its own; train on one process."
-            )
-        if self.args.guides_per_group > 1 and not isinstance(source, ManyGuides):
-            raise ValueError(
-                f"guides_per_group is {self.args.guides_per_group}, but {type(source).__name__} has no guides(); "
-                "give a source with several guides for a prompt, such as ReplayPool."
-            )
-        if hasattr(self.train_dataset, "column_names") and self.train_dataset.column_names is not None:
-            require_columns(self.train_dataset)
+    def new_cache(self, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        """A cache without guides for this trainer: ends of sequence, longest response, tokenizer and prompts are its.
+
+        Fill it with rollouts that `sample_rollouts` scored at `score_temperature=args.temperature` on prompts with
+        this trainer's `chat_template_kwargs`, and set it as `guidance`.
+        """
+        return empty_cache(self, kind)
 
     # Rollouts: gate and replacement
 
@@ -134,7 +125,7 @@ class NPOTrainer(GRPOTrainer):
         output["is_own"][step.void] = False
         output["guide_logps"] = guide_logps
         if self.model.training:
-            self._log_groups(step, is_guide, output["is_own"])
+            self._log_groups(step, is_guide, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
             if recorded or isinstance(self.guidance, ReplaySource):
                 output["rollout_row"] = torch.arange(len(inputs), device=ids.device)
@@ -154,7 +145,11 @@ class NPOTrainer(GRPOTrainer):
         n = self.num_generations
         model = self.accelerator.unwrap_model(self.model)
         entropies = partial(
-            completion_entropies, model, self.processing_class, batch=self.args.per_device_train_batch_size
+            completion_entropies,
+            model,
+            self.processing_class,
+            batch=self.args.per_device_train_batch_size,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
         chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
         rows = list(inputs)
@@ -193,41 +188,39 @@ class NPOTrainer(GRPOTrainer):
             return
         own = self._own_slots
         rows = [group * n + slot for group in asked for slot in range(own)]
-        texts = self.processing_class.batch_decode([completion_ids[row] for row in rows], skip_special_tokens=True)
-        verdicts = [self.verifier(text, step.rows[row]).correct for text, row in zip(texts, rows, strict=True)]
-        correct = torch.tensor(verdicts).view(len(asked), own)
+        step.verdicts = self._verify({row: completion_ids[row] for row in rows})
+        correct = torch.tensor(list(step.verdicts.values())).view(len(asked), own)
         gated = gate(pass_rate(correct), torch.ones(len(asked), dtype=torch.bool), self.args.tau_gate)
         step.gated = int(gated.sum())
-        verdict_of = dict(zip(rows, verdicts, strict=True))
+        offered: dict[int, Trajectory] = {}
         for place in guide_rows(gated, n, count).tolist():
             row, slot = asked[place // n] * n + place % n, place % n - (n - count)
-            if slot >= len(guides[asked[place // n]]):
+            if slot < len(guides[asked[place // n]]):
+                offered[row] = guides[asked[place // n]][slot]
+                check_guide(self, offered[row], step.rows[row]["uid"])
+        for row, right in self._verify({row: guide.token_ids for row, guide in offered.items()}).items():
+            if not right:
+                step.refused.append(offered[row])
                 continue
-            guide = guides[asked[place // n]][slot]
-            self._check_guide(guide, step.rows[row]["uid"])
-            step.guided[row] = guide
-            if row in verdict_of:
-                step.overwritten[row] = (completion_ids[row], verdict_of[row])
+            step.guided[row] = offered[row]
+            if row in step.verdicts:
+                step.overwritten[row] = (completion_ids[row], step.verdicts[row])
+            step.verdicts[row] = True
+
+    def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
+        """Verdicts on token ids by row: on the decoded text, as off line, whatever TRL makes of it for the rewards."""
+        if not responses:
+            return {}
+        ids = [list(tokens) for tokens in responses.values()]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        rows = self._rollouts.rows
+        return {row: is_correct(self.verifier(text, rows[row])) for row, text in zip(responses, texts, strict=True)}
 
     def _guides_for(self, uid: str, count: int) -> Sequence[Trajectory]:
         if count > 1:
             return self.guidance.guides(uid, self.state.global_step, count)
         guide = self.guidance.guide(uid, self.state.global_step)
         return [] if guide is None else [guide]
-
-    def _check_guide(self, guide: Trajectory, uid: str) -> None:
-        if guide.uid != uid or not guide.correct:
-            raise GuidanceRefused(f"The source gave a guide of {guide.uid!r} (correct: {guide.correct}) for {uid!r}.")
-        if not guide.token_ids or len(guide.logps) != len(guide.token_ids):
-            raise GuidanceRefused(
-                f"The guide of {uid!r} has {len(guide.token_ids)} tokens and {len(guide.logps)} log-probs; "
-                "it needs at least one token, and a log-prob for each."
-            )
-        if len(guide.token_ids) > self.max_completion_length or guide.token_ids[-1] not in self.eos_token_ids:
-            raise GuidanceRefused(
-                f"The guide of {uid!r} has {len(guide.token_ids)} tokens and ends with token {guide.token_ids[-1]}; "
-                f"at most {self.max_completion_length} tokens ending in one of {self.eos_token_ids} fit a group."
-            )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -238,29 +231,35 @@ class NPOTrainer(GRPOTrainer):
             void = torch.zeros(len(inputs), dtype=torch.bool, device=rewards.device)
             void[step.void] = True
             rewards = rewards.masked_fill(self.accelerator.gather(void).unsqueeze(1), float("nan"))
-        step.rewards = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
-        if self.verifier is not None:
-            verdicts = [
-                self.verifier(completion_text(completion), row).correct
-                for completion, row in zip(completions, inputs, strict=True)
-            ]
-            step.correct = torch.tensor(verdicts, device=rewards.device)
-            for row, guide in step.guided.items():
-                if not step.correct[row]:
-                    raise GuidanceRefused(f"The guide of {guide.uid!r} is wrong at injection: {guide.text!r}.")
+        weighted = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
+        step.rewards = weighted.masked_fill(rewards[own].isnan().all(dim=1), float("nan"))
+        if self.verifier is not None and self.model.training:
+            verdicts = dict.fromkeys(step.void, False) | step.verdicts
+            open_rows = [row for row in range(len(inputs)) if row not in verdicts]
+            if self.tools or self.environments is not None:  # the ids hold what the tools said too
+                for row in open_rows:
+                    verdicts[row] = is_correct(self.verifier(completion_text(completions[row]), inputs[row]))
+            else:
+                verdicts |= self._verify({row: completion_ids_list[row] for row in open_rows})
+            step.correct = torch.tensor([verdicts[row] for row in range(len(inputs))], device=rewards.device)
         return rewards
 
     # Metrics
 
-    def _log_groups(self, step: StepRollouts, is_guide: torch.Tensor, own: torch.Tensor) -> None:
-        """On-policy metrics of a generation batch, over all processes."""
+    def _log_groups(
+        self, step: StepRollouts, is_guide: torch.Tensor, own: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
+        """On-policy metrics of a generation batch, over all processes; rows that no reward scored are in no mean."""
+        scored = own & ~step.rewards.isnan()
         sums = [
-            step.rewards[own].sum(),
-            own.sum(),
+            step.rewards[scored].sum(),
+            scored.sum(),
             is_guide.sum(),
             torch.tensor(step.gated),
             torch.tensor(0),
             torch.tensor(0),
+            torch.tensor(len(step.refused)),
+            advantages[is_guide].sum(),
         ]
         groups = len(is_guide) // self.num_generations
         self.group_pass_rates = {}
@@ -274,14 +273,19 @@ class NPOTrainer(GRPOTrainer):
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
             self.group_pass_rates = {uid: rate for part in collect(own_rates) for uid, rate in part.items()}
         totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
-        reward, rows, replaced, gated, rate, wrong, groups = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+        reward, rows, replaced, gated, rate, wrong, refused, advantage, groups = totals
         metrics = self._metrics["train"]
-        metrics["npo/reward"].append(reward / max(rows, 1))
+        metrics["npo/reward"].append(reward / rows if rows else float("nan"))
         metrics["npo/replaced_slots"].append(replaced)
         metrics["npo/gated_groups"].append(gated / groups)
         if step.correct is not None:
             metrics["npo/pass_rate"].append(rate / groups)
             metrics["npo/all_wrong_groups"].append(wrong / groups)
+        if replaced or refused:
+            metrics["npo/refused_guides"].append(refused)
+            metrics["npo/guide_advantage"].append(advantage / replaced if replaced else float("nan"))
+            self._refused.count(int(replaced), int(refused), next(iter(step.refused), None))
 
     def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         """Entropy of on-policy tokens, and divergence of guide tokens, over all passes and processes of a step."""

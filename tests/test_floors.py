@@ -57,8 +57,9 @@ HOUSE = {
     "replay": (4, 3),
     "arguments": (4, 4),
     "recording": (4, 5),
-    "trainer": (4, 6),
-    "gradients": (4, 7),
+    "admission": (4, 6),
+    "trainer": (4, 7),
+    "gradients": (4, 8),
     # floor 5, procedures, and the plots
     "evaluation": (5, 0),
     "watch": (5, 1),

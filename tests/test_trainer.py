@@ -101,6 +101,25 @@ def test_config_refuses_what_makes_no_sense(tmp_path, wrong):
         NPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **wrong)
 
 
+@pytest.mark.parametrize("mode", ["truncated", "shaped"])
+@pytest.mark.parametrize(
+    "by_sequence",
+    [
+        {"importance_sampling_level": "sequence"},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+        {"loss_type": "vespo"},
+    ],
+    ids=str,
+)
+def test_config_refuses_weights_of_tokens_under_a_ratio_of_the_sequence(tmp_path, mode, by_sequence):
+    """The gradient would be neither: the derivative of the sequence's ratio spreads each token's weight."""
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **by_sequence}
+    with pytest.raises(ValueError, match=f"ratio_mode '{mode}' weights token by token"):
+        NPOConfig(ratio_mode=mode, **settings)
+    NPOConfig(ratio_mode="exact", **settings)
+    NPOConfig(ratio_mode=mode, output_dir=str(tmp_path), use_cpu=True, bf16=False)
+
+
 def test_constructor_refuses_guidance_without_verifier(tmp_path):
     with pytest.raises(ValueError, match="verifier"):
         trainer_of(world("text"), tmp_path, guidance=Guides(), verifier=None)
@@ -299,7 +318,6 @@ def _refused_guide(case: str, tiny: TinyWorld, uid: str, other: str) -> Trajecto
         "without end of sequence": lambda: tiny.guide(uid, token_ids=solution[:-1]),
         "empty": lambda: tiny.guide(uid, token_ids=[]),
         "with too few log-probs": lambda: tiny.guide(uid, logps=(-1.0,)),
-        "wrong, though marked correct": lambda: tiny.guide(uid, token_ids=tiny.mistake(uid)),
     }[case]()
 
 
@@ -312,7 +330,6 @@ def _refused_guide(case: str, tiny: TinyWorld, uid: str, other: str) -> Trajecto
         "without end of sequence",
         "empty",
         "with too few log-probs",
-        "wrong, though marked correct",
     ],
 )
 def test_injection_refuses_a_guide_that_is(tmp_path, case):

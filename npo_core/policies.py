@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer
@@ -51,6 +53,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
     "<|unk|>",
 )
+
+DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+"""Files of a hub model that are fetched: weights as safetensors, configuration, tokenizer, chat template; no code."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
@@ -185,6 +190,24 @@ def save_policy(model: PreTrainedModel, processor, folder: Path) -> None:
         processor.save_pretrained(folder)
 
 
+def policy_folder(name: str) -> Path:
+    """Local folder of a policy: the folder itself, or the snapshot of a hub model, downloaded when it is not there.
+
+    Raises:
+        FileNotFoundError: No such folder, and no such model on the hub or no connection to it.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"policy is {name!r}, but {folder} holds no config.json, and the hub did not give it "
+            f"({type(error).__name__}). Give a folder in the Hugging Face format, or download the model first."
+        ) from error
+
+
 def load_processor(folder: str | Path):
     """Processor (vision-language) or tokenizer (text-only) of a policy folder, or of a checkpoint with adapters.
 
@@ -313,9 +336,18 @@ def keep_freed_memory() -> None:
 
 
 def _base_folder(folder: str | Path) -> Path:
-    """The folder itself, or that of the base policy which the adapters of a checkpoint belong to."""
+    """The folder itself, or that of the base policy, on disk or of the hub, which a checkpoint's adapters belong to."""
     adapter = Path(folder) / "adapter_config.json"
-    return Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else Path(folder)
+    if not adapter.is_file():
+        return Path(folder)
+    name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if not Path(name).is_dir():
+        try:
+            # as it was trained on: the hub may have another revision by now
+            return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED), local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            return policy_folder(name)
+    return Path(name)
 
 
 def _has_video_part(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Pretrained policies: finding one on disk or on the hub, what it must have, its size, and LoRA adapters for it.
+"""Pretrained policies: what one must have, its size, and LoRA adapters for it.
 
 Sizes come from the configuration alone: the model is laid out without memory for its weights (device `meta`), so a plan
 for an 8B policy prints on a laptop. For Qwen3-VL the dense configurations are known here, and no download is needed.
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
@@ -24,10 +22,7 @@ from transformers import (
 )
 
 from .config import RunConfig
-from .policies import quiet_transformers, tokenizer_of
-
-DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
-"""Files of a hub model that are fetched: weights as safetensors, configuration, tokenizer, chat template; no code."""
+from .policies import policy_folder, quiet_transformers, tokenizer_of
 
 _SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 _LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
@@ -68,24 +63,6 @@ class PolicySize:
     hidden: int
     cached: int
     vocabulary: int
-
-
-def policy_folder(name: str) -> Path:
-    """Local folder of a policy: the folder itself, or the snapshot of a hub model, downloaded when it is not there.
-
-    Raises:
-        FileNotFoundError: No such folder, and no such model on the hub or no connection to it.
-    """
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"policy is {name!r}, but {folder} holds no config.json, and the hub did not give it "
-            f"({type(error).__name__}). Give a folder in the Hugging Face format, or download the model first."
-        ) from error
 
 
 def check_policy(folder: Path, processor: Any) -> None:

@@ -2,24 +2,25 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from npo_core import pretrained, stages
+from npo_core import policies, stages
 from npo_core.checkpoints import checkpoint_folder, complete_checkpoints, slim
 from npo_core.config import resolve_config
-from npo_core.policies import load_policy, load_processor
+from npo_core.policies import load_policy, load_processor, policy_folder
 from npo_core.pretrained import (
     QWEN3_VL,
     adapter_settings,
     check_policy,
     laid_out,
     policy_config,
-    policy_folder,
     policy_size,
 )
 
@@ -128,6 +129,27 @@ def test_a_checkpoint_of_adapters_is_a_policy(folder, tmp_path):
         load_policy(saved)
 
 
+def test_adapters_belong_to_a_base_policy_of_the_hub_too(folder, tmp_path, monkeypatch):
+    """TRL writes the name that it was given into a checkpoint; the base lies where it was downloaded to."""
+    hub, saved = tmp_path / "models--me--tiny", tmp_path / "checkpoint-2"
+    shutil.copytree(folder, hub / "snapshots" / "abc")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    settings = adapter_settings(config(folder, "grpo", lora_rank=4))
+    model = get_peft_model(load_policy(folder), settings)
+    model.peft_config["default"].base_model_name_or_path = "me/tiny"
+    model.save_pretrained(saved)
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny"
+    policy = load_policy(saved)
+    assert isinstance(policy, PeftModel)
+    assert Path(policy.config._name_or_path) == hub / "snapshots" / "abc"
+    assert type(load_processor(saved)) is type(load_processor(folder))
+    shutil.rmtree(hub)
+    with pytest.raises(FileNotFoundError, match=r"'me/tiny'.*the hub did not give it"):
+        load_policy(saved)
+
+
 def test_sixteen_bit_weights_and_eager_attention(folder):
     policy = load_policy(folder, dtype="bfloat16", attention="eager")
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
@@ -138,7 +160,7 @@ def test_a_policy_that_is_nowhere(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", offline)
+    monkeypatch.setattr(policies, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"'nobody/nothing'.*the hub did not give it.*download the model first"):
         policy_folder("nobody/nothing")
 
@@ -150,7 +172,7 @@ def test_a_hub_model_is_fetched_without_code_or_pickles(tmp_path, monkeypatch):
         asked.update(name=name, patterns=allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    monkeypatch.setattr(policies, "snapshot_download", download)
     assert policy_folder("Qwen/Qwen3-VL-2B-Instruct") == tmp_path
     assert asked["name"] == "Qwen/Qwen3-VL-2B-Instruct"
     assert not any(pattern.endswith((".py", ".bin", ".pt")) or pattern == "*" for pattern in asked["patterns"])

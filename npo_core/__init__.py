@@ -29,6 +29,7 @@ _HOMES = {
     "resolve_config": "config",
     "sample_rollouts": "sampling",
     "tokenizer_digest": "policies",
+    "training_schedule": "tasks",
     "verifier_reward": "verifiers",
 }
 

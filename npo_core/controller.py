@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
+from .agreement import keep_order, require_agreement
 from .checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from .config import RunConfig
 from .datafiles import image_digest
 from .engine import place, trainer_generate
+from .fingerprint import require_same_factory
 from .policies import load_policy, tokenizer_digest
 from .processes import agree, is_writer, join
 from .progress import progress
@@ -38,7 +40,10 @@ from .watch import Segment, Watch
 
 
 class TrainerFactory(Protocol):
-    """Makes a fresh trainer of the same run: same base weights, data order and arguments every time."""
+    """Makes a fresh trainer of the same run: same base weights, data order and arguments every time.
+
+    It hands on `output_dir`, `guidance` and `callbacks` as it gets them. `docs/own_run.md` has an example.
+    """
 
     def __call__(
         self, output_dir: Path, guidance: GuidanceSource | None, callbacks: Sequence[TrainerCallback]
@@ -53,14 +58,20 @@ class Controller:
     """Runs segments of training until the compute budget is spent; plain GRPO unless a subclass decides otherwise.
 
     Args:
-        make_trainer: Trainer factory. Its trainers must train on an explicit schedule in a fixed order with
-            `logging_steps=1`, `save_steps=config.checkpoint_every` and `max_steps=config.compute_steps`.
+        make_trainer: Trainer factory. Its trainers must have `logging_steps=1`, `max_steps=config.compute_steps`,
+            `save_steps=config.checkpoint_every`, and what else stands in both NPOConfig and RunConfig alike; see
+            `agreement`. They see the same data in the same order, best that of `tasks.training_schedule` with
+            `shuffle_dataset=False`.
         config: Settings; trigger, probe, choice, cache, checkpoint and compute settings are used here.
         run: Run folder that the controller writes to and resumes from.
         rows: Data set rows by uid: prompt, answer and, for visual tasks, image.
         processor: Processor or tokenizer of the policy.
         verifier: `verifier(text, row) -> Verdict`.
         quiet: Without a progress bar.
+
+    Raises:
+        ValueError: In `run`: a trainer that does not fit the settings, another factory than the run was begun with, or
+            a replay that sees other prompts.
     """
 
     acts_on_warnings = False
@@ -102,7 +113,10 @@ class Controller:
                 guidance = self._guidance(segments[-1], resume_from)
                 trainer = self.make_trainer(self._branch(segments[-1]), guidance, [watch])
                 watch.trainer = trainer
+                self._require_fit(trainer, watch, guidance)
                 self.chat_template_kwargs = trainer.chat_template_kwargs  # off line, prompts must be those of training
+                if resume_from is not None:
+                    keep_order(trainer, checkpoint_step(resume_from))
                 if due is None and watch.compute_step < self.config.compute_steps:
                     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
                     due = watch.due
@@ -123,11 +137,22 @@ class Controller:
                 del trainer, watch
                 gc.collect()
 
+    def _require_fit(self, trainer: NPOTrainer, watch: Watch, guidance: GuidanceSource | None) -> None:
+        """Refuse a trainer that is not one of this run; called before it is trained."""
+        folder = self._branch(watch.segments[-1])
+        further = self._complaints(trainer) if isinstance(trainer, NPOTrainer) else []
+        require_agreement(trainer, self.config, folder, guidance, watch, list(self.rows), further)
+        require_same_factory(self.run_folder, trainer)
+
     # What a subclass decides
 
     def _first_segment(self) -> Segment:
         """How the run begins: from the base policy, at compute step 0, without guidance."""
         return Segment(branch=0, start=0, compute_start=0)
+
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        """What else keeps this controller from training with a trainer, a line each."""
+        return []
 
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         """Policy step at which the last segment stops for a decision, or None."""

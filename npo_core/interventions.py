@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .agreement import prompt_order
 from .checkpoints import checkpoint_folder, require_complete
 from .config import RunConfig
 from .controller import Controller
@@ -86,6 +87,21 @@ class ScheduledNPO(Controller):
         dismissed = [event for event in self.run_folder.effective_events() if event["event"] == "dismissed"]
         return dict(enumerate(planned_interventions(self.config))).get(len(segments) - 1 + len(dismissed))
 
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        args, per_step = trainer.args, self.config.prompts_per_step
+        plan = planned_interventions(self.config)
+        order, needed = prompt_order(trainer), max((each.guide_until for each in plan), default=0) * per_step
+        found = []
+        if args.generation_batch_size != per_step * trainer.num_generations:
+            prompts = args.generation_batch_size // trainer.num_generations
+            found.append(f"a step has {prompts} prompts; it must have prompts_per_step = {per_step} of RunConfig")
+        if args.shuffle_dataset or order is None or len(order) < needed:
+            found.append(
+                "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
+                f"train on tasks.training_schedule ({needed} rows or more) with shuffle_dataset=False"
+            )
+        return found
+
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         intervention = self._next(segments)
         return None if intervention is None else intervention.at
@@ -100,7 +116,7 @@ class ScheduledNPO(Controller):
                 require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
         per_step = self.config.prompts_per_step
         window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
-        uids = list(dict.fromkeys(trainer.train_dataset.with_format(None)["uid"][window]))
+        uids = list(dict.fromkeys(prompt_order(trainer)[window]))
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
         self.run_folder.event(
             "planned", **clocks, stage=intervention.stage, to=intervention.back_to, guide_until=intervention.guide_until

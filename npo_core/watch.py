@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, set_seed
 
+from .agreement import require_same_prompts
 from .checkpoints import checkpoint_folder, mark_complete, retain
 from .config import RunConfig
 from .processes import agree, collect, is_writer, process_number
@@ -83,6 +84,7 @@ class Watch(TrainerCallback):
         self.due: int | None = None
         self.compute_step = 0
         self.trainer: NPOTrainer | None = None
+        self._rolled_back: dict[int, list[str]] = {}
 
     def replay(self, lines: Sequence[Mapping[str, Any]]) -> int | None:
         """Rebuild trigger and pool from the current trajectory; the step of a decision that is still due at its end."""
@@ -95,6 +97,8 @@ class Watch(TrainerCallback):
         decided = {
             event["compute_step"] for event in self.run_folder.effective_events() if event["event"] == "dismissed"
         }
+        earlier = [line for line in self.run_folder.metrics() if line["branch"] < self.segments[-1].branch]
+        self._rolled_back = {line["policy_step"]: list(line["groups"]) for line in earlier}
         return None if self.compute_step in decided else due
 
     def _stops(self, line: Mapping[str, Any]) -> bool:
@@ -138,6 +142,7 @@ class Watch(TrainerCallback):
             "groups": {uid: round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
         }
         line = agree(lambda: line)
+        require_same_prompts(state.global_step, self._rolled_back.get(state.global_step, []), list(line["groups"]))
         self.run_folder.append_metrics(line)
         warning = self.observe(line)
         self.due = state.global_step if warning is not None or self._stops(line) else None

@@ -1,0 +1,95 @@
+"""The examples of docs/own_run.md and README.md, run as they stand there but for names, sizes and the verifier."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from factories import even
+from worlds import WIDTH, world
+
+import npo_core.watch
+from npo_core import GuidanceCache
+from npo_core.trigger import PlateauTrigger, PlateauWarning
+
+ROOT = Path(__file__).parents[1]
+CPU = {
+    "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False, "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+}  # fmt: skip
+"""TRL arguments for a test, added to those of an example."""
+
+
+def examples(path: str) -> list[str]:
+    return re.findall(r"```python\n(.+?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def run(code: str, changes: Mapping[str, str], **names) -> dict:
+    """Execute an example; each text that is replaced must be there."""
+    for old, new in {"BoxedVerifier()": "even", "NPOConfig(": "NPOConfig(**CPU, ", **changes}.items():
+        assert old in code.partition("import")[2], old
+        code = code.replace(old, new)
+    found = {"even": even, "CPU": CPU, **names}
+    exec(compile(code, "example", "exec"), found)
+    return found
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a policy, two checkpoints of it, and prompts."""
+    tiny = world("text")
+    for name in ("base", "out/checkpoint-100", "out/checkpoint-200"):
+        tiny.build().save_pretrained(tmp_path / name)
+        tiny.processor.save_pretrained(tmp_path / name)
+    rows = ({name: row[name] for name in ("uid", "prompt", "answer")} for row in tiny.dataset)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_guides_from_a_later_checkpoint(place):
+    code, _ = examples("docs/own_run.md")
+    sizes = {"LONGEST = 512": f"LONGEST = {WIDTH}", "k=8": "k=64", "tau_gate=0.6": "tau_gate=1.0, max_steps=2"}
+    found = run(code, sizes)
+    lines = [line for line in found["trainer"].state.log_history if "npo/reward" in line]
+    assert sum(line["npo/replaced_slots"] for line in lines) > 0
+    assert 0 < len(found["cache"]) == len(GuidanceCache.load("guides.parquet"))
+    assert found["trainer"].state.global_step == 2
+    # the README's own example, on the same guides
+    (short,) = examples("README.md")
+    sizes = {'"Qwen/Qwen3-0.6B"': '"base"', "tau_gate=0.6": f"tau_gate=1.0, max_steps=2, max_completion_length={WIDTH}"}
+    again = run(short, sizes, dataset=found["dataset"])
+    assert again["trainer"].state.global_step == 2 and len(again["trainer"].guidance) == len(found["cache"])
+
+
+class AtSix(PlateauTrigger):
+    def update(self, step, reward, entropy):
+        super().update(step, reward, entropy)
+        return PlateauWarning(step, reward, 0.0, entropy, -0.5) if step == 6 else None
+
+
+def test_autonpo_over_a_factory(place, monkeypatch):
+    monkeypatch.setattr(npo_core.watch, "PlateauTrigger", AtSix)
+    _, code = examples("docs/own_run.md")
+    loose = '"pool_cutoff": 1.0, "tau_gate": 1.0, "cache_rollouts": 128, "quality_floor": 0.0, "rollout_every": 0'
+    sizes = {
+        '"Qwen/Qwen3-0.6B"': '"base"',
+        '"compute_steps": 400': '"compute_steps": 8',
+        '"prompts_per_step": 8': '"prompts_per_step": 2',
+        '"max_completion_length": 512': f'"max_completion_length": {WIDTH}',
+        '"checkpoint_every": 10': f'"checkpoint_every": 2, {loose}',
+    }
+    first = run(code, sizes)
+    folder = first["run"]
+    assert [line["policy_step"] for line in folder.metrics()] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert "rollback" in [event["event"] for event in folder.events()]
+    assert sum(line["npo/replaced_slots"] for line in folder.metrics()) > 0
+    assert (place / "final" / "model.safetensors").is_file()
+    lines = folder.metrics()
+    # killed after the roll-back, and run again
+    shutil.rmtree(folder.path / "branches" / "01")
+    again = run(code, sizes)["run"]
+    timeless = [[{**line, "step_time": 0} for line in each] for each in (lines, again.metrics())]
+    assert timeless[0] == timeless[1]

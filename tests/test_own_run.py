@@ -51,7 +51,8 @@ def place(tmp_path, monkeypatch):
 
 def test_guides_from_a_later_checkpoint(place):
     code, _ = examples("docs/own_run.md")
-    sizes = {"LONGEST = 512": f"LONGEST = {WIDTH}", "k=8": "k=64", "tau_gate=0.6": "tau_gate=1.0, max_steps=2"}
+    lengths = {f"{name}=512": f"{name}={WIDTH}" for name in ("max_completion_length", "max_new_tokens")}
+    sizes = lengths | {"k=8": "k=64", "tau_gate=0.6": "tau_gate=1.0, max_steps=2"}
     found = run(code, sizes)
     lines = [line for line in found["trainer"].state.log_history if "npo/reward" in line]
     assert sum(line["npo/replaced_slots"] for line in lines) > 0

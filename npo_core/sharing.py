@@ -6,7 +6,10 @@ the same in every row. Here it is computed once and copied, with the same gradie
 depends on it except in the last bits; `share_work(model)` patches one model object, and transformers stays as it is.
 """
 
-from types import MethodType
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +51,27 @@ def share_work(model: PreTrainedModel) -> None:
     base = getattr(model, "model", None)
     visual, language = getattr(base, "visual", None), getattr(base, "language_model", None)
     if isinstance(visual, Qwen3VLVisionModel):
-        visual.forward = MethodType(_shared_vision_forward, visual)
-        base.get_rope_index = MethodType(_shared_rope_index, base)
+        visual.forward = MethodOf(visual, _shared_vision_forward)
+        base.get_rope_index = MethodOf(base, _shared_rope_index)
     if isinstance(language, Qwen3VLTextModel):
-        language.forward = MethodType(_shared_prefix_forward, language)
+        language.forward = MethodOf(language, _shared_prefix_forward)
+
+
+class MethodOf:
+    """A method that an object carries without being kept alive by it, as it would be by a bound one.
+
+    A policy is then freed where it is dropped, and not when Python next looks for cycles: a choice of the distance
+    loads one after the other, each as large as the GPU has room for.
+    """
+
+    def __init__(self, owner: Any, function: Callable):
+        self.owner, self.function = weakref.ref(owner), function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(self.owner(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "MethodOf":
+        return MethodOf(copy.deepcopy(self.owner(), memo), self.function)
 
 
 # Words

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from types import MethodType
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import GenerationMixin
 from npo_core import bench, stages
 from npo_core.config import resolve_config
 from npo_core.policies import load_policy
+from npo_core.sharing import MethodOf
 
 # Each setting is such that its effect shows in the weights, were it left out of the loop. Clipping needs two steps:
 # Adam's first one does not depend on the size of the gradient.
@@ -82,7 +82,7 @@ def test_rows_of_the_table(world, monkeypatch):
 
 def test_nothing_is_left_of_sharing_in_an_unshared_policy(world):
     def patched(model):
-        return [name for part in model.modules() for name, value in vars(part).items() if isinstance(value, MethodType)]
+        return [name for part in model.modules() for name, value in vars(part).items() if isinstance(value, MethodOf)]
 
     model = load_policy(world.base)
     assert patched(model)

@@ -5,21 +5,24 @@ weights are three times those of a fresh policy, so that pictures and earlier wo
 """
 
 import copy
+import gc
 import json
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen3VLProcessor, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from npo_core import prompts, sharing
-from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy
-from npo_core.sampling import encode_prompts
+from npo_core.policies import TinyPolicySpec, build_processor, build_tiny_policy, load_policy, save_policy
+from npo_core.sampling import completion_logps, encode_prompts
 from npo_core.sharing import WORTHWHILE, RoomyLayer, cheapest_sharing, share_work
 from npo_core.tasks import conversation, make_dataset, sample_problems, vocabulary
 
@@ -552,6 +555,29 @@ def test_a_copy_of_a_model_that_shares_is_a_model_of_its_own(processor, model):
                 parameter.mul_(0.9)
         close(copied(**inputs).logits, unshared(**inputs).logits)
         close(shared(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_dropped_policy_is_freed_at_once(processor, tmp_path, adapters):
+    """Not when Python next looks for cycles: several that wait for it do not fit a GPU."""
+    save_policy(build_tiny_policy(processor, SPEC, seed=0), processor, tmp_path / "policy")
+    folder = tmp_path / "policy"
+    if adapters:
+        folder = tmp_path / "adapters"
+        get_peft_model(load_policy(tmp_path / "policy"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+            folder
+        )
+    gc.collect()
+    gc.disable()
+    try:
+        policy = load_policy(folder).eval()
+        left = [weakref.ref(policy), *map(weakref.ref, policy.parameters())]
+        rows = make_dataset(sample_problems("test", 2, 0))
+        completion_logps(policy, processor, [rows[0], rows[0], rows[1]], [[9, 10]] * 3)
+        del policy
+        assert sum(part() is not None for part in left) == 0
+    finally:
+        gc.enable()
 
 
 def test_other_architectures_are_left_alone():

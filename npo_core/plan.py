@@ -27,31 +27,54 @@ BYTES = {"float32": 4, "bfloat16": 2}
 ACTIVATIONS = 34
 """Bytes of activations that a layer keeps per token and unit of width, in 16 bits (Korthikanti et al. 2022, eq. 2)."""
 
+SCORED = 8
+"""Bytes per token and word of a scoring pass: logits and log-softmax in 32 bits; 2 more where products have 16."""
+
 LOGIT_TILE = (4096, 32768)
 """Tokens and words of the tiles in which TRL's head computes log-probabilities."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """GPU memory of one process at the widest point of a training step, in bytes."""
+    """GPU memory of one process, in bytes: of a training step, and of a decision, where trajectories are scored.
+
+    A decision needs neither gradients nor what a step computes, but `learner`, a second policy, and `scoring`.
+    """
 
     weights: int
     gradients: int
     moments: int
     activations: int
     logits: int
+    learner: int
+    scoring: int
     vllm: int
 
     @property
-    def total(self) -> int:
-        """Sum of the parts."""
+    def training(self) -> int:
+        """Sum of what a training step holds."""
         return self.weights + self.gradients + self.moments + self.activations + self.logits + self.vllm
+
+    @property
+    def deciding(self) -> int:
+        """Sum of what is held while guides are sampled and scored; 0 for a method that does neither."""
+        held = self.weights + self.moments + self.learner + self.scoring + self.vllm
+        return held if self.scoring else 0
+
+    @property
+    def total(self) -> int:
+        """The larger of the two."""
+        return max(self.training, self.deciding)
 
 
 def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMemory:
-    """GPU memory of one process in a training step (ours).
+    """GPU memory of one process (ours).
 
-    Weights, gradients (of what is trained) and two Adam moments are exact, and spread over the processes when sharded.
+    Weights, gradients (of what is trained) and two Adam moments are exact, and spread over the processes when sharded;
+    of the weights a layer and the head are then gathered in 16 bits. The learner is a whole policy in every process:
+    the one that V̂ compares with, that guides are chosen for, or that guides the run. Scoring: the logits of
+    `score_batch` responses over all words, and one layer for their tokens in full. vLLM's share is counted at all
+    times, though it sleeps while others work: what it leaves behind is not known.
     Activations: 34 bytes per token, layer and unit of width in 16 bits, twice that in 32; with gradient checkpointing
     one copy of each layer's input, and one layer in full. Logits: two tiles of `LOGIT_TILE` in which TRL's head works,
     and where the head is trained a gradient of it in float32. The longest prompt and response are taken; a prompt limit
@@ -65,14 +88,32 @@ def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMe
     layer = ACTIVATIONS * precision // 2 * tokens * size.hidden
     inputs = precision * tokens * size.hidden * size.layers
     head = 0 if config.lora_rank else size.vocabulary * size.hidden
+    gathered = 2 * (size.total // size.layers + size.vocabulary * size.hidden)
+    learner, scored = _off_line(config)
+    adapters = trained_width(config) * size.trained if config.lora_rank else 0
+    response = config.score_batch * config.max_completion_length
+    read = response + config.score_batch * (config.max_prompt_length or config.max_completion_length)
+    words = (SCORED + (2 if precision == 2 else 0)) * response * size.vocabulary
     return StepMemory(
-        weights=width * size.total // shards + (2 * size.total // size.layers if layout.sharded else 0),
+        weights=width * size.total // shards + (gathered if layout.sharded else 0),
         gradients=trained_width(config) * size.trained // shards,
         moments=2 * trained_width(config) * size.trained // shards,
         activations=inputs + layer if config.gradient_checkpointing else layer * size.layers,
         logits=4 * (2 * min(LOGIT_TILE[0], tokens) * min(LOGIT_TILE[1], size.vocabulary) + head),
+        learner=learner * (width * size.total + adapters),
+        scoring=scored * (words + ACTIVATIONS * precision // 2 * read * size.hidden),
         vllm=int(config.vllm_memory * gpu_bytes(config)) if config.vllm == "colocate" else 0,
     )
+
+
+def _off_line(config: RunConfig) -> tuple[int, int]:
+    """Policies that are loaded beside the trained one, and whether trajectories are scored, by the method."""
+    if config.method == "autonpo":
+        return 1, 1
+    if config.method == "npo":
+        guided, beside = config.guide_from != "none", config.cache_rule == "closest" or config.guide_from == "own"
+        return int(guided and beside), int(guided)
+    return (1, 1) if config.method in ("luffy", "rlep") else (0, 0)
 
 
 def trained_width(config: RunConfig) -> int:
@@ -139,7 +180,7 @@ def plan(config: RunConfig, root: Path | None = None) -> dict[str, str]:
     rows, passes = batch_shape(config, layout.processes)
     count = -(-config.compute_steps // config.checkpoint_every)
     rollouts = config.compute_steps * config.rollouts_per_step
-    probes, cached = _offline(config)
+    probes, cached = _offline_rollouts(config)
     longest = config.max_completion_length
     read = (config.max_prompt_length or longest) + longest
     table = {
@@ -155,6 +196,7 @@ def plan(config: RunConfig, root: Path | None = None) -> dict[str, str]:
         "tokens sampled, at most": f"{(rollouts + probes + cached) * longest:,}",
         "arithmetic in training, at most": f"{6 * size.total * rollouts * read:.2g} operations",
         "GPU memory of a process": f"{amount(memory.total)}: {_parts(memory)}",
+        "of it in training, in a decision": f"{amount(memory.training)}, {amount(memory.deciding)}",
         "a token in vLLM's cache": amount(BYTES["bfloat16"] * size.cached),
         "checkpoints": f"{count}, {amount(checkpoint_bytes(config, size, layout))} on disk",
         "a resumable checkpoint": amount(_one_checkpoint(config, size, layout)),
@@ -174,7 +216,8 @@ def _misfits(config: RunConfig, size: PolicySize, layout: Launcher, memory: Step
     if gpu_bytes(config) and memory.total > gpu_bytes(config):
         problems.append(
             f"no: a process needs {amount(memory.total)} of the GPU's {amount(gpu_bytes(config))}; lower "
-            "micro_batch, set gradient_checkpointing, train adapters (lora_rank), or use more GPUs"
+            "micro_batch (training) or score_batch (decision), set gradient_checkpointing, train adapters (lora_rank), "
+            "or use more GPUs"
         )
     needed, free = checkpoint_bytes(config, size, layout), shutil.disk_usage(_existing(root)).free
     if needed > free:
@@ -191,7 +234,7 @@ def _one_checkpoint(config: RunConfig, size: PolicySize, layout: Launcher) -> in
     return trained_width(config) * copies
 
 
-def _offline(config: RunConfig) -> tuple[int, int]:
+def _offline_rollouts(config: RunConfig) -> tuple[int, int]:
     """Rollouts of probes and of guidance caches, at most: as if every prompt were a mistake at every intervention."""
     if config.method == "autonpo":
         prompts = min(config.pool_capacity, config.compute_steps * config.prompts_per_step)

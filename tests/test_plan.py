@@ -49,7 +49,8 @@ def test_memory_of_a_step_by_hand():
     assert (memory.weights, memory.gradients, memory.moments, memory.vllm) == (4000, 3200, 6400, 0)
     assert memory.activations == 34 * 2 * tokens * 8 * 10
     assert memory.logits == 4 * (2 * tokens * 50 + 50 * 8)
-    assert memory.total == sum(getattr(memory, name) for name in memory.__dataclass_fields__)
+    assert (memory.learner, memory.scoring, memory.deciding) == (0, 0, 0), "GRPO decides nothing"
+    assert memory.total == memory.training == sum(getattr(memory, name) for name in memory.__dataclass_fields__)
 
     checkpointed = step_memory(config.with_changes(gradient_checkpointing=True), EIGHT, Launcher())
     assert checkpointed.activations == 4 * tokens * 8 * 10 + 34 * 2 * tokens * 8
@@ -63,7 +64,50 @@ def test_sharding_spreads_weights_gradients_and_moments():
     whole = step_memory(config, EIGHT, Launcher(processes=4))
     sharded = step_memory(config, EIGHT, Launcher(processes=4, sharded=True))
     assert (sharded.gradients, sharded.moments) == (whole.gradients // 4, whole.moments // 4)
-    assert sharded.weights == whole.weights // 4 + 2 * EIGHT.total // EIGHT.layers, "one gathered layer in 16 bits"
+    gathered = EIGHT.total // EIGHT.layers + EIGHT.vocabulary * EIGHT.hidden
+    assert sharded.weights == whole.weights // 4 + 2 * gathered, "one gathered layer, and the head, in 16 bits"
+
+
+def test_memory_of_a_decision_by_hand():
+    """4 responses of 2 tokens behind prompts of 6, 50 words: 8 bytes each, 10 with products in 16 bits."""
+    settings = {"score_batch": 4, "max_completion_length": 2, "max_prompt_length": 6}
+    config = resolve_config("autonpo", "smoke", overrides=settings)
+    memory = step_memory(config, EIGHT, Launcher())
+    assert memory.learner == 4000, "V̂ compares with a policy of the past"
+    assert memory.scoring == 8 * 4 * 2 * 50 + 2 * 34 * 4 * (6 + 2) * 8
+    assert memory.deciding == memory.weights + memory.moments + memory.learner + memory.scoring
+    assert memory.total == max(memory.training, memory.deciding)
+    half = step_memory(config.with_changes(mixed_precision="bf16"), EIGHT, Launcher())
+    assert half.scoring == 10 * 4 * 2 * 50 + 34 * 4 * (6 + 2) * 8
+    sharded = step_memory(config.with_changes(micro_batch=4), EIGHT, Launcher(processes=4, sharded=True))
+    assert (sharded.learner, sharded.scoring) == (memory.learner, memory.scoring), "every process holds a whole learner"
+    adapters = step_memory(config.with_changes(lora_rank=2), EIGHT, Launcher())
+    assert adapters.learner == 4000 + 3200
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "held"),
+    [
+        ("grpo", {}, (False, False)),
+        ("exgrpo", {}, (False, False)),
+        ("npo", {}, (False, True)),
+        ("npo", {"cache_rule": "closest"}, (True, True)),
+        ("npo", {"guide_from": "own"}, (True, True)),
+        ("npo", {"guide_from": "none"}, (False, False)),
+        ("luffy", {}, (True, True)),
+        ("rlep", {}, (True, True)),
+    ],
+)
+def test_what_a_decision_holds_depends_on_the_method(method, overrides, held):
+    memory = step_memory(resolve_config(method, "smoke", overrides=overrides), EIGHT, Launcher())
+    assert (memory.learner > 0, memory.scoring > 0) == held
+
+
+def test_a_second_large_policy_does_not_fit_where_one_trains():
+    """8B with adapters on 80 GiB: 67 GiB in training, and as much again for the policy that V̂ compares with."""
+    overrides = {"policy": "Qwen/Qwen3-VL-8B-Instruct", "micro_batch": 2}
+    assert fits(plan.plan(resolve_config("grpo", "gpu", overrides=overrides)))
+    assert "score_batch (decision)" in plan.plan(resolve_config("autonpo", "gpu", overrides=overrides))["fits"]
 
 
 def test_disk_of_the_checkpoints_by_hand():

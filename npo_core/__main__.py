@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     _signal_parser(stages)
     _gain_parser(stages)
     _study_parser(stages)
+    whole = stages.add_parser("merge", help="Write a checkpoint with adapters as a policy of its own.")
+    whole.set_defaults(stage=_merge)
+    whole.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    whole.add_argument("--out", type=Path, required=True, help="folder to write")
     draw = stages.add_parser("figures", help="Draw the committed figures of the study from its results.")
     draw.set_defaults(stage=_figures)
     draw.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
@@ -355,6 +359,13 @@ def _figures(options: argparse.Namespace) -> int:
     target = project_folder() / "figures" if options.out is None else options.out
     for path in figures.draw_study(source, target):
         print(path)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from .merging import merge
+
+    print(merge(options.checkpoint, options.out))
     return 0
 
 

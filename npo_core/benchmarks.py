@@ -152,7 +152,7 @@ def command(
             JUDGE_BASE_URL and JUDGE_API_KEY.
         limit: Number of first rows of each task, for a trial; all if None.
         sampling: Sampling settings, those of `SAMPLING` and, for vLLM, of `VLLM_ONLY`.
-        model_args: Further arguments of the backend, e.g. `{"tensor_parallel_size": 2}`.
+        model_args: Further arguments of the backend, the same for all models, e.g. `{"tensor_parallel_size": 2}`.
 
     Raises:
         ValueError: An argument is not allowed, or lmms-eval would do something else.

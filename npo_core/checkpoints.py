@@ -29,8 +29,8 @@ FULL_STATE = {
 SHARDED_MODEL = re.compile(r"pytorch_model_fsdp(\.bin|_\d+/.+)")
 """The model's own state under FSDP, needed to resume where it was written."""
 
-KEPT = re.compile(r"config\.json|adapter_config\.json")
-"""Files that a slimmed checkpoint keeps beside its weights."""
+KEPT = re.compile(r"(?!trainer_state\.json)[\w.-]+\.(json|jinja|txt|model)")
+"""Files that a slimmed checkpoint keeps beside its weights: configurations, tokenizer, processor, chat template."""
 
 ADAM_COPIES = 3
 """A resumable checkpoint holds the weights and two Adam moments."""
@@ -112,7 +112,7 @@ def complete_checkpoints(branch: Path, resumable: bool = True) -> dict[int, Path
 
 
 def slim(folder: Path) -> None:
-    """Delete what only a resume needs; weights and configuration stay."""
+    """Delete what only a resume needs; what loads the policy stays: weights, configuration, tokenizer, processor."""
     folder = Path(folder)
     # the marker first: a kill in between leaves a folder that claims less than it holds, never more
     sizes = json.loads((folder / MARKER).read_text())

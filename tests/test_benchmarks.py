@@ -142,6 +142,9 @@ def test_vllm_takes_more_sampling_settings_and_arguments():
     line = command("m", ["mmstar"], "out", sampling=SAMPLING | {"presence_penalty": 1.5}, model_args=more)
     assert options(line)["--gen_kwargs"].endswith(",presence_penalty=1.5")
     assert options(line)["--model_args"] == "model=m,max_new_tokens=4096,tensor_parallel_size=4,max_model_len=16384"
+    sizes = {"mm_processor_kwargs": '{"max_pixels":1003520}'}
+    line = command("m", ["mmstar"], "out", model_args=sizes)
+    assert options(line)["--model_args"].endswith(',mm_processor_kwargs={"max_pixels":1003520}')
 
 
 # reading

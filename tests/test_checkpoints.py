@@ -85,10 +85,15 @@ def test_marking_again_after_a_change_makes_it_complete_again(tmp_path):
     assert MARKER not in json.loads((folder / MARKER).read_text())
 
 
+LOADED = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+          "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt", "vocab.json")  # fmt: skip
+"""Files of a checkpoint that vLLM or transformers read where they load it as a policy."""
+
+
 def test_a_slimmed_checkpoint_guides_but_does_not_resume(tmp_path):
-    folder = write_checkpoint(tmp_path, 10)
+    folder = write_checkpoint(tmp_path, 10, files=(WEIGHTS, "training_args.bin", *LOADED, *FULL_STATE))
     slim(folder)
-    assert {path.name for path in folder.iterdir()} == {WEIGHTS, "config.json", MARKER}
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, *LOADED, MARKER}
     assert require_complete(folder, resumable=False) == folder
     with pytest.raises(CheckpointError, match="slimmed"):
         require_complete(folder)

@@ -186,10 +186,10 @@ class RunConfig(Settings):
             length = self.max_prompt_length
             require(length > 0, "max_prompt_length", length, "above 0 with vLLM, which makes room for it beforehand")
         require(
-            self.vllm != "off" or self.vllm_tensor_parallel == 1,
+            self.vllm == "server" or self.vllm_tensor_parallel == 1,
             "vllm_tensor_parallel",
             self.vllm_tensor_parallel,
-            "1 without vLLM",
+            '1: processes that share an engine would each draw other tokens; one of vllm = "server" may span GPUs',
         )
 
     @property

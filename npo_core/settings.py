@@ -99,7 +99,7 @@ class Settings:
     # Generation by vLLM, and off-line passes
     vllm: Literal["off", "colocate", "server"] = _setting("off", "Who samples: transformers, or vLLM as in TRL.")
     vllm_memory: float = _setting(0.3, "Share of a GPU's memory for vLLM in mode colocate.")
-    vllm_tensor_parallel: int = _setting(1, "GPUs that share a vLLM engine in mode colocate.")
+    vllm_tensor_parallel: int = _setting(1, "GPUs of a vLLM engine in mode colocate; only 1.")
     vllm_host: str = _setting("0.0.0.0", "Host of TRL's vLLM server in mode server.", names_run=False)
     vllm_port: int = _setting(8000, "Port of TRL's vLLM server in mode server.", names_run=False)
     rollout_batch: int = _setting(512, "Responses that transformers samples at a time off line.")

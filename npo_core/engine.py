@@ -21,6 +21,7 @@ from trl.generation import vllm_generation
 from trl.models import prepare_fsdp
 
 from .sampling import Generate, encode_prompts, pictures_of
+from .sharded import reshard
 
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
@@ -135,6 +136,7 @@ def trainer_generate(trainer: GRPOTrainer) -> Generate | None:
     engine, processor = trainer.vllm_generation, trainer.processing_class
 
     def generate(rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]:
+        reshard(trainer.model)  # it may have scored since it was trained
         engine.sync_weights()
         trainer._last_loaded_step = trainer.state.global_step
         encoded = encode_prompts(processor, rows, trainer.chat_template_kwargs)

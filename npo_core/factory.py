@@ -21,6 +21,7 @@ from .policies import load_policy, load_processor, quiet_transformers, tokenizer
 from .pretrained import adapter_settings, check_policy
 from .processes import collect, is_writer, join, process_count, read_launcher
 from .runs import RunFolder, runs_folder
+from .sharded import reduced_each_pass, train_sharded
 from .sources import GuidanceSource
 from .tasks import make_dataset, sample_problems, training_schedule
 from .trainer import NPOTrainer
@@ -95,10 +96,11 @@ def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
         skip_refused=config.skip_refused,
     )
     listed = runs_folder() / "refused"
-    train = load_data(settings, processor, refused=listed / f"{config.digest}-train.jsonl")
+    writes = is_writer()  # the others would replace the list while it is written
+    train = load_data(settings, processor, listed / f"{config.digest}-train.jsonl" if writes else None)
     if config.test_data:
         settings = replace(settings, source=config.test_data, split=config.test_split)
-        test = load_data(settings, processor, refused=listed / f"{config.digest}-test.jsonl")
+        test = load_data(settings, processor, listed / f"{config.digest}-test.jsonl" if writes else None)
         if len(test) > config.eval_problems:
             test = hold_out(test, config.eval_problems, config.data_seed)[1]
     else:
@@ -167,7 +169,7 @@ def training_arguments(config: RunConfig, output_dir: Path, processor: Any = Non
     for tracker in config.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"report_to names {tracker}, which is not installed here; pip install {tracker}.")
-    return NPOConfig(
+    arguments = NPOConfig(
         output_dir=str(output_dir),
         run_name=config.run_name,
         seed=config.seed,
@@ -204,8 +206,16 @@ def training_arguments(config: RunConfig, output_dir: Path, processor: Any = Non
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=list(config.report_to),
         disable_tqdm=True,
+        accelerator_config=reduced_each_pass() if read_launcher(config.launcher).sharded else None,
         **_vllm_arguments(config, processor),
     )
+    return _one_gpu(arguments)
+
+
+def _one_gpu(arguments: NPOConfig) -> NPOConfig:
+    """Let a process that sees several GPUs use one; transformers would copy the policy to all, which TRL refuses."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _vllm_arguments(config: RunConfig, processor: Any) -> dict[str, Any]:
@@ -262,6 +272,8 @@ class TrainerMaker:
                 guidance=guidance,
                 rollout_sink=None if self.run is None else _RolloutTables(self.run, self.world, output_dir.name),
             )
+        if read_launcher(self.config.launcher).sharded:
+            train_sharded(trainer)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         self._engine = engine_of(trainer)

@@ -32,7 +32,7 @@ def generate_by_name(self, **inputs):
     names = [str(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
     if "pixel_values" in inputs:
         pictures = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(dim=-1).tolist())
-        shown = [hashlib.sha256(picture.numpy().tobytes()).hexdigest() for picture in pictures]
+        shown = [hashlib.sha256(picture.float().numpy().tobytes()).hexdigest() for picture in pictures]
         names = [name + picture for name, picture in zip(names, shown, strict=True)]
     copies = Counter()
     Draws.rows, Draws.place = [], 0
@@ -51,8 +51,12 @@ def multinomial_by_name(probabilities, num_samples):
     return torch.searchsorted(totals, draws * totals[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
 
 
-if __name__ == "__main__":
+def sample_by_name() -> None:
     GenerationMixin.generate = generate_by_name
     torch.multinomial = multinomial_by_name
+
+
+if __name__ == "__main__":
+    sample_by_name()
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)

@@ -8,9 +8,10 @@ import pytest
 from datasets import Dataset
 
 from npo_core import stages
+from npo_core.arguments import NPOConfig
 from npo_core.config import resolve_config
 from npo_core.datafiles import RowsByUid, image_digest
-from npo_core.factory import HELD_OUT, TrainerMaker, prepare, training_arguments
+from npo_core.factory import HELD_OUT, TrainerMaker, _own_data, prepare, training_arguments
 from npo_core.runs import runs_folder
 from npo_core.tasks import make_dataset, sample_problems
 
@@ -133,6 +134,39 @@ def test_settings_of_large_policies_reach_trl(tmp_path):
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (4, 4)
     assert made.steps_per_generation == 4, "one optimiser step per rollout batch"
     assert made.run_name.startswith("grpo-smoke-s0-")
+
+
+def test_one_process_uses_one_of_several_gpus(tmp_path, monkeypatch):
+    """transformers counts those that are visible, and TRL refuses to train on more than one without a launcher."""
+    monkeypatch.setattr(NPOConfig, "n_gpu", property(lambda self: 4))
+    made = training_arguments(resolve_config("grpo", "smoke"), tmp_path)
+    assert made._n_gpu == 1
+
+
+def test_passes_of_a_sharded_policy_are_reduced_one_by_one(tmp_path, monkeypatch):
+    passes = {name: resolve_config("grpo", "smoke", overrides={"launcher": name}) for name in ("one_gpu", "one_node")}
+    monkeypatch.setattr("npo_core.factory.process_count", lambda: 1)
+    for name, wanted in (("one_gpu", None), ("one_node", True)):
+        made = training_arguments(passes[name], tmp_path).accelerator_config.gradient_accumulation_kwargs
+        assert (made or {}).get("sync_each_batch") is wanted
+
+
+def test_only_the_writing_process_lists_refused_rows(own, monkeypatch):
+    """The files of all have one name on a shared disk, where process numbers of containers coincide."""
+    asked = []
+    monkeypatch.setattr("npo_core.factory.load_data", lambda settings, processor, refused: asked.append(refused) or {})
+    monkeypatch.setattr("npo_core.factory.hold_out", lambda *_: ({"uid": []}, {"uid": []}))
+    monkeypatch.setattr("npo_core.factory._with_suites", lambda test: test)
+    for writes in (True, False):
+        monkeypatch.setattr("npo_core.factory.is_writer", lambda writes=writes: writes)
+        _own_data(own(), None)
+    assert asked[0].name.endswith("-train.jsonl") and asked[1] is None
+
+
+def test_an_engine_over_several_gpus_is_refused():
+    overrides = {"vllm": "colocate", "max_prompt_length": 64, "vllm_tensor_parallel": 2}
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel is 2; it must be 1: processes that share an engine"):
+        resolve_config("grpo", "smoke", overrides=overrides)
 
 
 def test_vllm_that_is_not_there_is_refused_before_anything_is_read(own, monkeypatch):

@@ -141,7 +141,7 @@ def test_open_run_is_a_plain_folder_for_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [("", (1, 1, False)), ("one_gpu", (1, 1, False)), ("two_cpu", (2, 1, False)), ("one_node", (8, 1, True)),
-     ("four_nodes", (32, 4, True))],
+     ("one_node_whole", (8, 1, False)), ("four_nodes", (32, 4, True))],
 )  # fmt: skip
 def test_launchers_that_ship(name, layout):
     found = read_launcher(name)
@@ -160,7 +160,7 @@ def test_a_launcher_of_ones_own(tmp_path):
     file.write_text("num_machines: 2\n")
     with pytest.raises(ValueError, match=r"says nothing about num_processes, distributed_type"):
         read_launcher(str(file))
-    with pytest.raises(ValueError, match=r"did you mean 'one_node'.*four_nodes, one_gpu, one_node, two_cpu"):
+    with pytest.raises(ValueError, match=r"did you mean 'one_node'.*one_gpu, one_node, one_node_whole, two_cpu"):
         read_launcher("one_nod")
 
 

@@ -234,8 +234,9 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
     """
     world = prepare(config) if world is None else world
     rows = [world.test[index] for index in range(count)]
+    policy = load_policy(world.base, dtype=config.dtype, attention=config.attention).to(join().device)
     groups = sample_rollouts(
-        load_policy(world.base, dtype=config.dtype, attention=config.attention),
+        policy,
         world.processor,
         rows,
         k,
@@ -243,7 +244,11 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
         seed=config.seed,
         max_new_tokens=config.max_completion_length,
         score=False,
+        batch=config.rollout_batch,
     )
+    del policy
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # a run in another process will want this memory
     return [
         {
             "picture": row["image"],

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -66,6 +67,22 @@ def test_a_run_on_data_of_ones_own(own, tmp_path):
     assert len(result["interventions"]) == 2
     asked = {uid for line in run.metrics() for uid in line["groups"]}
     assert len(asked) == 32 and all(uid.split("/")[0] in SUITES for uid in asked)
+
+
+def test_examples_for_a_reader_are_sampled_on_the_device_of_the_run(monkeypatch):
+    config = resolve_config("grpo", "smoke")
+    moved = []
+
+    class Policy:
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    monkeypatch.setattr(stages, "load_policy", lambda *_, **__: Policy())
+    monkeypatch.setattr(stages, "join", lambda: SimpleNamespace(device="the GPU"))
+    monkeypatch.setattr(stages, "sample_rollouts", lambda policy, processor, rows, *_, **__: [[] for _ in rows])
+    shown = stages.sample_responses(config, 2, 1, prepare(config, quiet=True))
+    assert moved == ["the GPU"] and [example["responses"] for example in shown] == [[], []]
 
 
 def test_rows_are_read_when_a_step_asks_for_them(own):

@@ -34,7 +34,16 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def train_sharded(trainer: GRPOTrainer) -> None:
-    """Make a fresh trainer, whose policy will be sharded, compute the gradient of the whole batch in 32 bits."""
+    """Make a fresh trainer, whose policy will be sharded, compute the gradient of the whole batch in 32 bits.
+
+    Raises:
+        ValueError: The processes were not started so that accelerate shards.
+    """
+    if not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "launcher shards the policy, but this process was not started for that, or has no GPU; start it with "
+            "`accelerate launch --config_file` and that launcher's file."
+        )
     trainer.model.register_forward_pre_hook(_gather_head)
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:

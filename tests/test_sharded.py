@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import launched
 import pytest
@@ -16,7 +17,7 @@ from npo_core import stages
 from npo_core.config import resolve_config
 from npo_core.policies import load_policy, load_processor, save_policy
 from npo_core.runs import RunFolder
-from npo_core.sharded import reduced_each_pass, reshard
+from npo_core.sharded import reduced_each_pass, reshard, train_sharded
 from npo_core.warmstart import base_policy_folder
 
 SCRIPT = Path(__file__).with_name("launched_sharded.py")
@@ -131,6 +132,11 @@ def test_a_model_that_is_not_sharded_is_left_alone():
     before = model.weight
     reshard(model)
     assert model.weight is before
+
+
+def test_processes_that_were_not_started_to_shard_are_refused():
+    with pytest.raises(ValueError, match=r"not started for that.*accelerate launch --config_file"):
+        train_sharded(SimpleNamespace(is_fsdp_enabled=False))
 
 
 def test_accelerate_gets_settings_of_its_own_to_write_into():

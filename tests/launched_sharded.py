@@ -83,6 +83,7 @@ def in_half_precision(config: RunConfig, folder: Path) -> dict:
         processing_class=world.processor,
         model=trainer.model,
         state=trainer.state,
+        chat_template_kwargs={},
     )
     assert trainer_generate(asked)(rows[:1], 1, {"temperature": 1}) == [response]
     saved = trainer.accelerator.get_state_dict(trainer.model)

@@ -420,6 +420,9 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
             self._score(None, [])
             raise StopIteration
 
+        def _require_fit(self, trainer, watch, guidance):
+            """The trainer below is none; `test_agreement` has what this refuses."""
+
     class Trainer:
         chat_template_kwargs: ClassVar = {"enable_thinking": False}
 

@@ -1,7 +1,7 @@
 """Verdicts on what the paper says of S, Q and V, from the measurement over seeds (`signal.json`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, Claim
@@ -38,14 +38,11 @@ def interior_peak(signal: Mapping[str, Any]) -> Claim:
         "interior peak",
         "S(Δ) = Q/V has one interior maximum",
         "Δ* ≈ 20 steps from the base, ≈ 70 from mid-training",
-        "; ".join(
-            f"from {origin}: "
-            + ", ".join(
+        _by_origin(
+            rows,
+            lambda row: (
                 f"{names[row['signal']]} {row['interval inside']}/{seeds} (maximum alone {row['interior']}/{seeds})"
-                for row in rows
-                if row["origin"] == origin
-            )
-            for origin in signal["origins"]
+            ),
         ),
         "a measurement, not a run",
         REPRODUCED if everywhere else PARTLY if any(enough.values()) else NOT,
@@ -73,14 +70,8 @@ def shapes(signal: Mapping[str, Any]) -> Claim:
         "shapes",
         "Q is concave and saturates, V grows exponentially",
         "V ≲ e^(βΔ), figures 2b and 2c",
-        "; ".join(
-            f"from {origin}: "
-            + ", ".join(
-                f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
-                for row in rows
-                if row["origin"] == origin
-            )
-            for origin in signal["origins"]
+        _by_origin(
+            rows, lambda row: f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
         ),
         "a measurement, not a run",
         REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,
@@ -88,6 +79,14 @@ def shapes(signal: Mapping[str, Any]) -> Claim:
         f"an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as measured",
         SIGNAL,
         rows,
+    )
+
+
+def _by_origin(rows: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], str]) -> str:
+    """What was counted, an origin after the other."""
+    origins = dict.fromkeys(row["origin"] for row in rows)
+    return "; ".join(
+        f"from {origin}: " + ", ".join(words(row) for row in rows if row["origin"] == origin) for origin in origins
     )
 
 

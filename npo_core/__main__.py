@@ -251,17 +251,19 @@ def _map(options: argparse.Namespace) -> int:
     cells = map_of_gain.plan_map(options.preset, options.seeds, overrides=_overrides(options))
     map_of_gain.prepare_bases(cells, options.quiet)
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
-    for path in map_of_gain.collect_map(cells, options.root, options.out):
-        print(path)
+    written = map_of_gain.collect_map(cells, options.root, options.out)
+    print(*written, map_of_gain.map_markdown(map_of_gain.read_map(options.out)), sep="\n")
     return 0
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from . import claims, comparisons
+    from . import claims, comparisons, map_of_gain
     from .results import read_evidence
 
     found = read_evidence(options.results)
     print(comparisons.arm_markdown(found), claims.write(found, options.results), sep="\n\n")
+    if map_of_gain.has_map(options.results):
+        print("\n" + map_of_gain.map_markdown(map_of_gain.read_map(options.results)))
     return 0
 
 

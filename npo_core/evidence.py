@@ -173,13 +173,13 @@ def score_points(run: RunFolder) -> list[tuple[int, int, str]]:
     """What a finished run is scored at: (branch, policy step, sampling), the end last and with both samplings."""
     budget = run.config.compute_steps
     every = max(1, budget // POINTS)
-    places = [_place(run, step) for step in range(every, budget + 1, every)]
-    end = _place(run, budget)
+    places = [newest_place(run, step) for step in range(every, budget + 1, every)]
+    end = newest_place(run, budget)
     places = [place for place in dict.fromkeys(places) if place is not None and place != end]
     return [*((*place, "paper") for place in places), (*end, "paper"), (*end, "plain")]
 
 
-def _place(run: RunFolder, compute_step: int) -> tuple[int, int] | None:
+def newest_place(run: RunFolder, compute_step: int) -> tuple[int, int] | None:
     """Branch and policy step of the newest checkpoint at or before a compute step."""
     saved: dict[int, set[int]] = {}
     for line in reversed(run.metrics()):
@@ -300,7 +300,7 @@ def _score_rows(cell: Cell, run: RunFolder, ends: Sequence[int]) -> Iterator[dic
     points = score_points(run)
     final = points[-1][:2]
     if cell.arm == "GRPO":
-        more = [_place(run, step) for step in sorted(set(ends)) if step < run.config.compute_steps]
+        more = [newest_place(run, step) for step in sorted(set(ends)) if step < run.config.compute_steps]
         points = [*dict.fromkeys((*place, "paper") for place in more if place is not None), *points]
         points = list(dict.fromkeys(points))
     place_of = {(line["branch"], line["policy_step"]): index for index, line in enumerate(lines)}

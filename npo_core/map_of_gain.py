@@ -7,18 +7,22 @@ docs/evidence.md; `python -m npo_core map` runs what is missing and writes `data
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from . import stages
+from .comparisons import Difference, difference
 from .config import RunConfig, resolve_config
-from .evidence import Cell
+from .evidence import Cell, newest_place, score
 from .findings import SCHEMA, results_folder
 from .results import ResultsRefused
 from .runs import RunFolder, write_json, write_whole
+from .stats import Estimate, holm, mean_interval
 
 LEARNING_RATES = (5.0e-5, 1.0e-4, 3.0e-4)
 HARD_SHARES = (0.1, 0.25, 0.4)
@@ -37,6 +41,12 @@ SCHEDULE = {
 ARMS = {"GRPO": "grpo", "NPO": "npo"}
 MAP, ABOUT = "map.csv", "map.json"
 """File names in the folder of results."""
+
+COLUMNS = (
+    *("learning_rate", "hard_share", "seed", "base", "grpo", "npo", "difference", "grpo_policy", "difference_policy"),
+    *("plateau", "slope"),
+)
+"""Columns of the map's table."""
 
 
 def map_config(
@@ -78,8 +88,9 @@ def prepare_bases(cells: Sequence[Cell], quiet: bool = False) -> None:
 def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
     """Write `map.csv`, a row per cell and seed, and `map.json`, what made it.
 
-    Columns: learning_rate, hard_share, seed, grpo and npo (final test pass rates), difference, plateau and slope (mean
-    and change of GRPO's on-policy pass rate over its second half).
+    Columns: learning_rate, hard_share, seed; base, grpo and npo (test pass rates, the last two at the end), difference;
+    grpo_policy (GRPO's at the newest checkpoint at or before NPO's last policy step) and difference_policy; plateau and
+    slope (mean and change of GRPO's on-policy pass rate over its second half).
 
     Raises:
         ResultsRefused: A run is neither finished nor failed, or versions are mixed.
@@ -117,7 +128,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
             {"arm": cell.arm, "seed": cell.seed, "config": json.loads(cell.config.to_json())} for cell in cells
         ],
     }
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     write_whole(folder / MAP, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
     write_json(folder / ABOUT, about)
     return [folder / MAP, folder / ABOUT]
@@ -128,15 +139,143 @@ def _axes(config: RunConfig) -> dict[str, float]:
     return {"learning_rate": config.learning_rate, "hard_share": share}
 
 
+def has_map(out: Path | None = None) -> bool:
+    """Whether the folder of results has a map."""
+    return ((results_folder() if out is None else Path(out)) / MAP).is_file()
+
+
+def read_map(out: Path | None = None) -> pd.DataFrame:
+    """Rows of the map.
+
+    Raises:
+        FileNotFoundError: There is no map.
+        ResultsRefused: Columns are missing, or a cell is there twice.
+    """
+    path = (results_folder() if out is None else Path(out)) / MAP
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `python -m npo_core map` makes it.")
+    table = pd.read_csv(path)
+    if absent := [name for name in COLUMNS if name not in table.columns]:
+        raise ResultsRefused(f"{path} lacks the columns {', '.join(absent)}; `python -m npo_core map` makes it again.")
+    repeated = table[table.duplicated(["learning_rate", "hard_share", "seed"])]
+    if len(repeated):
+        cells = "; ".join(
+            f"rate {r.learning_rate:g}, share {r.hard_share:g}, seed {r.seed}" for r in repeated.itertuples()
+        )
+        raise ResultsRefused(f"{path} has cells twice: {cells}. Remove it and run `make map`.")
+    return table
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """One learning rate and share of hard facts, over seeds.
+
+    Attributes:
+        learning_rate: AdamW's.
+        hard_share: Share of hard facts.
+        grpo: GRPO's test pass rate at equal compute, mean over seeds.
+        depth: How far GRPO's on-policy pass rate of its second half lies below 1, mean over seeds.
+        slope: Change of that pass rate over that half, mean over seeds.
+        compute: NPO minus GRPO at equal compute, paired by seed.
+        policy: The same at equal policy step.
+        p_holm: p of `compute`, adjusted by Holm over the cells; NaN with one seed.
+    """
+
+    learning_rate: float
+    hard_share: float
+    grpo: float
+    depth: float
+    slope: float
+    compute: Difference
+    policy: Difference
+    p_holm: float
+
+
+def map_cells(table: pd.DataFrame) -> list[MapCell]:
+    """The map over seeds, a cell per learning rate and share of hard facts (ours).
+
+    Args:
+        table: Rows of `map.csv`.
+    """
+    found = []
+    for (rate, share), rows in table.groupby(["learning_rate", "hard_share"]):
+        by_seed = rows.set_index("seed")
+        compute, policy = (
+            difference(by_seed["npo"], by_seed[column], names=("NPO", "GRPO"), clock=clock)
+            for clock, column in (("compute", "grpo"), ("policy", "grpo_policy"))
+        )
+        grpo, plateau, slope = (float(rows[name].mean()) for name in ("grpo", "plateau", "slope"))
+        found.append(MapCell(rate, share, grpo, 1 - plateau, slope, compute, policy, float("nan")))
+    tested = [cell.compute.p for cell in found if cell.compute.p is not None]
+    adjusted = iter(holm(np.array(tested))) if tested else iter(())
+    return [cell if cell.compute.p is None else replace(cell, p_holm=float(next(adjusted))) for cell in found]
+
+
+def map_relations(table: pd.DataFrame) -> dict[str, Estimate]:
+    """Spearman's ρ over the cells of NPO's gain at equal compute with what may explain it, one ρ a seed (ours).
+
+    Args:
+        table: Rows of `map.csv`, the same cells for every seed.
+
+    Returns:
+        By name (plateau depth, slope, learning rate, hard share) the mean ρ with its t interval over seeds. A seed in
+        which one of the two is the same in all cells has no ρ and is left out; no entry for a name with fewer than two.
+    """
+    causes = {
+        "plateau depth": 1 - table["plateau"],
+        "slope of the plateau": table["slope"],
+        "learning rate": table["learning_rate"],
+        "share of hard facts": table["hard_share"],
+    }
+    found = {}
+    for name, values in causes.items():
+        pairs = table.assign(cause=values).groupby("seed")
+        ranks = [_rank_correlation(rows["cause"], rows["difference"]) for _, rows in pairs]
+        known = np.array([rank for rank in ranks if rank is not None])
+        if known.size > 1:
+            found[name] = mean_interval(known)
+    return found
+
+
+def map_markdown(table: pd.DataFrame) -> str:
+    """The map in Markdown: its cells on both clocks, and what the gain goes with. Bold: Holm's p is below 0.05."""
+    head = ("learning rate", "hard facts", "GRPO", "its plateau below 1", "its slope", "NPO − GRPO at equal compute")
+    lines = ["| " + " | ".join((*head, "p, Holm", "at equal policy step")) + " |", "|" + "---|" * (len(head) + 2)]
+    for cell in map_cells(table):
+        gain = f"**{cell.compute.text}**" if cell.p_holm < 0.05 else cell.compute.text
+        p = "" if np.isnan(cell.p_holm) else f"{cell.p_holm:.3f}"
+        costs = [f"{cell.learning_rate:g}", f"{cell.hard_share:g}", f"{cell.grpo:.3f}", f"{cell.depth:.3f}"]
+        lines.append("| " + " | ".join((*costs, f"{cell.slope:+.3f}", gain, p, cell.policy.text)) + " |")
+    ranks = [
+        f"{name} {found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {found.n} seeds"
+        for name, found in map_relations(table).items()
+    ]
+    if ranks:
+        lines += ["", "Spearman's ρ over cells of the gain at equal compute with: " + "; ".join(ranks) + "."]
+    return "\n".join(lines)
+
+
+def _rank_correlation(a: pd.Series, b: pd.Series) -> float | None:
+    ranks = [rankdata(values) for values in (a, b)]
+    if any(np.ptp(values) == 0 for values in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:
     rates = [line["npo/pass_rate"] for line in grpo.metrics()]
     half = rates[len(rates) // 2 :]
     tenth = max(1, len(half) // 5)
     finals = [run.result()["final"]["average"] for run in (grpo, npo)]
+    place = newest_place(grpo, npo.result()["policy_steps"])
+    at_policy = float("nan") if place is None else score(grpo, *place, "paper")["average"]
     return {
+        "base": grpo.result()["base"]["average"],
         "grpo": finals[0],
         "npo": finals[1],
         "difference": finals[1] - finals[0],
+        "grpo_policy": at_policy,
+        "difference_policy": finals[1] - at_policy,
         "plateau": float(np.mean(half)),
         "slope": float(np.mean(half[-tenth:]) - np.mean(half[:tenth])),
     }

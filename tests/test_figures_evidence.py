@@ -101,7 +101,8 @@ def cells(seeds=3, centers=(0.001, 0.02, -0.03)):
         for index, share in enumerate((0.1, 0.25))
         for seed in range(seeds)
     ]
-    return pd.DataFrame(rows, columns=["learning_rate", "hard_share", "seed", "difference", "plateau"])
+    table = pd.DataFrame(rows, columns=["learning_rate", "hard_share", "seed", "difference", "plateau"])
+    return table.assign(difference_policy=table["difference"] + 0.03)
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +372,7 @@ def test_the_map_shows_mean_interval_and_seeds_of_every_cell():
     table.loc[0, "difference"] = np.nan
     figure = gain_map(table)
     axes = figure.axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["5e-5", "1e-4", "3e-4"]
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["5e-5", "1e-4", "3e-4"]
     assert labels_of(axes) == ["0.1", "0.25"] and axes.get_ylim()[0] < axes.get_ylim()[1]
     shown = texts_of(axes)
     low, high = t_interval([0.018, 0.02, 0.022])
@@ -383,6 +384,15 @@ def test_the_map_shows_mean_interval_and_seeds_of_every_cell():
     assert norm.vcenter == 0 and norm.vmax == -norm.vmin
     bold = {text.get_position() for text in axes.texts if text.get_fontweight() == "bold"}
     assert bold == {(x + 0.5, y + 0.5) for x, y in frames}
+
+
+def test_the_map_shows_both_clocks_in_the_same_colours():
+    compute, policy = gain_map(cells()).axes[:2]
+    assert [axes.get_title(loc="left") for axes in (compute, policy)] == ["at equal compute", "at equal policy step"]
+    assert texts_of(compute)[1.5, 0.5].startswith("+0.020\n") and texts_of(policy)[1.5, 0.5].startswith("+0.050\n")
+    for axes in (compute, policy):
+        norm = axes.collections[0].norm
+        assert (norm.vmin, norm.vmax) == pytest.approx((-1.25 * 0.06, 1.25 * 0.06))
 
 
 def test_the_map_says_what_was_not_run_and_what_failed():

@@ -7,7 +7,22 @@ import pandas as pd
 import pytest
 
 from npo_core import stages
-from npo_core.map_of_gain import ABOUT, HARD_SHARES, LEARNING_RATES, MAP, collect_map, map_config, plan_map
+from npo_core.evidence import newest_place, score
+from npo_core.map_of_gain import (
+    ABOUT,
+    COLUMNS,
+    HARD_SHARES,
+    LEARNING_RATES,
+    MAP,
+    collect_map,
+    has_map,
+    map_cells,
+    map_config,
+    map_markdown,
+    map_relations,
+    plan_map,
+    read_map,
+)
 from npo_core.prefix import shared_steps
 from npo_core.results import ResultsRefused
 
@@ -51,8 +66,21 @@ def test_the_table_holds_both_scores_and_grpos_plateau(cells, root, tmp_path):
     rates = [line["npo/pass_rate"] for line in cells[0].folder(root).metrics()]
     assert row["plateau"] == pytest.approx(np.mean(rates[6:]), rel=1e-4)
     assert row["slope"] == pytest.approx(rates[-1] - rates[6], abs=1e-5)
+    assert row["base"] == pytest.approx(cells[0].folder(root).result()["base"]["average"], abs=1e-5)
     about = json.loads((tmp_path / ABOUT).read_text())
     assert about["failed"] == [] and len(about["versions"]) == 1 and len(about["configurations"]) == 2
+
+
+def test_the_policy_clock_scores_grpo_where_npo_ends(cells, root, tmp_path):
+    collect_map(cells, root, tmp_path)
+    (row,) = read_map(tmp_path).itertuples()
+    grpo, npo = (cell.folder(root) for cell in cells)
+    end = npo.result()["policy_steps"]
+    assert end == SMALL["compute_steps"] - SMALL["scout_steps"] - (SMALL["late_step"] - SMALL["late_start"])
+    branch, step = newest_place(grpo, end)
+    assert end - grpo.config.checkpoint_every < step <= end < SMALL["compute_steps"]
+    assert row.grpo_policy == pytest.approx(score(grpo, branch, step, "paper")["average"], abs=1e-5)
+    assert row.difference_policy == pytest.approx(row.npo - row.grpo_policy, abs=1e-5)
 
 
 def test_a_missing_run_is_named(cells, root, tmp_path):
@@ -71,3 +99,76 @@ def test_mixed_versions_are_refused(cells, root, tmp_path, monkeypatch):
             collect_map(cells, root, tmp_path)
     finally:
         path.write_text(kept)
+
+
+def table(gains, plateaus, seeds=3, noise=0.01):
+    """Rows of a map of 2 x 2 cells: a gain and a plateau each, and seeds that lie `noise` around them."""
+    rows = []
+    places = [(rate, share) for rate in (1.0e-4, 3.0e-4) for share in (0.1, 0.4)]
+    for (rate, share), gain, plateau in zip(places, gains, plateaus, strict=True):
+        for seed in range(seeds):
+            gained = gain + noise * (seed - (seeds - 1) / 2)
+            rows.append(
+                (rate, share, seed, 0.3, 0.5, 0.5 + gained, gained, 0.45, 0.05 + gained, plateau, 0.01 * plateau)
+            )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def test_cells_hold_the_t_interval_on_both_clocks_and_holms_p():
+    found = map_cells(table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8]))
+    assert [(cell.learning_rate, cell.hard_share) for cell in found] == [
+        (1e-4, 0.1),
+        (1e-4, 0.4),
+        (3e-4, 0.1),
+        (3e-4, 0.4),
+    ]
+    first, second, *_, last = found
+    half = 4.302653 * 0.01 / np.sqrt(3)  # t of 0.975 with two degrees of freedom, over a standard deviation of 0.01
+    assert (first.compute.value, first.compute.low, first.compute.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
+    assert (first.policy.value, first.policy.low) == pytest.approx((0.15, 0.15 - half))
+    assert (first.grpo, first.depth, first.slope) == pytest.approx((0.5, 0.8, 0.002))
+    # two of four are alike and smallest: Holm gives both four times their p; then twice the third's
+    assert first.p_holm == pytest.approx(4 * first.compute.p) == found[2].p_holm
+    assert last.p_holm == pytest.approx(2 * last.compute.p) and second.p_holm == 1
+
+
+def test_the_gain_is_ranked_against_what_may_explain_it_seed_by_seed():
+    found = map_relations(table([0.0, 0.1, 0.2, 0.3], [0.8, 0.7, 0.6, 0.5]))
+    assert found["plateau depth"].value == found["plateau depth"].low == pytest.approx(1)
+    assert found["slope of the plateau"].value == pytest.approx(-1)
+    # ranks 1.5, 1.5, 3.5, 3.5 against 1, 2, 3, 4: 4 / sqrt(4 * 5)
+    assert found["learning rate"].value == pytest.approx(2 / np.sqrt(5))
+    assert found["share of hard facts"].value == pytest.approx(1 / np.sqrt(5))
+    turned = table([0.0, 0.1, 0.2, 0.3], [0.8, 0.7, 0.6, 0.5])
+    turned.loc[turned["seed"] == 2, "difference"] *= -1
+    mixed = map_relations(turned)["plateau depth"]
+    assert mixed.value == pytest.approx(1 / 3) and mixed.low < 0 and mixed.n == 3
+    flat = table([0.1, 0.1, 0.1, 0.1], [0.5, 0.5, 0.5, 0.5])
+    assert map_relations(flat) == {}
+    assert map_relations(table([0.0, 0.1, 0.2, 0.3], [0.8, 0.7, 0.6, 0.5], seeds=1)) == {}
+
+
+def test_the_table_in_markdown_marks_what_survives_holm():
+    text = map_markdown(table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8])).splitlines()
+    assert text[2].startswith(
+        "| 0.0001 | 0.1 | 0.500 | 0.800 | +0.002 | **+0.100 (+0.075 to +0.125)** | 0.013 | +0.150 ("
+    )
+    assert "**" not in text[3] and "| 1.000 |" in text[3]
+    assert text[-1].startswith("Spearman's ρ over cells") and "3 seeds" in text[-1]
+    single = map_markdown(table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8], seeds=1))
+    assert "**" not in single and "Spearman" not in single and "| +0.100 |  | +0.150 |" in single
+
+
+def test_a_map_that_is_not_one_is_refused(tmp_path):
+    assert not has_map(tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m npo_core map"):
+        read_map(tmp_path)
+    whole = table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8])
+    whole.drop(columns="plateau").to_csv(tmp_path / MAP, index=False)
+    with pytest.raises(ResultsRefused, match="lacks the columns plateau"):
+        read_map(tmp_path)
+    pd.concat([whole, whole[:1]]).to_csv(tmp_path / MAP, index=False)
+    with pytest.raises(ResultsRefused, match=r"twice: rate 0\.0001, share 0\.1, seed 0"):
+        read_map(tmp_path)
+    whole.to_csv(tmp_path / MAP, index=False)
+    assert has_map(tmp_path) and len(read_map(tmp_path)) == 12

@@ -19,6 +19,8 @@ from .style import GREY, WIDTH, canvas, settle, style
 PAPER_ARMS = {"NPO (early)": "NPO early", "NPO (early+late)": "NPO"}
 """Arms of the paper's methods that have another name here."""
 COLORMAP = "RdBu"
+MAP_CLOCKS = {"difference": "at equal compute", "difference_policy": "at equal policy step"}
+"""Columns of the map that are drawn, with the titles of their panels."""
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 """Share of linear red, green and blue in the brightness of a colour; text is white on what is dark."""
 
@@ -79,40 +81,46 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
 
 
 def gain_map(cells: pd.DataFrame) -> Figure:
-    """NPO minus GRPO at equal compute over learning rate and share of hard facts (ours).
+    """NPO minus GRPO on both clocks over learning rate and share of hard facts (ours).
 
     Args:
-        cells: A row per cell and seed: `learning_rate`, `hard_share`, `seed`, `difference` (test pass rate, NaN if a
-            run failed) and `plateau` (GRPO's pass rate in the second half).
+        cells: A row per cell and seed: `learning_rate`, `hard_share`, `seed`, `difference` and `difference_policy`
+            (test pass rate at equal compute and at equal policy step, NaN if a run failed) and `plateau` (GRPO's pass
+            rate in the second half).
 
     Raises:
         ValueError: Columns are missing, or there is no row.
     """
-    absent = {"learning_rate", "hard_share", "seed", "difference", "plateau"} - set(cells.columns)
+    absent = {"learning_rate", "hard_share", "seed", "plateau", *MAP_CLOCKS} - set(cells.columns)
     if absent or cells.empty:
         raise ValueError(f"The map lacks {quoted(sorted(absent)) if absent else 'rows'}; give a row per cell and seed.")
     rates, shares = sorted(set(cells["learning_rate"])), sorted(set(cells["hard_share"]))
-    means, marked = np.full((len(shares), len(rates)), np.nan), np.full((len(shares), len(rates)), False)
-    texts = [["not run"] * len(rates) for _ in shares]
+    limit = cells.groupby(["hard_share", "learning_rate"])[list(MAP_CLOCKS)].mean().abs().max(axis=None)
     counts = []
-    for (share, rate), rows in cells.groupby(["hard_share", "learning_rate"]):
-        y, x = shares.index(share), rates.index(rate)
-        values = rows["difference"].dropna().to_numpy(float)
-        means[y, x], low, high = interval(values)
-        marked[y, x] = low > 0 or high < 0
-        counts.append(len(values))
-        plateau = rows["plateau"].mean()
-        texts[y][x] = difference_text(values, 3, "\n") + f"\nn = {len(values)}, GRPO {plateau:.2f}"
     with style():
-        figure, ((axes,),) = canvas(1, 1, (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.7 + 0.85 * len(shares)))
-        shades = _draw_cells(axes, means, texts, marked)
-        names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
-        axes.set_xticks(np.arange(len(rates)) + 0.5, names)
-        axes.set_yticks(np.arange(len(shares)) + 0.5, [f"{share:g}" for share in shares])
-        axes.invert_yaxis()
-        axes.set_xlabel("learning rate (AdamW)")
-        axes.set_ylabel("share of hard facts (fraction)")
-        figure.colorbar(shades, ax=axes, label="NPO minus GRPO in test pass rate\nat equal compute (fraction)")
+        size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 1.7 * len(shares))
+        figure, grid = canvas(len(MAP_CLOCKS), 1, size, sharex=True)
+        panels = list(grid[:, 0])
+        for axes, (column, title) in zip(panels, MAP_CLOCKS.items(), strict=True):
+            means, marked = np.full((len(shares), len(rates)), np.nan), np.full((len(shares), len(rates)), False)
+            texts = [["not run"] * len(rates) for _ in shares]
+            for (share, rate), rows in cells.groupby(["hard_share", "learning_rate"]):
+                y, x = shares.index(share), rates.index(rate)
+                values = rows[column].dropna().to_numpy(float)
+                means[y, x], low, high = interval(values)
+                marked[y, x] = low > 0 or high < 0
+                counts.append(len(values))
+                plateau = rows["plateau"].mean()
+                texts[y][x] = difference_text(values, 3, "\n") + f"\nn = {len(values)}, GRPO {plateau:.2f}"
+            shades = _draw_cells(axes, means, texts, marked, limit)
+            names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
+            axes.set_xticks(np.arange(len(rates)) + 0.5, names)
+            axes.set_yticks(np.arange(len(shares)) + 0.5, [f"{share:g}" for share in shares])
+            axes.invert_yaxis()
+            axes.set_ylabel("share of hard facts (fraction)")
+            axes.set_title(title, loc="left")
+        panels[-1].set_xlabel("learning rate (AdamW)")
+        figure.colorbar(shades, ax=panels, label="NPO minus GRPO in test pass rate (fraction)", aspect=30)
         measure = _measure("mean [95 % t interval over n seeds]", counts)
         _legend_of_cells(figure, f"{measure}\nGRPO: its on-policy pass rate in the second half", counts)
     return settle(figure)
@@ -135,9 +143,11 @@ def _cell_text(cell: np.ndarray, absolute: bool) -> str:
     return value if np.isnan(high) else f"{value}\n±{high - mean:.1f}"
 
 
-def _draw_cells(axes: Axes, values: np.ndarray, texts: list[list[str]], marked: np.ndarray) -> ScalarMappable:
-    """Colour, text and, where marked, a frame of every cell; the first row at the top."""
-    norm = CenteredNorm(0, 1.25 * np.nanmax(np.abs(values), initial=1e-9))
+def _draw_cells(
+    axes: Axes, values: np.ndarray, texts: list[list[str]], marked: np.ndarray, limit: float = 0.0
+) -> ScalarMappable:
+    """Colour (full at 1.25 × the largest value or limit), text and, where marked, a frame of each cell; row 0 first."""
+    norm = CenteredNorm(0, 1.25 * np.nanmax(np.abs(values), initial=np.nanmax([limit, 1e-9])))
     shades = axes.pcolormesh(np.ma.masked_invalid(values), cmap=COLORMAP, norm=norm, edgecolors="white", lw=1.0)
     for (y, x), value in np.ndenumerate(values):
         dark = np.isfinite(value) and np.power(shades.to_rgba(value)[:3], 2.2) @ LUMINANCE < 0.18

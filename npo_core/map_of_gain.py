@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from . import stages
 from .comparisons import Difference, difference
@@ -22,6 +21,7 @@ from .evidence import Cell, newest_place, score
 from .findings import SCHEMA, results_folder
 from .results import ResultsRefused
 from .runs import RunFolder, write_json, write_whole
+from .signal_curve import rank_correlation
 from .stats import Estimate, holm, mean_interval
 
 LEARNING_RATES = (5.0e-5, 1.0e-4, 3.0e-4)
@@ -229,9 +229,9 @@ def map_relations(table: pd.DataFrame) -> dict[str, Estimate]:
     }
     found = {}
     for name, values in causes.items():
-        pairs = table.assign(cause=values).groupby("seed")
-        ranks = [_rank_correlation(rows["cause"], rows["difference"]) for _, rows in pairs]
-        known = np.array([rank for rank in ranks if rank is not None])
+        pairs = table.assign(cause=values).groupby("seed")[["cause", "difference"]]
+        ranks = np.array([rank_correlation(*rows.to_numpy(float).T[:, None])[0] for _, rows in pairs])
+        known = ranks[np.isfinite(ranks)]
         if known.size > 1:
             found[name] = mean_interval(known)
     return found
@@ -253,13 +253,6 @@ def map_markdown(table: pd.DataFrame) -> str:
     if ranks:
         lines += ["", "Spearman's ρ over cells of the gain at equal compute with: " + "; ".join(ranks) + "."]
     return "\n".join(lines)
-
-
-def _rank_correlation(a: pd.Series, b: pd.Series) -> float | None:
-    ranks = [rankdata(values) for values in (a, b)]
-    if any(np.ptp(values) == 0 for values in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:

@@ -103,8 +103,9 @@ def test_what_a_decision_holds_depends_on_the_method(method, overrides, held):
     assert (memory.learner > 0, memory.scoring > 0) == held
 
 
-def test_a_second_large_policy_does_not_fit_where_one_trains():
+def test_a_second_large_policy_does_not_fit_where_one_trains(monkeypatch):
     """8B with adapters on 80 GiB: 67 GiB in training, and as much again for the policy that V̂ compares with."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1024 * GIB, 0, 1024 * GIB))
     overrides = {"policy": "Qwen/Qwen3-VL-8B-Instruct", "micro_batch": 2}
     assert fits(plan.plan(resolve_config("grpo", "gpu", overrides=overrides)))
     assert "score_batch (decision)" in plan.plan(resolve_config("autonpo", "gpu", overrides=overrides))["fits"]

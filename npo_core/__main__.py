@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, preset_names, resolve_config
+from .config import RunConfig, preset_names, resolve_config, settings_markdown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--out", type=Path, help="folder of the figures (default: figures)")
     settings = stages.add_parser("settings", help="List every setting with its default, source and meaning.")
     settings.set_defaults(stage=_list_settings)
+    settings.add_argument("--markdown", action="store_true", help="as the table in docs/implementation.md")
     bench = stages.add_parser("bench", help="Measure speed and memory; writes data/runs/bench.json.")
     bench.set_defaults(stage=_bench)
     return parser
@@ -261,7 +262,9 @@ def _claims(options: argparse.Namespace) -> int:
     from .results import read_evidence
 
     found = read_evidence(options.results)
-    print(comparisons.arm_markdown(found), claims.write(found, options.results), sep="\n\n")
+    made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
+    tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
+    print(*tables, f"Runs by revision of the code: {made}.", claims.write(found, options.results), sep="\n\n")
     if map_of_gain.has_map(options.results):
         print("\n" + map_of_gain.map_markdown(map_of_gain.read_map(options.results)))
     return 0
@@ -378,6 +381,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _list_settings(options: argparse.Namespace) -> int:
+    if options.markdown:
+        print(settings_markdown())
+        return 0
     for name, kind, default, source, text in RunConfig.describe():
         print(f"{name:<26} {kind:<8} {default!s:<14} {source:<6} {text}")
     return 0

@@ -192,8 +192,8 @@ def arm_markdown(evidence: Evidence) -> str:
 
     Bold: the interval excludes 0 and, in the primary comparison, Holm's p of that clock is below 0.05.
     """
-    head = ("arm", "pass rate", "at equal compute", "p, Holm", "at equal policy step", "steps on the trajectory")
-    lines = ["| " + " | ".join((*head, "off-line rollouts")) + " |", "|" + "---|" * (len(head) + 1)]
+    head = ("arm", "pass rate", "at equal compute", "p, Holm", "at equal policy step", "p, Holm")
+    lines = _head(*head, "steps on the trajectory", "off-line rollouts")
     adjusted = primary(evidence).set_index(["arm", "clock"]).get("p_holm", pd.Series(dtype=float))
     for row in arm_table(evidence, np.random.default_rng(0)).to_dict("records"):
         arm, cells = row["arm"], {}
@@ -203,11 +203,60 @@ def arm_markdown(evidence: Evidence) -> str:
             sure = apart and (arm not in PRIMARY or p < 0.05)
             known = isinstance(row[f"equal {AT_CLOCK[clock]}"], str)
             cells[clock] = (f"**{found.text}**" if sure else found.text) if known else ""
-            cells[f"p {clock}"] = f"{p:.3f}" if np.isfinite(p) else ""
+            cells[f"p {clock}"] = _p_words(p)
         costs = [f"{row[name]:,.0f}" for name in ("policy steps", "off-line rollouts")]
-        shown = [arm, f"{row['pass rate']:.3f}", cells["compute"], cells["p compute"], cells["policy"], *costs]
-        lines.append("| " + " | ".join(shown) + " |")
+        lines.append(_line(arm, f"{row['pass rate']:.3f}", *cells.values(), *costs))
     return "\n".join(lines)
+
+
+def secondary_markdown(evidence: Evidence) -> str:
+    """The secondary endpoints in Markdown: each arm on its own, then minus GRPO at equal compute, unadjusted.
+
+    Bold: the interval excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
+    """
+    head = ("arm", "IQM over seeds and suites", "IQM over suites", "chance to beat a run of GRPO", "avg@8 at T = 1")
+    lines = _head(*head, "pass@8 at T = 1", "entropy", "all-wrong groups", "suites apart")
+    robust = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
+    by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm")
+    finals = [("plain", "pass_rate"), ("plain", "pass_at_8"), ("paper", "entropy"), ("paper", "all_wrong_groups")]
+    for row in arm_table(evidence, np.random.default_rng(0)).to_dict("records"):
+        arm, own = row["arm"], f"{row['IQM']:.3f}"
+        if row["IQM low"] is not None:
+            own += f" ({row['IQM low']:.3f} to {row['IQM high']:.3f})"
+        if arm == "GRPO":
+            level = [f"{row[name]:.3f}" for name in ("pass rate at T = 1", "pass@8 at T = 1", "entropy")]
+            lines.append(_line(arm, own, "", "", *level, f"{row['all-wrong groups']:.3f}", ""))
+            continue
+        found = [difference(by_seed[arm], by_seed["GRPO"], names=(arm, "GRPO"), measure="IQM over suites")]
+        found += [against_grpo(evidence, arm, "compute", column, sampling) for sampling, column in finals]
+        texts = [f"**{one.text}**" if one.low is not None and one.low * one.high > 0 else one.text for one in found]
+        improvement = against_grpo(evidence, arm).improvement
+        chance = "–" if improvement is None else f"{improvement:.2f}"
+        lines.append(_line(arm, own, texts[0], chance, *texts[1:], _apart(evidence, arm)))
+    return "\n".join(lines)
+
+
+def _iqm(scores: pd.Series) -> float:
+    return float(interquartile_mean(scores.to_numpy()))
+
+
+def _apart(evidence: Evidence, arm: str) -> str:
+    table = by_suite(evidence, arm)
+    if "p_holm" not in table:
+        return "–"
+    return ", ".join(f"{row.suite} {row.value:+.2f}" for row in table[table["p_holm"] < 0.05].itertuples()) or "none"
+
+
+def _p_words(p: float) -> str:
+    return "" if not np.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFrame:

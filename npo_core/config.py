@@ -240,6 +240,15 @@ class RunConfig(Settings):
         ]
 
 
+def settings_markdown() -> str:
+    """All settings as the Markdown table that ends docs/implementation.md."""
+    lines = ["| setting | default | source | meaning |", "|---|---|---|---|"]
+    for name, _, default, source, text in RunConfig.describe():
+        shown = json.dumps(default, ensure_ascii=False)
+        lines.append(f"| `{name}` | `{shown}` | {source} | {text} |")
+    return "\n".join(lines)
+
+
 def check_parameters(cells: Sequence[str], allowed: Sequence[str]) -> None:
     """Refuse a parameter that a notebook does not have; papermill itself only warns.
 

@@ -37,9 +37,6 @@ POINTS = 4
 RECENT = 20
 """Compute steps over which entropy and all-wrong groups are averaged for a score."""
 
-KEPT = ("stage", "policy_step", "compute_step", "distance", "cached", "at_edge", "quality", "variance")
-"""What is kept of an intervention."""
-
 TRAINING_COLUMNS = {
     "npo/pass_rate": "pass_rate",
     "npo/entropy": "entropy",

@@ -3,10 +3,12 @@
 Three files: `evidence.csv` (test scores: arm, seed, both clocks, sampling, suite, pass rates),
 `evidence_training.parquet` (a line per executed step of every run) and `evidence.json` (what made them: the
 configuration of every run, versions, failures). A comparison rests on whole cells: every arm with every seed, once,
-made with one configuration and one set of versions.
+made with one configuration and one set of versions of Python, packages and device. The revision of this code may
+differ, since a study outlives a change of a document; `Evidence.revisions` counts them, and `make claims` prints them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,11 @@ class Evidence:
         for entry in self.about["failed"]:
             found.setdefault(entry["arm"], []).append(entry["seed"])
         return found
+
+    @property
+    def revisions(self) -> dict[str, int]:
+        """Runs by the revision of this code that made them."""
+        return dict(Counter(str(run["git_revision"]) for run in self.about["runs"]))
 
     def finals(self, sampling: str = "paper", column: str = "pass_rate") -> pd.DataFrame:
         """Score at the end of each run, mean over suites: a row per seed, a column per arm."""

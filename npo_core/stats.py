@@ -5,6 +5,7 @@ speaks about those items and that one run; only an interval over seeds supports 
 neither, so every choice in this file is ours. rliable is left out: it ignores `random_state` and fails with pandas 3.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -170,6 +171,30 @@ def paired_t_test(differences: Scores) -> float:
     if np.ptp(data) == 0:
         return 1.0 if data[0] == 0 else 2.0 ** (1 - data.size)
     return float(scipy.stats.ttest_1samp(data, 0.0).pvalue)
+
+
+def needed_items(first: float, second: float, power: float = 0.8) -> int:
+    """Test items per policy that tell two accuracies apart in a two-sided test at 5 % (ours).
+
+    Normal approximation for two independent samples of items; answers of two policies to the same items go together,
+    and fewer are then needed.
+
+    Args:
+        first: Accuracy of one policy, in [0, 1].
+        second: Accuracy of the other, in [0, 1].
+        power: Probability of finding the difference, in (0.05, 0.99].
+
+    Raises:
+        ValueError: An accuracy or the power is out of range, or the accuracies are equal.
+    """
+    if not (0 <= first <= 1 and 0 <= second <= 1 and first != second and 0.05 < power <= 0.99):
+        raise ValueError(
+            f"got accuracies {first} and {second} and power {power}; give two different accuracies from 0 to 1 and a "
+            "power between 0.05 and 0.99."
+        )
+    z = scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(power)
+    spread = first * (1 - first) + second * (1 - second)
+    return math.ceil(z**2 * spread / (first - second) ** 2)
 
 
 def detectable_difference(differences: Scores, power: float = 0.8) -> float:

@@ -18,6 +18,7 @@ from npo_core.comparisons import (
     last_steps,
     policy_ends,
     primary,
+    secondary_markdown,
     speed_up,
 )
 
@@ -88,13 +89,32 @@ def test_the_table_of_arms_in_words_is_bold_where_a_difference_is_sure():
     table = {row[0]: row[1:] for row in rows}
     p = scipy.stats.ttest_1samp(up, 0).pvalue
     assert table["LUFFY"][1:3] == [f"**{against_grpo(found, 'LUFFY').text}**", f"{2 * p:.3f}"], "Holm over two arms"
-    assert table["NPO"][1] == against_grpo(found, "NPO").text and table["NPO"][4:] == ["20", "16"]
+    assert table["NPO"][1] == against_grpo(found, "NPO").text and table["NPO"][5:] == ["20", "16"]
+    policy = sorted(against_grpo(found, arm, "policy").p for arm in ("LUFFY", "NPO"))
+    assert table["NPO"][4] == f"{max(2 * policy[0], policy[1]):.3f}", "Holm, the larger of two"
     assert table["NPO, own resample"][1].startswith("**+0.110") and table["NPO, own resample"][2] == ""
     # the second of two primary arms: sure by itself, not after Holm's adjustment
     close = evidence({arm: [0.10, 0.11, 0.16] for arm in PRIMARY})
     lone = against_grpo(close, "NPO")
     assert lone.low > 0 and 7 * lone.p > 0.05
     assert all("**" not in line for line in arm_markdown(close).splitlines())
+
+
+def test_secondary_endpoints_in_words():
+    up, wide = [0.10, 0.11, 0.12], [-0.1, 0.0, 0.2]
+    found = evidence({"LUFFY": up, "NPO": wide})
+    rows = [row.strip("| ").split(" | ") for row in secondary_markdown(found).splitlines()[2:]]
+    table = {row[0]: row[1:] for row in rows}
+    # two suites: their interquartile mean is their mean, and every other score goes along with it
+    text = against_grpo(found, "LUFFY").text
+    assert table["LUFFY"][1:5] == [f"**{text}**", "0.94", f"**{text}**", f"**{text}**"], "8.5 of 9 pairs"
+    assert table["LUFFY"][5:7] == ["+0.000 (+0.000 to +0.000)"] * 2, "the same entropy and all-wrong groups"
+    p = 2 * scipy.stats.ttest_1samp(up, 0).pvalue
+    assert p < 0.05 and table["LUFFY"][7] == "mathvista +0.11, mmstar +0.11"
+    assert table["NPO"][1:4] == [against_grpo(found, "NPO").text, "0.61", against_grpo(found, "NPO").text]
+    assert table["NPO"][7] == "none" and table["GRPO"][3] == "0.450"
+    lone = evidence({"NPO": [0.1]}, base=[0.4])
+    assert "| NPO | 0.500 | +0.100 | 1.00 | +0.100 |" in secondary_markdown(lone)
 
 
 def test_an_arm_with_more_steps_than_grpo_has_no_equal_policy_step():

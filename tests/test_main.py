@@ -75,6 +75,15 @@ def test_all_settings_are_listed(capsys):
         assert setting.metadata["help"] in line
 
 
+def test_the_list_of_settings_in_the_documentation_is_that_of_the_code(capsys):
+    assert main(["settings", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    documented = (ROOT / "docs" / "implementation.md").read_text()
+    _, section = documented.split("## All settings\n")
+    assert table in section, "`python -m npo_core settings --markdown` prints what belongs at the end of the document"
+    assert "| `tau_gate` | `0.6` | paper |" in table and table.count("\n") == 2 + len(fields(RunConfig))
+
+
 def test_help_and_settings_load_nothing_heavy():
     code = (
         "import sys\nfrom npo_core.__main__ import main\n"

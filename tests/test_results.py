@@ -95,6 +95,11 @@ def test_mixed_versions_are_listed(found):
         check_evidence(found.scores, {**found.about, "runs": runs})
 
 
+def test_revisions_of_the_code_are_counted(found):
+    found.about["runs"][0]["git_revision"] = "def"
+    assert found.revisions == {"def": 1, "abc": len(found.about["runs"]) - 1}
+
+
 def test_a_run_that_is_listed_twice_is_refused(found):
     with pytest.raises(ResultsRefused, match="twice: run of NPO, seed 2"):
         check_evidence(found.scores, {**found.about, "runs": [*found.about["runs"], found.about["runs"][-1]]})

@@ -16,6 +16,7 @@ from npo_core.stats import (
     holm,
     interquartile_mean,
     mcnemar_exact,
+    needed_items,
     paired_difference,
     paired_t_test,
     pass_at_k,
@@ -184,6 +185,17 @@ def test_the_detectable_difference_is_found_with_the_given_power(n, power):
     sample = np.random.default_rng(2).normal(found, differences.std(ddof=1), (20_000, n))
     t = sample.mean(axis=1) / (sample.std(axis=1, ddof=1) / np.sqrt(n))
     assert np.mean(np.abs(t) > scipy.stats.t.ppf(0.975, n - 1)) == pytest.approx(power, abs=0.015)
+
+
+def test_needed_items_are_told_apart_with_the_given_power():
+    """Of 400 items each, 0.5 and 0.6 are told apart with the probability that a two-sample z test has there."""
+    items = needed_items(0.5, 0.6)
+    assert items == needed_items(0.6, 0.5) == 385, "(1.960 + 0.842)² · (0.25 + 0.24) / 0.01 = 384.6"
+    z = 0.1 / np.sqrt((0.25 + 0.24) / items)
+    assert scipy.stats.norm.sf(1.959964 - z) == pytest.approx(0.8, abs=0.001)
+    for wrong in ((0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.4, 0.5, 0.01)):
+        with pytest.raises(ValueError, match="two different accuracies"):
+            needed_items(*wrong)
 
 
 def test_the_detectable_difference_has_the_unit_of_the_scores():

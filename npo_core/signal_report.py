@@ -47,7 +47,8 @@ class SignalSettings:
         gradients: Prompts with one measured gradient in each pair; 0 leaves the measured variance out.
         parameters: Regular expression that selects the parameters of the gradients; "" takes all trainable ones.
         max_new_tokens: Longest response in tokens.
-        c: Constant of the proxy e^(c·KL).
+        c: Constant of the proxy e^(c·KL); 2 is that of log-normal weights per token. A fit to the measured variance is
+            reported beside it, where there is one.
         resamples: Bootstrap resamples over prompts.
         seed: Seed of sampling and resampling.
         temperature: Sampling temperature; must be 1.

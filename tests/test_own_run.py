@@ -94,3 +94,9 @@ def test_autonpo_over_a_factory(place, monkeypatch):
     again = run(code, sizes)["run"]
     timeless = [[{**line, "step_time": 0} for line in each] for each in (lines, again.metrics())]
     assert timeless[0] == timeless[1]
+
+
+def test_the_table_of_public_names_is_that_of_the_package():
+    _, section = (ROOT / "docs" / "own_run.md").read_text().split("## Public names\n")
+    names = [name for line in section.splitlines() if line.startswith("| `") for name in line.split("|")[1].split(",")]
+    assert sorted(name.strip(" `") for name in names) == npo_core.__all__

@@ -25,7 +25,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal signal-study study map claims figures bench plan base lab test test-vllm lint clean
+.PHONY: help setup autonpo npo signal signal-study study map corner claims figures bench plan base lab test test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,12 @@ study: setup ## Run the evidence study, arms x seeds, and write data/results/ (h
 
 map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
+
+corner: setup ## Run the follow-up of the map in its hardest cell, seeds 5 to 14 (about an hour; resumable)
+	$(BIN)/python -m npo_core study --preset $(PRESET) --seeds 5 6 7 8 9 10 11 12 13 14 \
+		--arms GRPO NPO "NPO, own resample" "NPO, no guide" --set learning_rate=3e-4 --set middling_share=0.2 \
+		--set compute_steps=160 --set scout_steps=20 --set early_window=20 --set late_step=80 --set late_start=40 \
+		--out data/results/corner $(ARGS)
 
 claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in seconds
 	$(BIN)/python -m npo_core claims $(ARGS)

@@ -232,7 +232,7 @@ def _cell(options: argparse.Namespace) -> int:
 
 
 def _evidence(options: argparse.Namespace) -> int:
-    from . import claims, evidence
+    from . import claims, comparisons, evidence
     from .results import read_evidence
 
     cells = evidence.plan_cells(options.preset, options.seeds, options.arms, _overrides(options))
@@ -240,7 +240,8 @@ def _evidence(options: argparse.Namespace) -> int:
     for path in evidence.collect(cells, options.root, options.out):
         print(path)
     found = read_evidence(options.out)
-    print(claims.write(found, options.out))
+    print(comparisons.arm_markdown(found) if "GRPO" in found.arms else "No GRPO: nothing to compare with.")
+    print("\n" + claims.decide(found, options.out))
     for arm, seeds in found.failed.items():
         print(f"failed: {arm}, seeds {seeds}", file=sys.stderr)
     return 1 if found.failed else 0
@@ -264,9 +265,11 @@ def _claims(options: argparse.Namespace) -> int:
     found = read_evidence(options.results)
     made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
     tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
-    print(*tables, f"Runs by revision of the code: {made}.", claims.write(found, options.results), sep="\n\n")
+    print(*tables, f"Runs by revision of the code: {made}.", claims.decide(found, options.results), sep="\n\n")
     if map_of_gain.has_map(options.results):
         print("\n" + map_of_gain.map_markdown(map_of_gain.read_map(options.results)))
+    if (corner := map_of_gain.read_corner(options.results)) is not None:
+        print("\n" + map_of_gain.corner_markdown(corner))
     return 0
 
 

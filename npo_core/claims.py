@@ -293,6 +293,14 @@ def write(evidence: Evidence, folder: Path | None = None) -> str:
     return markdown(found)
 
 
+def decide(evidence: Evidence, folder: Path | None = None) -> str:
+    """What `write` returns; where arms that a claim needs were not run, a sentence that names them."""
+    missing = [arm for arm in NEEDED if arm not in evidence.arms]
+    if missing:
+        return f"No verdicts: arms that the claims need were not run ({', '.join(missing)})."
+    return write(evidence, folder)
+
+
 def markdown(found: Sequence[Claim]) -> str:
     """The claims as a Markdown table."""
     head = ("claim", "paper", "ours, equal compute", "ours, equal policy step", "verdict", "decided by", "command")

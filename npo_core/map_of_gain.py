@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 
 from . import stages
-from .comparisons import Difference, difference
+from .comparisons import Difference, arm_markdown, between, difference
 from .config import RunConfig, resolve_config
 from .evidence import Cell, newest_place, score
 from .findings import SCHEMA, results_folder
-from .results import ResultsRefused
+from .results import ABOUT as EVIDENCE
+from .results import Evidence, ResultsRefused, read_evidence
 from .runs import RunFolder, write_json, write_whole
 from .signal_curve import rank_correlation
 from .stats import Estimate, holm, mean_interval
@@ -41,6 +42,11 @@ SCHEDULE = {
 ARMS = {"GRPO": "grpo", "NPO": "npo"}
 MAP, ABOUT = "map.csv", "map.json"
 """File names in the folder of results."""
+
+CORNER = "corner"
+"""Folder of the follow-up in the results: a study of some arms in one cell of the map (`make corner`)."""
+CORNER_PAIRS = (("NPO", "GRPO"), ("NPO", "NPO, own resample"), ("NPO", "NPO, no guide"), ("NPO, no guide", "GRPO"))
+"""Its planned comparisons, the primary one first."""
 
 COLUMNS = (
     *("learning_rate", "hard_share", "seed", "base", "grpo", "npo", "difference", "grpo_policy", "difference_policy"),
@@ -252,6 +258,40 @@ def map_markdown(table: pd.DataFrame) -> str:
     ]
     if ranks:
         lines += ["", "Spearman's ρ over cells of the gain at equal compute with: " + "; ".join(ranks) + "."]
+    return "\n".join(lines)
+
+
+# Follow-up in one cell of the map
+
+
+def read_corner(out: Path | None = None) -> Evidence | None:
+    """Results of the follow-up beside the map, None if there are none.
+
+    Raises:
+        ResultsRefused: See `results.check_evidence`.
+    """
+    folder = (results_folder() if out is None else Path(out)) / CORNER
+    return read_evidence(folder) if (folder / EVIDENCE).is_file() else None
+
+
+def corner_differences(evidence: Evidence) -> list[tuple[Difference, float | None]]:
+    """The planned comparisons of the follow-up at equal compute, each with its p (docs/evidence.md).
+
+    The first, NPO minus GRPO, is primary and has its own p; the others say what a gain is due to and have Holm's.
+    """
+    first, *others = [between(evidence, *pair) for pair in CORNER_PAIRS]
+    tested = [found.p for found in others if found.p is not None]
+    adjusted = iter(holm(np.array(tested))) if tested else iter(())
+    return [(first, first.p), *((found, None if found.p is None else float(next(adjusted))) for found in others)]
+
+
+def corner_markdown(evidence: Evidence) -> str:
+    """The follow-up in Markdown: its arms, then its comparisons. Bold: p, for the controls Holm's, is below 0.05."""
+    lines = [arm_markdown(evidence), "", "| at equal compute | difference | p | would be found |", "|---|---|---|---|"]
+    for found, p in corner_differences(evidence):
+        text = f"**{found.text}**" if p is not None and p < 0.05 else found.text
+        least = "" if found.detectable is None else f"{found.detectable:.3f}"
+        lines.append(f"| {found.arm} − {found.against} | {text} | {'' if p is None else f'{p:.3f}'} | {least} |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_committed_figure_of_the_study_is_drawn_from_the_committed_results(tmp_path):
     drawn = figures.draw_study(results_folder(), tmp_path)
-    assert len(drawn) == 14
+    assert len(drawn) == 16
     for path in drawn:
         assert path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file()
         assert (ROOT / "figures" / path.name).is_file(), "run make figures"

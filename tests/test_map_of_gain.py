@@ -5,22 +5,29 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
+from evidences import evidence
 
+import npo_core.results as results
 from npo_core import stages
 from npo_core.evidence import newest_place, score
 from npo_core.map_of_gain import (
     ABOUT,
     COLUMNS,
+    CORNER,
     HARD_SHARES,
     LEARNING_RATES,
     MAP,
     collect_map,
+    corner_differences,
+    corner_markdown,
     has_map,
     map_cells,
     map_config,
     map_markdown,
     map_relations,
     plan_map,
+    read_corner,
     read_map,
 )
 from npo_core.prefix import shared_steps
@@ -172,3 +179,48 @@ def test_a_map_that_is_not_one_is_refused(tmp_path):
         read_map(tmp_path)
     whole.to_csv(tmp_path / MAP, index=False)
     assert has_map(tmp_path) and len(read_map(tmp_path)) == 12
+
+
+def test_the_follow_up_has_one_primary_comparison_and_three_controls_by_holm():
+    up, own, none = [0.04, 0.05, 0.06], [0.03, 0.06, 0.05], [-0.02, -0.01, 0.01]
+    found = evidence({"NPO": up, "NPO, own resample": own, "NPO, no guide": none}, ends={"NPO": 20})
+    first, *others = corner_differences(found)
+    p = scipy.stats.ttest_1samp(up, 0).pvalue
+    assert (first[0].arm, first[0].against) == ("NPO", "GRPO") and first[1] == pytest.approx(p), "not adjusted"
+    pairs = [np.subtract(up, own), np.subtract(up, none), np.array(none)]
+    alone = np.array([scipy.stats.ttest_1samp(values, 0).pvalue for values in pairs])
+    order = np.argsort(alone)
+    expected = np.minimum(1, np.maximum.accumulate(alone[order] * np.array([3, 2, 1])))[np.argsort(order)]
+    assert [adjusted for _, adjusted in others] == pytest.approx(expected)
+    assert [found.value for found, _ in others] == pytest.approx([values.mean() for values in pairs])
+    rows = corner_markdown(found).split("\n\n")[1].splitlines()[2:]
+    assert rows[0].startswith("| NPO − GRPO | **+0.050 (+0.025 to +0.075)** | 0.013 |")
+    assert [row.split(" | ")[0] for row in rows[1:]] == [
+        "| NPO − NPO, own resample",
+        "| NPO − NPO, no guide",
+        "| NPO, no guide − GRPO",
+    ]
+    assert "**" not in rows[1]
+    single = evidence({"NPO": [0.1], "NPO, own resample": [0.1], "NPO, no guide": [0.0]}, base=[0.4])
+    assert "| NPO − GRPO | +0.100 |  |  |" in corner_markdown(single)
+
+
+def test_the_follow_up_is_read_from_its_folder(tmp_path):
+    assert read_corner(tmp_path) is None
+    found, folder = evidence({"NPO": [0.01, 0.02, 0.03]}), tmp_path / CORNER
+    folder.mkdir()
+    found.scores.to_csv(folder / results.SCORES, index=False)
+    found.training.to_parquet(folder / results.TRAINING)
+    (folder / results.ABOUT).write_text(json.dumps(found.about))
+    assert read_corner(tmp_path).arms == ["GRPO", "NPO"]
+
+
+def test_the_committed_follow_up_is_the_planned_one():
+    """Four arms, seeds 5 to 14, and the map's own settings in its hardest cell."""
+    found = read_corner()
+    assert found.arms == ["GRPO", "NPO", "NPO, own resample", "NPO, no guide"]
+    assert found.about["seeds"] == list(range(5, 15)) and not found.failed
+    for run in found.about["runs"]:
+        if run["arm"] in ("GRPO", "NPO"):
+            planned = map_config(run["arm"], "cpu", run["seed"], max(LEARNING_RATES), max(HARD_SHARES))
+            assert run["config"] == json.loads(planned.to_json())

@@ -41,6 +41,8 @@ FROM_EVIDENCE = {
 
 MAP = "map.csv"
 """Results file of the map of the gain: a row per cell and seed."""
+CORNER = "corner"
+"""Folder of its follow-up in one cell."""
 
 
 def draw_study(results: str | Path, target: str | Path) -> list[Path]:
@@ -79,4 +81,6 @@ def _evidence_figures(results: Path) -> dict[str, Figure]:
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
     if (results / MAP).is_file():
         figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
+    if (results / CORNER / ABOUT).is_file():
+        figures["evidence_corner"] = controls(read_evidence(results / CORNER))
     return figures

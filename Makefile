@@ -74,11 +74,8 @@ study: setup ## Run the evidence study, arms x seeds, and write data/results/ (h
 map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
 
-corner: setup ## Run the follow-up of the map in its hardest cell, seeds 5 to 14 (about an hour; resumable)
-	$(BIN)/python -m npo_core study --preset $(PRESET) --seeds 5 6 7 8 9 10 11 12 13 14 \
-		--arms GRPO NPO "NPO, own resample" "NPO, no guide" --set learning_rate=3e-4 --set middling_share=0.2 \
-		--set compute_steps=160 --set scout_steps=20 --set early_window=20 --set late_step=80 --set late_start=40 \
-		--out data/results/corner $(ARGS)
+corner: setup ## Run the follow-up of the map in one cell, on new seeds and with controls (about an hour; resumable)
+	$(BIN)/python -m npo_core map --corner --preset $(PRESET) $(ARGS)
 
 claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in seconds
 	$(BIN)/python -m npo_core claims $(ARGS)

@@ -178,7 +178,8 @@ def _map_parser(stages) -> None:
     stage = stages.add_parser("map", help="Run the map of the gain, and write its results.", description=text)
     stage.set_defaults(stage=_map)
     stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
-    stage.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="seeds (default: 0 to 4)")
+    stage.add_argument("--corner", action="store_true", help="the follow-up in one cell; writes data/results/corner/")
+    stage.add_argument("--seeds", type=int, nargs="+", help="seeds (default: 0 to 4; of the follow-up 5 to 14)")
     stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every run")
     stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
     stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
@@ -250,11 +251,13 @@ def _evidence(options: argparse.Namespace) -> int:
 def _map(options: argparse.Namespace) -> int:
     from . import evidence, map_of_gain
 
-    cells = map_of_gain.plan_map(options.preset, options.seeds, overrides=_overrides(options))
+    corner = options.corner
+    plan, seeds = (map_of_gain.plan_corner, map_of_gain.CORNER_SEEDS) if corner else (map_of_gain.plan_map, range(5))
+    cells = plan(options.preset, options.seeds or seeds, overrides=_overrides(options))
     map_of_gain.prepare_bases(cells, options.quiet)
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
-    written = map_of_gain.collect_map(cells, options.root, options.out)
-    print(*written, map_of_gain.map_markdown(map_of_gain.read_map(options.out)), sep="\n")
+    collect = map_of_gain.collect_corner if corner else map_of_gain.collect_map
+    print(*collect(cells, options.root, options.out), map_of_gain.markdown(options.out), sep="\n")
     return 0
 
 
@@ -266,10 +269,7 @@ def _claims(options: argparse.Namespace) -> int:
     made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
     tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
     print(*tables, f"Runs by revision of the code: {made}.", claims.decide(found, options.results), sep="\n\n")
-    if map_of_gain.has_map(options.results):
-        print("\n" + map_of_gain.map_markdown(map_of_gain.read_map(options.results)))
-    if (corner := map_of_gain.read_corner(options.results)) is not None:
-        print("\n" + map_of_gain.corner_markdown(corner))
+    print("\n" + map_of_gain.markdown(options.results))
     return 0
 
 

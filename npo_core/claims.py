@@ -63,14 +63,18 @@ def claims(evidence: Evidence, signal: Mapping[str, Any] | None = None) -> list[
     Raises:
         ValueError: An arm that a claim needs is not part of the results.
     """
-    missing = [arm for arm in NEEDED if arm not in evidence.arms]
-    if missing:
+    if missing := lacking(evidence):
         raise ValueError(f"The results lack the arms {', '.join(missing)}; `python -m npo_core study` runs all.")
     about_signal = [] if signal is None else [interior_peak(signal), shapes(signal)]
     decide: list[Callable[[Evidence], Claim]] = [
         _early_speed_up, _late_breakthrough, _table, _ordering, _entropy, _correction, _growing_gap, _overhead,
     ]  # fmt: skip
     return [*about_signal, *(rule(evidence) for rule in decide)]
+
+
+def lacking(evidence: Evidence) -> list[str]:
+    """Arms that a claim needs and that are not part of the results."""
+    return [arm for arm in NEEDED if arm not in evidence.arms]
 
 
 def _both_clocks(evidence: Evidence, arms: Sequence[str]) -> tuple[list[Difference], list[Difference]]:
@@ -295,8 +299,7 @@ def write(evidence: Evidence, folder: Path | None = None) -> str:
 
 def decide(evidence: Evidence, folder: Path | None = None) -> str:
     """What `write` returns; where arms that a claim needs were not run, a sentence that names them."""
-    missing = [arm for arm in NEEDED if arm not in evidence.arms]
-    if missing:
+    if missing := lacking(evidence):
         return f"No verdicts: arms that the claims need were not run ({', '.join(missing)})."
     return write(evidence, folder)
 

@@ -17,10 +17,10 @@ import pandas as pd
 from . import stages
 from .comparisons import Difference, arm_markdown, between, difference
 from .config import RunConfig, resolve_config
-from .evidence import Cell, newest_place, score
+from .evidence import Cell, collect, newest_place, plan_cells, score
 from .findings import SCHEMA, results_folder
 from .results import ABOUT as EVIDENCE
-from .results import Evidence, ResultsRefused, read_evidence
+from .results import CORNER, MAP, Evidence, ResultsRefused, read_evidence
 from .runs import RunFolder, write_json, write_whole
 from .signal_curve import rank_correlation
 from .stats import Estimate, holm, mean_interval
@@ -40,11 +40,12 @@ SCHEDULE = {
 """Length and interventions of the map's runs."""
 
 ARMS = {"GRPO": "grpo", "NPO": "npo"}
-MAP, ABOUT = "map.csv", "map.json"
-"""File names in the folder of results."""
+ABOUT = "map.json"
+"""What made the map, beside it in the folder of results."""
 
-CORNER = "corner"
-"""Folder of the follow-up in the results: a study of some arms in one cell of the map (`make corner`)."""
+CORNER_ARMS = ("GRPO", "NPO", "NPO, own resample", "NPO, no guide")
+CORNER_SEEDS = range(5, 15)
+"""Arms and seeds of the follow-up in the cell of the highest learning rate and the most hard facts."""
 CORNER_PAIRS = (("NPO", "GRPO"), ("NPO", "NPO, own resample"), ("NPO", "NPO, no guide"), ("NPO, no guide", "GRPO"))
 """Its planned comparisons, the primary one first."""
 
@@ -64,8 +65,16 @@ def map_config(
     overrides: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Settings of one run of the map."""
-    plain = resolve_config(ARMS[arm], preset, seed, {**SCHEDULE, **(overrides or {})})
-    return plain.with_changes(learning_rate=learning_rate, middling_share=round(1 - plain.easy_share - hard_share, 6))
+    return resolve_config(ARMS[arm], preset, seed, _settings(preset, learning_rate, hard_share, overrides))
+
+
+def _settings(
+    preset: str, learning_rate: float, hard_share: float, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a cell of the map changes in a preset."""
+    chosen = {**SCHEDULE, **(overrides or {})}
+    easy = resolve_config("grpo", preset, overrides=chosen).easy_share
+    return {**chosen, "learning_rate": learning_rate, "middling_share": round(1 - easy - hard_share, 6)}
 
 
 def plan_map(
@@ -83,6 +92,14 @@ def plan_map(
         for share in hard_shares
         for arm in ARMS
     ]
+
+
+def plan_corner(
+    preset: str, seeds: Sequence[int] = CORNER_SEEDS, overrides: Mapping[str, Any] | None = None
+) -> list[Cell]:
+    """Runs of the follow-up: the map's settings in its corner, with the controls of the study."""
+    settings = _settings(preset, max(LEARNING_RATES), max(HARD_SHARES), overrides)
+    return plan_cells(preset, seeds, CORNER_ARMS, settings)
 
 
 def prepare_bases(cells: Sequence[Cell], quiet: bool = False) -> None:
@@ -264,6 +281,11 @@ def map_markdown(table: pd.DataFrame) -> str:
 # Follow-up in one cell of the map
 
 
+def collect_corner(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
+    """Write the follow-up's results, the three files of a study, into their folder; see `evidence.collect`."""
+    return collect(cells, root, (results_folder() if out is None else Path(out)) / CORNER)
+
+
 def read_corner(out: Path | None = None) -> Evidence | None:
     """Results of the follow-up beside the map, None if there are none.
 
@@ -293,6 +315,13 @@ def corner_markdown(evidence: Evidence) -> str:
         least = "" if found.detectable is None else f"{found.detectable:.3f}"
         lines.append(f"| {found.arm} − {found.against} | {text} | {'' if p is None else f'{p:.3f}'} | {least} |")
     return "\n".join(lines)
+
+
+def markdown(out: Path | None = None) -> str:
+    """Map and follow-up in Markdown, as far as they are among the results."""
+    tables = [map_markdown(read_map(out))] if has_map(out) else []
+    corner = read_corner(out)
+    return "\n\n".join(tables if corner is None else [*tables, corner_markdown(corner)])
 
 
 def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:

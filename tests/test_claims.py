@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from evidences import evidence
 
-from npo_core.claims import NEEDED, claims, markdown, signal_results, write
+from npo_core.claims import NEEDED, claims, decide, markdown, signal_results, write
 from npo_core.comparisons import difference, speed_up_bound
 from npo_core.verdicts import FEW, NOT, PARTLY, REPRODUCED, in_words, opposite_of, powers, verdict_of
 
@@ -150,6 +150,14 @@ def test_one_seed_decides_nothing():
     gains = {arm: [0.1] for arm in NEEDED if arm != "GRPO"}
     found = verdicts(evidence(gains, base=(0.4,), ends={"NPO": 20, "NPO early": 30}))
     assert {found[name] for name in set(found) - {"early speed-up"}} == {FEW}
+
+
+def test_without_the_arms_that_claims_need_there_are_no_verdicts_and_no_file(tmp_path):
+    found = evidence({"NPO": UP})
+    text = decide(found, tmp_path)
+    assert text.startswith("No verdicts") and "LUFFY, ExGRPO" in text and not (tmp_path / "claims.json").exists()
+    whole = evidence({arm: UP for arm in NEEDED if arm != "GRPO"})
+    assert decide(whole, tmp_path) == markdown(claims(whole)) and (tmp_path / "claims.json").is_file()
 
 
 def test_arms_that_a_claim_needs_are_named():

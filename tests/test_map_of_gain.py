@@ -9,15 +9,14 @@ import scipy.stats
 from evidences import evidence
 
 import npo_core.results as results
-from npo_core import stages
+from npo_core import map_of_gain, stages
+from npo_core.__main__ import main
 from npo_core.evidence import newest_place, score
 from npo_core.map_of_gain import (
     ABOUT,
     COLUMNS,
-    CORNER,
     HARD_SHARES,
     LEARNING_RATES,
-    MAP,
     collect_map,
     corner_differences,
     corner_markdown,
@@ -26,12 +25,14 @@ from npo_core.map_of_gain import (
     map_config,
     map_markdown,
     map_relations,
+    markdown,
+    plan_corner,
     plan_map,
     read_corner,
     read_map,
 )
 from npo_core.prefix import shared_steps
-from npo_core.results import ResultsRefused
+from npo_core.results import CORNER, MAP, ResultsRefused
 
 SMALL = {"compute_steps": 12, "scout_steps": 4, "early_window": 4, "late_step": 6, "late_start": 4, "rollout_every": 0}
 
@@ -215,12 +216,42 @@ def test_the_follow_up_is_read_from_its_folder(tmp_path):
     assert read_corner(tmp_path).arms == ["GRPO", "NPO"]
 
 
+def test_the_follow_up_has_the_settings_of_the_map_in_its_corner():
+    """GRPO and NPO are the map's own runs but for the seed; the controls differ from NPO in the guide alone."""
+    planned = {(cell.arm, cell.seed): cell.config for cell in plan_corner("cpu")}
+    assert {seed for _, seed in planned} == set(range(5, 15)) and len(planned) == 40
+    for (arm, seed), config in planned.items():
+        mapped = map_config("GRPO" if arm == "GRPO" else "NPO", "cpu", seed, 3.0e-4, 0.4)
+        guide = {"NPO, own resample": "own", "NPO, no guide": "none"}.get(arm, "future")
+        assert config == mapped.with_changes(guide_from=guide)
+
+
 def test_the_committed_follow_up_is_the_planned_one():
-    """Four arms, seeds 5 to 14, and the map's own settings in its hardest cell."""
-    found = read_corner()
-    assert found.arms == ["GRPO", "NPO", "NPO, own resample", "NPO, no guide"]
-    assert found.about["seeds"] == list(range(5, 15)) and not found.failed
-    for run in found.about["runs"]:
-        if run["arm"] in ("GRPO", "NPO"):
-            planned = map_config(run["arm"], "cpu", run["seed"], max(LEARNING_RATES), max(HARD_SHARES))
-            assert run["config"] == json.loads(planned.to_json())
+    found, planned = read_corner(), {(cell.arm, cell.seed): cell.config for cell in plan_corner("cpu")}
+    made = {(run["arm"], run["seed"]): run["config"] for run in found.about["runs"]}
+    assert made == {key: json.loads(config.to_json()) for key, config in planned.items()}
+
+
+@pytest.mark.parametrize("corner", [False, True])
+def test_the_command_runs_map_or_follow_up(corner, tmp_path, monkeypatch, capsys):
+    """What is planned, run, collected and printed; the runs themselves are replaced."""
+    ran = []
+    monkeypatch.setattr(map_of_gain, "prepare_bases", lambda cells, quiet: None)
+    monkeypatch.setattr("npo_core.evidence.run_cells", lambda cells, *rest: ran.extend(cells))
+
+    def collected(cells, root, out):
+        assert cells == ran and out == tmp_path
+        return [tmp_path / "results"]
+
+    monkeypatch.setattr(map_of_gain, "collect_corner" if corner else "collect_map", collected)
+    monkeypatch.setattr(map_of_gain, "markdown", lambda out: "the tables")
+    assert main(["map", *(["--corner"] if corner else []), "--out", str(tmp_path)]) == 0
+    assert ran == (plan_corner("cpu") if corner else plan_map("cpu", range(5)))
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "results"), "the tables"]
+
+
+def test_the_tables_are_those_that_are_there(tmp_path):
+    assert markdown(tmp_path) == ""
+    table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8]).to_csv(tmp_path / MAP, index=False)
+    assert markdown(tmp_path) == map_markdown(read_map(tmp_path))
+    assert markdown().endswith(corner_markdown(read_corner())) and markdown().startswith(map_markdown(read_map()))

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..findings import paper_table
-from ..results import ABOUT, read_evidence
+from ..results import ABOUT, CORNER, MAP, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -38,11 +38,6 @@ FROM_EVIDENCE = {
     "evidence_controls": controls,
 }
 """Name of a figure to the function that draws it from the evidence study."""
-
-MAP = "map.csv"
-"""Results file of the map of the gain: a row per cell and seed."""
-CORNER = "corner"
-"""Folder of its follow-up in one cell."""
 
 
 def draw_study(results: str | Path, target: str | Path) -> list[Path]:

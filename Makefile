@@ -112,7 +112,7 @@ $(VLLM_STAMP):
 	@touch $@
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM path on the CPU, in an environment of its own (.venv-vllm)
-	OMP_NUM_THREADS=2 PYTHONPATH=tests/vllm_site $(VLLM)/bin/python -m pytest tests/test_vllm.py $(ARGS)
+	OMP_NUM_THREADS=2 PYTHONPATH=tests/vllm_site $(VLLM)/bin/python -m pytest tests/trainer/test_vllm_live.py $(ARGS)
 
 lint: $(DEV_STAMP) ## Check style and formatting, notebooks included
 	$(BIN)/ruff check .

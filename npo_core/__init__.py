@@ -1,7 +1,7 @@
 """Near-Future Policy Optimization: the reference implementation.
 
 The names below are the public face. They are loaded on first use, so `import npo_core` is light and the maths modules
-(`npo_core.groups`, `npo_core.ratios`, …) work without TRL.
+(`npo_core.method`) work without TRL.
 """
 
 from importlib import import_module
@@ -10,27 +10,27 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoNPO": "autonpo",
-    "BoxedVerifier": "verifiers",
-    "GuidanceCache": "trajectories",
-    "GuidanceSource": "sources",
-    "GuidanceWindow": "sources",
-    "NPOConfig": "arguments",
-    "NPOTrainer": "trainer",
-    "OwnPast": "replay",
-    "ReplayPool": "replay",
-    "RunConfig": "config",
-    "RunFolder": "runs",
-    "ScheduledNPO": "interventions",
-    "SignalSettings": "signal_report",
-    "Trajectory": "trajectories",
-    "Verdict": "verifiers",
-    "measure_folder": "signal_stages",
-    "resolve_config": "config",
-    "sample_rollouts": "sampling",
-    "tokenizer_digest": "policies",
-    "training_schedule": "tasks",
-    "verifier_reward": "verifiers",
+    "AutoNPO": "control.auto",
+    "BoxedVerifier": "guidance.verifiers",
+    "GuidanceCache": "guidance.trajectories",
+    "GuidanceSource": "guidance.sources",
+    "GuidanceWindow": "guidance.sources",
+    "NPOConfig": "trainer.config",
+    "NPOTrainer": "trainer.trainer",
+    "OwnPast": "guidance.replay",
+    "ReplayPool": "guidance.replay",
+    "RunConfig": "runs.config",
+    "RunFolder": "runs.folder",
+    "ScheduledNPO": "control.scheduled",
+    "SignalSettings": "runs.measurement",
+    "Trajectory": "guidance.trajectories",
+    "Verdict": "guidance.verifiers",
+    "measure_folder": "stages.signal",
+    "resolve_config": "runs.config",
+    "sample_rollouts": "trainer.sampling",
+    "tokenizer_digest": "world.policies",
+    "training_schedule": "world.tasks",
+    "verifier_reward": "guidance.verifiers",
 }
 
 __all__ = sorted(_HOMES)

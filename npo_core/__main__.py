@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, preset_names, resolve_config, settings_markdown
+from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,8 +213,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
-    from . import launch, stages
     from .processes import is_writer
+    from .stages import launch
+    from .stages import run as stages
 
     # `run` and what a launcher starts is the run itself; the other stages start it as its settings ask for
     here = options.name == "run" or "WORLD_SIZE" in os.environ
@@ -226,15 +227,16 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
 
 
 def _cell(options: argparse.Namespace) -> int:
-    from . import evidence
+    from .study import cells as evidence
 
     evidence.run_cell(RunConfig.from_mapping(json.loads(options.config.read_text())), options.root)
     return 0
 
 
 def _evidence(options: argparse.Namespace) -> int:
-    from . import claims, comparisons, evidence
-    from .results import read_evidence
+    from .study import cells as evidence
+    from .study import claims, comparisons
+    from .study.results import read_evidence
 
     cells = evidence.plan_cells(options.preset, options.seeds, options.arms, _overrides(options))
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
@@ -249,7 +251,8 @@ def _evidence(options: argparse.Namespace) -> int:
 
 
 def _map(options: argparse.Namespace) -> int:
-    from . import evidence, map_of_gain
+    from .study import cells as evidence
+    from .study import map as map_of_gain
 
     corner = options.corner
     plan, seeds = (map_of_gain.plan_corner, map_of_gain.CORNER_SEEDS) if corner else (map_of_gain.plan_map, range(5))
@@ -262,8 +265,9 @@ def _map(options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from . import claims, comparisons, map_of_gain
-    from .results import read_evidence
+    from .study import claims, comparisons
+    from .study import map as map_of_gain
+    from .study.results import read_evidence
 
     found = read_evidence(options.results)
     made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
@@ -274,8 +278,8 @@ def _claims(options: argparse.Namespace) -> int:
 
 
 def _warmstart(options: argparse.Namespace) -> int:
-    from .runs import project_folder
-    from .warmstart import base_digest, teacher_config, warm_start
+    from .runs.folder import project_folder
+    from .world.warmstart import base_digest, teacher_config, warm_start
 
     config = _config(options, "grpo")
     if options.teacher:
@@ -286,7 +290,7 @@ def _warmstart(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from . import plan
+    from .stages import cost as plan
 
     table = plan.plan(_config(options, options.method), options.root)
     for name, value in table.items():
@@ -295,8 +299,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _signal(options: argparse.Namespace) -> int:
-    from . import figures, signal_stages
-    from .signal_report import SignalSettings
+    from . import figures
+    from .runs.measurement import SignalSettings
+    from .stages import signal as signal_stages
 
     names = [field.name for field in fields(SignalSettings)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
@@ -338,7 +343,7 @@ def _signal(options: argparse.Namespace) -> int:
 
 
 def _gain(options: argparse.Namespace) -> int:
-    from .gain import GainPlan, GainStudy
+    from .study.gain import GainPlan, GainStudy
 
     names = [field.name for field in fields(GainPlan)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
@@ -352,7 +357,7 @@ def _gain(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from . import study
+    from .study import first as study
 
     study.write(options.preset, options.seeds, options.parts, root=options.root, out=options.out, quiet=options.quiet)
     return 0
@@ -360,8 +365,8 @@ def _study(options: argparse.Namespace) -> int:
 
 def _figures(options: argparse.Namespace) -> int:
     from . import figures
-    from .findings import results_folder
-    from .runs import project_folder
+    from .runs.folder import project_folder
+    from .study.findings import results_folder
 
     source = results_folder() if options.results is None else options.results
     target = project_folder() / "figures" if options.out is None else options.out
@@ -371,14 +376,14 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from .merging import merge
+    from .world.merging import merge
 
     print(merge(options.checkpoint, options.out))
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from . import bench
+    from .stages import bench
 
     return bench.main()
 

@@ -17,7 +17,7 @@ import torch.distributed
 import yaml
 from accelerate import PartialState
 
-from .validation import nearest
+from .runs.validation import nearest
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Launcher:
 
 def launcher_names() -> list[str]:
     """Names of the accelerate configurations that ship with the package."""
-    folder = resources.files(__package__) / "launchers"
+    folder = resources.files("npo_core.runs") / "launchers"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -59,7 +59,7 @@ def read_launcher(name: str) -> Launcher:
     """
     if not name:
         return Launcher()
-    shipped = Path(str(resources.files(__package__) / "launchers" / f"{name}.yaml"))
+    shipped = Path(str(resources.files("npo_core.runs") / "launchers" / f"{name}.yaml"))
     file = shipped if name in launcher_names() else Path(name).expanduser()
     if not file.is_file():
         raise ValueError(

@@ -13,8 +13,8 @@ from jaxtyping import install_import_hook
 
 # Shapes in the signatures of the maths are checked at run time, in tests only. The hook works on modules that are not
 # imported yet, hence here.
-CHECKED = ("groups", "ratios", "learning_signal", "stats", "signal_curve")
-install_import_hook([f"npo_core.{name}" for name in CHECKED], "beartype.beartype")
+CHECKED = ("groups", "ratios", "signal", "stats", "curve")
+install_import_hook([f"npo_core.method.{name}" for name in CHECKED], "beartype.beartype")
 
 # A deadline per example measures the machine's other load; a fixed choice of examples makes a failure repeatable.
 settings.register_profile("npo", deadline=None, derandomize="CI" in os.environ)

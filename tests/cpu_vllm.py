@@ -36,7 +36,7 @@ def make_fit() -> None:
 
 if __name__ == "__main__":
     make_fit()
-    from npo_core import stages
-    from npo_core.config import RunConfig
+    from npo_core.runs.config import RunConfig
+    from npo_core.stages import run as stages
 
     stages.run(RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), quiet=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from npo_core.arms import ARMS
-from npo_core.findings import SCHEMA
-from npo_core.results import SAMPLINGS, SCORE_COLUMNS, Evidence
+from npo_core.study.arms import ARMS
+from npo_core.study.findings import SCHEMA
+from npo_core.study.results import SAMPLINGS, SCORE_COLUMNS, Evidence
 
 SUITES = ("mathvista", "mmstar")
 STEPS = 40

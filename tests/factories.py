@@ -8,13 +8,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from worlds import WIDTH, SpyTrainer, TinyWorld, trainer_of, world
 
-from npo_core.autonpo import AutoNPO
-from npo_core.config import RunConfig, resolve_config
-from npo_core.controller import Controller
-from npo_core.runs import RunFolder
-from npo_core.sources import GuidanceSource
-from npo_core.trainer import NPOTrainer
-from npo_core.verifiers import Verdict, verifier_reward
+from npo_core.control.auto import AutoNPO
+from npo_core.control.controller import Controller
+from npo_core.guidance.sources import GuidanceSource
+from npo_core.guidance.verifiers import Verdict, verifier_reward
+from npo_core.runs.config import RunConfig, resolve_config
+from npo_core.runs.folder import RunFolder
+from npo_core.trainer.trainer import NPOTrainer
 
 
 def even(text: str, row: Mapping[str, Any]) -> Verdict:

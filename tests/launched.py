@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationMixin
 
-from npo_core import stages
-from npo_core.config import RunConfig
+from npo_core.runs.config import RunConfig
+from npo_core.stages import run as stages
 
 generate = GenerationMixin.generate
 

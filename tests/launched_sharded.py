@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
-from npo_core import stages
-from npo_core.config import RunConfig
-from npo_core.engine import trainer_generate
-from npo_core.factory import TrainerMaker, prepare
 from npo_core.processes import is_writer
-from npo_core.sampling import completion_logps
+from npo_core.runs.config import RunConfig
+from npo_core.stages import run as stages
+from npo_core.stages.factory import TrainerMaker, prepare
+from npo_core.trainer.sampling import completion_logps
+from npo_core.trainer.vllm import trainer_generate
 
 prepare_backend = PartialState._prepare_backend
 

@@ -2,8 +2,8 @@
 
 from dataclasses import Field, replace
 
-from npo_core.config import RunConfig
-from npo_core.validation import SUITES
+from npo_core.runs.config import RunConfig
+from npo_core.runs.validation import SUITES
 
 OTHER = {
     "preset": "other",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from npo_core.__main__ import main
-from npo_core.config import RunConfig, resolve_config
+from npo_core.runs.config import RunConfig, resolve_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +101,7 @@ def test_help_and_settings_load_nothing_heavy():
 @pytest.fixture
 def ran(monkeypatch):
     """Stages that only note what they were asked to run."""
-    from npo_core import stages
+    from npo_core.stages import run as stages
 
     asked = []
 
@@ -135,7 +135,7 @@ def test_the_stage_is_the_method_and_values_are_json_or_bare_words(ran, method, 
 
 
 def test_a_launcher_starts_the_run_and_is_not_started_again_inside(ran, tmp_path, monkeypatch):
-    from npo_core import launch
+    from npo_core.stages import launch
 
     started = []
     monkeypatch.setattr(

@@ -10,9 +10,9 @@ import pytest
 from factories import even
 from worlds import WIDTH, world
 
-import npo_core.watch
+import npo_core.control.watch
 from npo_core import GuidanceCache
-from npo_core.trigger import PlateauTrigger, PlateauWarning
+from npo_core.method.trigger import PlateauTrigger, PlateauWarning
 
 ROOT = Path(__file__).parents[1]
 CPU = {
@@ -72,7 +72,7 @@ class AtSix(PlateauTrigger):
 
 
 def test_autonpo_over_a_factory(place, monkeypatch):
-    monkeypatch.setattr(npo_core.watch, "PlateauTrigger", AtSix)
+    monkeypatch.setattr(npo_core.control.watch, "PlateauTrigger", AtSix)
     _, code = examples("docs/own_run.md")
     loose = '"pool_cutoff": 1.0, "tau_gate": 1.0, "cache_rollouts": 128, "quality_floor": 0.0, "rollout_every": 0'
     sizes = {

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from npo_core import shared_run
-from npo_core.config import resolve_config
 from npo_core.processes import (
     Launcher,
     agree,
@@ -22,8 +20,10 @@ from npo_core.processes import (
     read_launcher,
     shared,
 )
-from npo_core.runs import RunFolder
-from npo_core.shared_run import SharedRunFolder, open_run
+from npo_core.runs import shared as shared_run
+from npo_core.runs.config import resolve_config
+from npo_core.runs.folder import RunFolder
+from npo_core.runs.shared import SharedRunFolder, open_run
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 SETTINGS = {"micro_batch": 8}

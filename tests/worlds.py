@@ -13,7 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from npo_core.policies import (
+from npo_core.guidance.trajectories import Trajectory
+from npo_core.guidance.verifiers import BoxedVerifier, verifier_reward
+from npo_core.trainer.trainer import NPOConfig, NPOTrainer
+from npo_core.world.policies import (
     CHAT_TEMPLATE,
     TinyPolicySpec,
     build_processor,
@@ -21,10 +24,7 @@ from npo_core.policies import (
     build_tokenizer,
     tokenizer_of,
 )
-from npo_core.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
-from npo_core.trainer import NPOConfig, NPOTrainer
-from npo_core.trajectories import Trajectory
-from npo_core.verifiers import BoxedVerifier, verifier_reward
+from npo_core.world.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
 
 VERIFIER = BoxedVerifier()
 WIDTH = 12

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..benchmarks import AVERAGE, BASE, GAIN, LEVEL
-from ..findings import paper_table
-from ..validation import SUITES
+from ..runs.validation import SUITES
+from ..study.findings import paper_table
+from ..study.lmms_eval import AVERAGE, BASE, GAIN, LEVEL
 from .estimates import signed
 from .grids import _cell_text, _draw_cells, _legend_of_cells
 from .style import GREY, WIDTH, canvas, settle, style

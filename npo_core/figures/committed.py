@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..findings import paper_table
-from ..results import ABOUT, CORNER, MAP, read_evidence
+from ..study.findings import paper_table
+from ..study.results import ABOUT, CORNER, MAP, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
 from .signal import proxy_agreement, quality_stability, signal_curves

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..results import Evidence
-from ..stats import mean_interval
+from ..method.stats import mean_interval
+from ..study.results import Evidence
 
 
 def require_arms(evidence: Evidence, *arms: str) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..arms import ARMS
-from ..results import Evidence
+from ..study.arms import ARMS
+from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
 from .estimates import difference_text, interval, quoted, require_arms
 from .record import AVERAGE_WEIGHT, RunRecord

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from ..results import Evidence
+from ..study.results import Evidence
 from .estimates import difference_text, interval, quoted, require_arms, signed
 from .style import GREY, WIDTH, canvas, settle, style
 

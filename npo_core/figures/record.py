@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runs import moving_average, read_lines
+from ..runs.folder import moving_average, read_lines
 
 AVERAGE_WEIGHT = 0.9
 """Weight of the past in the moving averages; the trigger's default."""

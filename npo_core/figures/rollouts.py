@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..groups import group_advantages
+from ..method.groups import group_advantages
 from .style import COLORS, GREY, WIDTH, canvas, settle, style
 
 RIGHT, WRONG, GUIDE = COLORS[2], COLORS[3], COLORS[1]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..validation import SUITES
+from ..runs.validation import SUITES
 from .record import RunRecord
 from .style import COLORS, GREY, WIDTH, canvas, settle, style
 

@@ -17,8 +17,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..signal_curve import COSTS, MEASURED_COSTS, QUALITIES
-from ..signal_report import PROXIES, RESAMPLE
+from ..method.curve import COSTS, MEASURED_COSTS, QUALITIES
+from ..runs.measurement import PROXIES, RESAMPLE
 from .scores import LOG_RANGE
 from .style import COLORS, GREY, WIDTH, canvas, settle, style
 

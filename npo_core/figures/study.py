@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..findings import read
-from ..signal_report import RESAMPLE
-from ..stats import mean_interval
+from ..method.stats import mean_interval
+from ..runs.measurement import RESAMPLE
+from ..study.findings import read
 from .curves import CLOCKS, CURVES
 from .record import AVERAGE_WEIGHT, RunRecord
 from .signal import COST_COLORS, COST_NAMES, SOURCES, interval_text, log_axis, origin_title

@@ -1,0 +1,1 @@
+"""Who decides: controllers that train, watch, roll back and replay."""

@@ -1,0 +1,126 @@
+"""AutoNPO: train, watch, probe, choose a distance, roll back, and replay with guidance from the near future."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..guidance.trajectories import Trajectory
+from ..method.signal import variance_cost
+from ..method.trigger import Candidate, Decision, Mistake, choose_distance
+from ..trainer.trainer import NPOTrainer
+from ..trainer.vllm import trainer_generate
+from .controller import Controller
+from .watch import Segment, Watch
+
+DIVERGENCE_ROLLOUTS = 128
+"""Probe rollouts that the divergence of V̂ is measured on."""
+
+
+class AutoNPO(Controller):
+    """Controller of a run that intervenes by itself: at a plateau warning that a probe confirms.
+
+    Arguments are those of `Controller`.
+    """
+
+    acts_on_warnings = True
+
+    def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
+        """Probe, choose, fill the cache. The next segment, or None when the warning is dismissed."""
+        run, config = self.run_folder, self.config
+        clocks = {"policy_step": step, "compute_step": watch.compute_step}
+        left = config.compute_steps - watch.compute_step
+        # a replay that the budget would cut short is no candidate
+        checkpoints = self._checkpoints(segments)
+        origins = {saved: folder for saved, folder in checkpoints.items() if saved < step <= saved + left}
+        mistakes = watch.pool.since(min(origins, default=step))
+        if not mistakes:
+            run.event(
+                "dismissed", **clocks, reason="no checkpoint that the budget allows to replay from, or no mistake since"
+            )
+            return None
+        probed = self._probe(trainer, mistakes, step)
+        quality = float(np.mean([t.correct for group in probed for t in group]))
+        run.event(
+            "probe",
+            **clocks,
+            pool=len(mistakes),
+            prompts=len(probed),
+            rollouts=len(probed) * config.probe_rollouts,
+            pass_rate=quality,
+        )
+        if quality < config.confirm_quality:
+            run.event("dismissed", **clocks, reason=f"the probe's pass rate {quality:.3f} is below confirm_quality")
+            return None
+        candidates = self._candidates(step, origins, mistakes, probed)
+        decision = choose_distance(candidates, config.quality_floor)
+        run.event("choice", **clocks, **_decision_record(decision))
+        if decision.chosen is None:
+            run.event("dismissed", **clocks, reason=decision.reason)
+            return None
+        origin = decision.chosen.policy_step
+        replayed = [mistake for mistake in mistakes if mistake.step > origin]
+        return self._replay(trainer, watch, step, origins[origin], [mistake.uid for mistake in replayed], until=step)
+
+    def _probe(self, trainer: NPOTrainer, mistakes: Sequence[Mistake], step: int) -> list[list[Trajectory]]:
+        """Rollouts of the current policy on a random subset of the pool, a list per prompt."""
+        rng = np.random.default_rng([self.config.seed, step, 1])
+        chosen = rng.permutation(len(mistakes))[: self.config.probe_prompts]
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        uids = [mistakes[i].uid for i in sorted(chosen)]
+        return self._sample(policy, uids, self.config.probe_rollouts, step, 1, trainer_generate(trainer))
+
+    def _candidates(
+        self,
+        step: int,
+        origins: Mapping[int, Path],
+        mistakes: Sequence[Mistake],
+        probed: Sequence[Sequence[Trajectory]],
+    ) -> list[Candidate]:
+        """Q̂ and V̂ of every saved distance.
+
+        Q̂(Δ): pass rate of the current policy on the probed failures since t−Δ (paper). V̂(Δ): the proxy between the
+        current policy, which sampled the tokens and would be the guide, and the policy at t−Δ, which would learn from
+        them (paper: exp of the per-token KL).
+        """
+        failed_at = {mistake.uid: mistake.step for mistake in mistakes}
+        flat = [trajectory for group in probed for trajectory in group]
+        keep = np.random.default_rng([self.config.seed, step, 2]).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
+        judged = [flat[i] for i in sorted(keep)]
+        guide_logps, mask = _padded([trajectory.logps for trajectory in judged])
+        candidates = []
+        for origin, folder in origins.items():
+            since = [group for group in probed if failed_at[group[0].uid] > origin]
+            quality = float(np.mean([t.correct for group in since for t in group])) if since else 0.0
+            logps = self._score(self._learner(folder), judged)
+            variance = variance_cost(
+                _padded(logps)[0], guide_logps, mask, self.config.variance_proxy, c=self.config.variance_c
+            )
+            candidates.append(
+                Candidate(
+                    distance=step - origin, policy_step=origin, quality=quality, variance=variance, prompts=len(since)
+                )
+            )
+        return candidates
+
+
+def _decision_record(decision: Decision) -> dict[str, Any]:
+    return {
+        "chosen": None if decision.chosen is None else decision.chosen.distance,
+        "at_edge": decision.at_edge,
+        "reason": decision.reason,
+        "candidates": [{**asdict(c), "signal": c.signal} for c in decision.candidates],
+    }
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length as (rows, longest) values, zero-padded, and their mask."""
+    width = max(map(len, rows))
+    values, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    return values, mask

@@ -1,0 +1,348 @@
+"""The controller of a run: train in segments, roll back, replay with guidance, and go on after a kill.
+
+It drives a trainer factory and keeps all its state in the run folder: `metrics.jsonl` holds every executed step,
+`events.jsonl` every decision. After a kill the state is rebuilt from those two files and the newest complete
+checkpoint, and the run goes on as if nothing had happened.
+
+A `Controller` as it is never intervenes: plain GRPO, watched. `ScheduledNPO` intervenes at given steps, `AutoNPO` when
+the trigger warns.
+
+Two clocks: `policy_step` is the place on the trajectory and goes back at a roll-back; `compute_step` counts executed
+optimiser steps and never goes back.
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..guidance.sources import GuidanceSource, GuidanceWindow
+from ..guidance.trajectories import GuidanceCache, Trajectory
+from ..processes import agree, is_writer, join
+from ..progress import progress
+from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
+from ..runs.config import RunConfig
+from ..runs.folder import RunFolder
+from ..trainer.sampling import Generate, Lazily, end_tokens, shared_logps, shared_rollouts
+from ..trainer.trainer import NPOTrainer, Verifier
+from ..trainer.vllm import place, trainer_generate
+from ..world.data import image_digest
+from ..world.policies import load_policy, tokenizer_digest
+from .agreement import keep_order, require_agreement
+from .fingerprint import require_same_factory
+from .watch import Segment, Watch
+
+
+class TrainerFactory(Protocol):
+    """Makes a fresh trainer of the same run: same base weights, data order and arguments every time.
+
+    It hands on `output_dir`, `guidance` and `callbacks` as it gets them. `docs/own_run.md` has an example.
+    """
+
+    def __call__(
+        self, output_dir: Path, guidance: GuidanceSource | None, callbacks: Sequence[TrainerCallback]
+    ) -> NPOTrainer: ...
+
+    def policy(self) -> PreTrainedModel:
+        """The base policy alone."""
+        ...
+
+
+class Controller:
+    """Runs segments of training until the compute budget is spent; plain GRPO unless a subclass decides otherwise.
+
+    Args:
+        make_trainer: Trainer factory. Its trainers must have `logging_steps=1`, `max_steps=config.compute_steps`,
+            `save_steps=config.checkpoint_every`, and what else stands in both NPOConfig and RunConfig alike; see
+            `agreement`. They see the same data in the same order, best that of `tasks.training_schedule` with
+            `shuffle_dataset=False`.
+        config: Settings; trigger, probe, choice, cache, checkpoint and compute settings are used here.
+        run: Run folder that the controller writes to and resumes from.
+        rows: Data set rows by uid: prompt, answer and, for visual tasks, image.
+        processor: Processor or tokenizer of the policy.
+        verifier: `verifier(text, row) -> Verdict`.
+        quiet: Without a progress bar.
+
+    Raises:
+        ValueError: In `run`: a trainer that does not fit the settings, another factory than the run was begun with, or
+            a replay that sees other prompts.
+    """
+
+    acts_on_warnings = False
+    """Whether a plateau warning stops training for a decision."""
+
+    def __init__(
+        self,
+        make_trainer: TrainerFactory,
+        config: RunConfig,
+        run: RunFolder,
+        rows: Mapping[str, Mapping[str, Any]],
+        processor: Any,
+        verifier: Verifier,
+        quiet: bool = False,
+    ):
+        self.make_trainer = make_trainer
+        self.config = config
+        self.run_folder = run
+        self.rows = rows
+        self.processor = processor
+        self.verifier = verifier
+        self.quiet = quiet or not is_writer()
+        self.chat_template_kwargs: Mapping[str, Any] = {}
+
+    def run(self) -> NPOTrainer:
+        """Train until the compute budget is spent; return the trainer with the final policy."""
+        segments = [_segment(event) for event in self.run_folder.effective_events() if event["event"] == "segment"]
+        if not segments:
+            segments.append(self._open(self._first_segment()))
+        resume_from = self._resume_point(segments[-1])
+        done = self._lineage(segments)
+        spent = done[-1]["compute_step"] if done else segments[-1].compute_start
+        with progress(self.config.compute_steps, self.config.method, self.quiet, start=spent) as bar:
+            while True:
+                watch = Watch(
+                    self.config, self.run_folder, segments, bar, self.acts_on_warnings, self._stop_at(segments)
+                )
+                due = watch.replay(self._lineage(segments))
+                guidance = self._guidance(segments[-1], resume_from)
+                trainer = self.make_trainer(self._branch(segments[-1]), guidance, [watch])
+                watch.trainer = trainer
+                self._require_fit(trainer, watch, guidance)
+                self.chat_template_kwargs = trainer.chat_template_kwargs  # off line, prompts must be those of training
+                if resume_from is not None:
+                    keep_order(trainer, checkpoint_step(resume_from))
+                if due is None and watch.compute_step < self.config.compute_steps:
+                    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+                    due = watch.due
+                elif resume_from is not None:
+                    place(trainer, resume_from)
+                if due is None or watch.compute_step >= self.config.compute_steps:
+                    return trainer
+                bar.label(f"{self.config.method}, deciding at {due}")
+                following = self._decide(trainer, watch, due, segments)
+                bar.label(self.config.method)
+                if following is None:
+                    resume_from = checkpoint_folder(self._branch(segments[-1]), due)
+                else:
+                    segments.append(self._open(following))
+                    resume_from = (
+                        None if following.resume_from is None else self.run_folder.path / following.resume_from
+                    )
+                del trainer, watch
+                gc.collect()
+
+    def _require_fit(self, trainer: NPOTrainer, watch: Watch, guidance: GuidanceSource | None) -> None:
+        """Refuse a trainer that is not one of this run; called before it is trained."""
+        folder = self._branch(watch.segments[-1])
+        further = self._complaints(trainer) if isinstance(trainer, NPOTrainer) else []
+        require_agreement(trainer, self.config, folder, guidance, watch, list(self.rows), further)
+        require_same_factory(self.run_folder, trainer)
+
+    # What a subclass decides
+
+    def _first_segment(self) -> Segment:
+        """How the run begins: from the base policy, at compute step 0, without guidance."""
+        return Segment(branch=0, start=0, compute_start=0)
+
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        """What else keeps this controller from training with a trainer, a line each."""
+        return []
+
+    def _stop_at(self, segments: Sequence[Segment]) -> int | None:
+        """Policy step at which the last segment stops for a decision, or None."""
+        return None
+
+    def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
+        """The next segment, or None to train on as if nothing had happened; called where training stopped."""
+        raise NotImplementedError(f"{type(self).__name__} stopped at policy step {step} but decides nothing.")
+
+    # State from the run folder
+
+    def _open(self, segment: Segment) -> Segment:
+        self.run_folder.event("segment", **asdict(segment))
+        return segment
+
+    def _branch(self, segment: Segment) -> Path:
+        return self.run_folder.path / "branches" / f"{segment.branch:02d}"
+
+    def _guidance(self, segment: Segment, resume_from: Path | None = None) -> GuidanceSource | None:
+        """Source of a segment that trains on from a checkpoint (None: from the base policy)."""
+        if segment.guidance is None:
+            return None
+        path = self.run_folder.path / segment.guidance
+        cache = self._load_cache(path)
+        return GuidanceWindow(cache, segment.start, segment.guide_until)
+
+    def _resume_point(self, segment: Segment) -> Path | None:
+        """Newest complete checkpoint of the segment; metric lines past it are dropped, to be executed again."""
+        saved = agree(lambda: complete_checkpoints(self._branch(segment)))
+        step = max(saved, default=segment.start)
+        compute_step = segment.compute_start + step - segment.start
+        last = max((line["compute_step"] for line in self.run_folder.metrics()), default=0)
+        if last > compute_step or any(
+            e.get("compute_step", 0) > compute_step for e in self.run_folder.effective_events()
+        ):
+            self.run_folder.drop_metrics_after(compute_step)
+            self.run_folder.event("resume", compute_step=compute_step, policy_step=step)
+        if saved:
+            return saved[step]
+        if segment.resume_from is None:
+            return None
+        return agree(lambda: require_complete(self.run_folder.path / segment.resume_from))
+
+    def _lineage(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
+        """Metric lines of the current trajectory: rolled-back ones left out, in the order of `policy_step`."""
+        metrics = self.run_folder.metrics()
+        lines: list[dict[str, Any]] = []
+        for segment in segments:
+            lines = [line for line in lines if line["policy_step"] <= segment.start]
+            lines += [line for line in metrics if line["branch"] == segment.branch]
+        return lines
+
+    def _checkpoints(self, segments: Sequence[Segment]) -> dict[int, Path]:
+        """Resumable checkpoints of the current trajectory by policy step."""
+        found: dict[int, Path] = {}
+        for segment in segments:
+            found = {step: path for step, path in found.items() if step <= segment.start}
+            found |= agree(partial(complete_checkpoints, self._branch(segment)))
+        return dict(sorted(found.items()))
+
+    # Off-line rollouts
+
+    def _sample(
+        self,
+        policy: PreTrainedModel,
+        uids: Sequence[str],
+        k: int,
+        step: int,
+        stream: int,
+        generate: Generate | None = None,
+    ) -> list[list[Trajectory]]:
+        return shared_rollouts(
+            policy,
+            self.processor,
+            Lazily(self.rows.__getitem__, uids),
+            k,
+            self.verifier,
+            seed=int(np.random.SeedSequence([self.config.seed, step, stream]).generate_state(1)[0]),
+            max_new_tokens=self.config.max_completion_length,
+            source_step=step,
+            temperature=self.config.temperature,
+            batch=self.config.rollout_batch,
+            score_batch=self.config.score_batch,
+            generate=generate,
+            chat_template_kwargs=self.chat_template_kwargs,
+            score_temperature=self.config.temperature,
+        )
+
+    def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Log-probs of trajectories under another policy, in nats, at the training's temperature."""
+        rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
+        tokens = [trajectory.token_ids for trajectory in trajectories]
+        # a trainer's policy computes in its mixed precision; one that is compared with it must too
+        mixed = self.config.mixed_precision == "bf16"
+        with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
+            return shared_logps(
+                policy,
+                self.processor,
+                rows,
+                tokens,
+                self.config.score_batch,
+                temperature=self.config.temperature,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+
+    def _replay(
+        self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int
+    ) -> Segment | None:
+        """Fill a cache with guides, note the roll-back, and return the segment of the replay.
+
+        Args:
+            trainer: Holds the current policy, the guide.
+            watch: Watch of the segment that ends here.
+            step: Policy step of the guide.
+            origin: Checkpoint to roll back to; None is the base policy.
+            uids: Prompts to sample guides for.
+            until: Policy step at which guidance ends.
+
+        Returns:
+            None when the guide solves none of the prompts; the cause is noted as an event.
+        """
+        run, last = self.run_folder, watch.segments[-1]
+        clocks = {"policy_step": step, "compute_step": watch.compute_step}
+        start = 0 if origin is None else checkpoint_step(origin)
+        name, guided = None, self.config.guide_from != "none"
+        if guided:
+            own = self.config.guide_from == "own"
+            guide = self._learner(origin) if own else trainer.accelerator.unwrap_model(trainer.model)
+            generate = None if own else trainer_generate(trainer)
+            cache = self._fill_cache(guide, uids, start if own else step, origin, generate)
+            if not len(cache):
+                run.event("dismissed", **clocks, reason="the guide solved none of the prompts to be replayed")
+                return None
+            name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
+            agree(lambda: cache.save(run.path / name))
+            rollouts = len(uids) * self.config.cache_rollouts
+            run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
+        run.event("rollback", **clocks, to=start, distance=step - start)
+        return Segment(
+            branch=last.branch + 1,
+            start=start,
+            compute_start=watch.compute_step,
+            resume_from=None if origin is None else str(origin.relative_to(run.path)),
+            guidance=name,
+            guide_until=until,
+            reseed=not guided,
+        )
+
+    def _fill_cache(
+        self,
+        guide: PreTrainedModel,
+        uids: Sequence[str],
+        step: int,
+        learner_folder: Path | None,
+        generate: Generate | None = None,
+    ) -> GuidanceCache:
+        """Guides of a policy for some prompts."""
+        config = self.config
+        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3, generate)
+        flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
+        if config.cache_rule == "closest" and flat:
+            scores = self._score(self._learner(learner_folder), flat)
+            flat = [
+                replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
+            ]
+        cache = self._empty_cache(guide)
+        cache.fill(flat, config.cache_rule)
+        return cache
+
+    def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        return kind(
+            end_tokens(guide, self.processor),
+            self.config.max_completion_length,
+            tokenizer_digest(self.processor),
+            self.rows,
+            image_digest(self.processor),
+        )
+
+    def _load_cache(self, path: Path, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        """A cache of this run; refused when tokenizer or picture settings are others than those it was made with."""
+        return kind.load(path, tokenizer_digest(self.processor), self.rows, image_digest(self.processor))
+
+    def _learner(self, folder: Path | None) -> PreTrainedModel:
+        """Policy of a checkpoint, in evaluation mode; None is the base policy."""
+        if folder is not None:
+            policy = load_policy(folder, dtype=self.config.dtype, attention=self.config.attention)
+        else:
+            policy = self.make_trainer.policy()
+        return policy.eval().to(join().device)
+
+
+def _segment(event: Mapping[str, Any]) -> Segment:
+    return Segment(**{name: event[name] for name in Segment.__dataclass_fields__})

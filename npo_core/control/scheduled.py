@@ -1,0 +1,124 @@
+"""Manual interventions: roll back at steps fixed before the run, and replay with the policy of that moment as guide.
+
+The paper's two manual forms of NPO are one mechanism with different steps. *Early-stage bootstrapping*: a short scout
+run from the base policy; its last policy is the guide; restart from the base policy with guidance over an early window.
+*Late-stage plateau breakthrough*: train past the plateau, roll back to its start, replay with the later policy as the
+guide. The steps are settings; the paper's are not public.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runs.checkpoints import checkpoint_folder, require_complete
+from ..runs.config import RunConfig
+from ..trainer.trainer import NPOTrainer
+from .agreement import prompt_order
+from .controller import Controller
+from .watch import Segment, Watch
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One scheduled roll-back.
+
+    Attributes:
+        stage: "early" or "late".
+        at: Policy step at which training stops; the policy there is the guide.
+        back_to: Policy step that is rolled back to; 0 is the base policy.
+        guide_until: Policy step at which guidance ends.
+    """
+
+    stage: str
+    at: int
+    back_to: int
+    guide_until: int
+
+
+def planned_interventions(config: RunConfig) -> tuple[Intervention, ...]:
+    """Interventions of a configuration in the order they happen; a stage whose first setting is 0 is left out.
+
+    With `random_interventions` their steps are drawn from the run's seed instead, see `random_plan`.
+    """
+    if config.random_interventions:
+        return random_plan(config)
+    plan = []
+    if config.scout_steps:
+        plan.append(Intervention("early", config.scout_steps, 0, config.early_window))
+    if config.late_step:
+        plan.append(Intervention("late", config.late_step, config.late_start, config.late_step))
+    return tuple(plan)
+
+
+def random_plan(config: RunConfig) -> tuple[Intervention, ...]:
+    """Roll-backs at random steps and distances on the grid of checkpoints, from the seed alone (a control, ours).
+
+    Each step is uniform over those at which a replay still fits into the budget, each distance uniform over those that
+    the budget allows. Fewer than asked for when the budget is spent earlier. A roll-back may fall into the replay of
+    the one before, whose guidance ends there.
+    """
+    rng = np.random.default_rng([config.seed, 5])
+    every = config.checkpoint_every
+    place = spent = 0
+    plan = []
+    for _ in range(config.random_interventions):
+        left = config.compute_steps - spent
+        stops = [step for step in range(every, config.compute_steps + 1, every) if place < step <= place + left - every]
+        if not stops:
+            break
+        at = int(rng.choice(stops))
+        spent += at - place
+        longest = min(at, config.compute_steps - spent)
+        place = at - int(rng.choice(range(every, longest + 1, every)))
+        plan.append(Intervention("random", at, place, at))
+    return tuple(plan)
+
+
+class ScheduledNPO(Controller):
+    """Controller of a run with manual interventions, at the steps that the configuration names.
+
+    The cache covers the prompts of the window that is replayed; the gate alone decides which groups are guided (paper:
+    the pool of mistakes belongs to AutoNPO). Arguments are those of `Controller`.
+    """
+
+    def _next(self, segments: Sequence[Segment]) -> Intervention | None:
+        """The intervention that the last segment leads to; a dismissed one is not tried again."""
+        dismissed = [event for event in self.run_folder.effective_events() if event["event"] == "dismissed"]
+        return dict(enumerate(planned_interventions(self.config))).get(len(segments) - 1 + len(dismissed))
+
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        args, per_step = trainer.args, self.config.prompts_per_step
+        plan = planned_interventions(self.config)
+        order, needed = prompt_order(trainer), max((each.guide_until for each in plan), default=0) * per_step
+        found = []
+        if args.generation_batch_size != per_step * trainer.num_generations:
+            prompts = args.generation_batch_size // trainer.num_generations
+            found.append(f"a step has {prompts} prompts; it must have prompts_per_step = {per_step} of RunConfig")
+        if args.shuffle_dataset or order is None or len(order) < needed:
+            found.append(
+                "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
+                f"train on tasks.training_schedule ({needed} rows or more) with shuffle_dataset=False"
+            )
+        return found
+
+    def _stop_at(self, segments: Sequence[Segment]) -> int | None:
+        intervention = self._next(segments)
+        return None if intervention is None else intervention.at
+
+    def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
+        intervention = self._next(segments)
+        origin = None
+        if intervention.back_to:
+            origin = self._checkpoints(segments).get(intervention.back_to)
+            if origin is None:
+                # names what is wrong with it: missing, half written or slimmed
+                require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
+        per_step = self.config.prompts_per_step
+        window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
+        uids = list(dict.fromkeys(prompt_order(trainer)[window]))
+        clocks = {"policy_step": step, "compute_step": watch.compute_step}
+        self.run_folder.event(
+            "planned", **clocks, stage=intervention.stage, to=intervention.back_to, guide_until=intervention.guide_until
+        )
+        return self._replay(trainer, watch, step, origin, uids, intervention.guide_until)

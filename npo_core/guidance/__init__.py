@@ -1,0 +1,1 @@
+"""What a guide is and where it comes from: trajectories, caches, sources, replay, verifiers."""

@@ -1,0 +1,1 @@
+"""A run on disk and its settings: configuration, folder, checkpoints, presets, launchers."""

@@ -1,0 +1,255 @@
+"""The run folder: the only interface between training, figures and readers.
+
+`data/runs/<method>-<preset>-s<seed>-<digest>/` holds `config.json`, `env.json`, `metrics.jsonl`, `events.jsonl`,
+`rollouts/`, `guidance/`, `branches/`, `figures/` and `result.json`. Files are written under another name first and then
+renamed; the two logs are append-only.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import RunConfig
+
+NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
+"""Settings that may differ from one sitting of a run to the next."""
+
+SCHEMA = 1
+"""Version of `result.json`."""
+
+DECISIONS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rollback")
+"""Events that a decision leaves, at most one of a kind at a compute step."""
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+
+
+def project_folder() -> Path:
+    """Root of the checkout that this package is run from."""
+    return Path(__file__).resolve().parents[2]
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: `NPO_RUNS` if set, else `data/runs` of the checkout."""
+    return Path(os.environ.get("NPO_RUNS", project_folder() / "data" / "runs"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda unfinished: unfinished.write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name and rename it: a reader sees the old file or the new one, never a half.
+
+    Args:
+        path: File.
+        write: Called with the path to write to.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write(unfinished)
+    unfinished.replace(path)
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        config: Settings of the run; its name and digest decide the folder.
+        root: Folder of all runs; `runs_folder()` if None.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: The folder holds a run with other settings.
+    """
+
+    def __init__(self, config: RunConfig, root: Path | None = None):
+        self.config = config
+        self.path = Path(runs_folder() if root is None else root) / config.run_name
+        try:
+            for name in ("rollouts", "guidance", "branches", "figures"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"The run folder {self.path} cannot be written ({error.strerror}). "
+                "Give another root, or set NPO_RUNS to a folder that you may write to."
+            ) from error
+        saved = self.path / "config.json"
+        settings = json.loads(config.to_json())
+        found = json.loads(saved.read_text()) if saved.exists() else None
+        if found is not None and _deciding(found) != _deciding(settings):
+            raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
+        if found is None or (found != settings and self.result() is None):
+            write_json(saved, settings)  # trackers and addresses may change between sittings
+        if self.result() is None:  # afterwards the folder is only read, maybe on another machine
+            write_json(self.path / "env.json", environment())
+
+    @property
+    def metrics_path(self) -> Path:
+        """`metrics.jsonl`: a line per executed optimiser step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """`events.jsonl`: the append-only log of decisions."""
+        return self.path / "events.jsonl"
+
+    def event(self, kind: str, **content: Any) -> dict[str, Any]:
+        """Append an event and return it."""
+        record = {"event": kind, "time": round(time.time(), 3), **content}
+        append_line(self.events_path, record)
+        return record
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """All events, or those of one kind, in the order they were written."""
+        return [record for record in read_lines(self.events_path) if kind in (None, record["event"])]
+
+    def effective_events(self) -> list[dict[str, Any]]:
+        """Events as a reader of the run should see them.
+
+        Left out is what a restart after a kill did again: events past the point where the run went on, and the first
+        of two records of the same decision.
+        """
+        kept: list[dict[str, Any]] = []
+        for record in self.events():
+            if record["event"] == "resume":
+                kept = [e for e in kept if e.get("compute_step", e.get("compute_start", 0)) <= record["compute_step"]]
+            elif record["event"] in DECISIONS:
+                same = (record["event"], record["compute_step"])
+                kept = [e for e in kept if (e["event"], e.get("compute_step")) != same]
+            kept.append(record)
+        return kept
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric lines in the order of `compute_step`."""
+        return list(read_lines(self.metrics_path))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append the line of an executed step."""
+        append_line(self.metrics_path, line)
+
+    def drop_metrics_after(self, compute_step: int) -> None:
+        """Forget metric lines past `compute_step`: an interrupted run repeats those steps from its checkpoint."""
+        self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
+
+    def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        unfinished = self.metrics_path.with_name(f".{self.metrics_path.name}.{os.getpid()}")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(self.metrics_path)
+
+    def result(self) -> dict[str, Any] | None:
+        """Content of `result.json`, or None while the run is not finished."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `result.json`; from then on the run is loaded, not run again."""
+        content = {
+            "schema": SCHEMA,
+            "method": self.config.method,
+            "preset": self.config.preset,
+            "seed": self.config.seed,
+            "status": "finished",
+            **result,
+        }
+        write_json(self.path / "result.json", content)
+        return content
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NAMELESS}
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line; a torn last line (a kill while writing) is cut off first."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with path.open("ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                _mend_tail(path)
+        stream.write(line.encode())
+
+
+def _mend_tail(path: Path) -> None:
+    """Finish the last line of a log if it is whole, cut it off if it is torn; as `read_lines` sees it."""
+    whole = path.read_bytes()
+    start = whole.rfind(b"\n") + 1
+    try:
+        json.loads(whole[start:])
+    except json.JSONDecodeError:
+        os.truncate(path, start)
+    else:
+        with path.open("ab") as stream:
+            stream.write(b"\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines of a file; none if it does not exist; a torn last line (a kill while writing) is left out."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    for index, line in enumerate(lines):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if index != len(lines) - 1:
+                raise ValueError(f"{path}, line {index + 1} is not JSON: {line[:80]!r}.") from None
+
+
+def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:
+    """Bias-corrected moving average of a metric over the steps behind each line.
+
+    Args:
+        lines: Metric lines in the order of `compute_step`; a branch goes on from the step that it starts at.
+        name: Metric; lines without it, or with NaN, leave the average as it was.
+        weight: Weight of the past.
+
+    Returns:
+        A value per line, NaN before the first finite one.
+    """
+    states: dict[int, np.ndarray] = {}
+    state, branch, averages = np.zeros(2), None, []
+    for line in lines:
+        step, value = line["policy_step"], line.get(name, np.nan)
+        if line["branch"] != branch:
+            earlier = [known for known in states if known < step]
+            state, branch = states[max(earlier)] if earlier else np.zeros(2), line["branch"]
+        if np.isfinite(value):
+            state = weight * state + (1 - weight) * np.array([value, 1.0])
+        states[step] = state
+        averages.append(state[0] / state[1] if state[1] else np.nan)
+    return np.array(averages)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision and device, for `env.json`."""
+    import torch
+
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=project_folder(), capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "git_revision": revision,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }

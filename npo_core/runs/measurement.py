@@ -1,0 +1,258 @@
+"""Records of a signal measurement: its settings, the pairs of policies it compares, and the summary of what it found.
+
+Nothing here runs a policy: a summary is made from the sums on disk in seconds, with other settings if need be.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..method.curve import (
+    COSTS,
+    ESTIMATES,
+    MEASURED_COSTS,
+    PROXY_COSTS,
+    QUALITIES,
+    SIGNALS,
+    SUMS,
+    PairSums,
+    SignalCurve,
+    calibrated_c,
+    curve_fits,
+    rank_agreement,
+    signal_curve,
+)
+
+PROXIES = ("token_kl", "token_kl_policy", *PROXY_COSTS[2:])
+"""What is ranked against a measured variance; KL itself, which no c and no floor touches, in the place of e^(c·KL)."""
+
+RESAMPLE = "resample"
+"""Name of an origin's second, independent sample: the source at distance 0."""
+
+
+@dataclass(frozen=True)
+class SignalSettings:
+    """How Q and V are measured; every choice is ours, the paper's are not public.
+
+    Attributes:
+        prompts: Prompts, the first of the data set.
+        rollouts: Rollouts per prompt and policy: Q counts a prompt as failed when all of them are wrong, and as shown
+            when one of the source's is correct.
+        scored: Rollouts per prompt that are scored in each pair, for KL and second moments.
+        gradients: Prompts with one measured gradient in each pair; 0 leaves the measured variance out.
+        parameters: Regular expression that selects the parameters of the gradients; "" takes all trainable ones.
+        max_new_tokens: Longest response in tokens.
+        c: Constant of the proxy e^(c·KL); 2 is that of log-normal weights per token. A fit to the measured variance is
+            reported beside it, where there is one.
+        resamples: Bootstrap resamples over prompts.
+        seed: Seed of sampling and resampling.
+        temperature: Sampling temperature; must be 1.
+        top_p: Nucleus; must be 1.
+        top_k: Number of likeliest tokens; must be 0.
+    """
+
+    prompts: int = 256
+    rollouts: int = 8
+    scored: int = 2
+    gradients: int = 64
+    parameters: str = ""
+    max_new_tokens: int = 512
+    c: float = 2.0
+    resamples: int = 1000
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        if self.temperature != 1 or self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                f"Truncated or tempered sampling (temperature {self.temperature}, top_p {self.top_p}, top_k "
+                f"{self.top_k}) makes every importance ratio biased: tokens would come from another distribution than "
+                "the log-probs describe. Sample with temperature=1, top_p=1, top_k=0."
+            )
+        for name, least in (("prompts", 2), ("rollouts", 1), ("scored", 1), ("max_new_tokens", 1), ("resamples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.scored > self.rollouts:
+            raise ValueError(f"scored is {self.scored}; at most rollouts = {self.rollouts} can be scored.")
+        if self.gradients == 1 or not 0 <= self.gradients <= self.prompts:
+            raise ValueError(f"gradients is {self.gradients}; it must be 0 or from 2 to prompts = {self.prompts}.")
+
+    def of_rollouts(self) -> dict[str, Any]:
+        """Settings that decide what is on disk; c and the number of resamples only enter the summary."""
+        return {name: value for name, value in asdict(self).items() if name not in ("c", "resamples")}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A policy and a source to compare.
+
+    Attributes:
+        origin: Policy step of the policy that would learn.
+        source: Name of the source: a policy step as text, "resample", or the name of another policy.
+        distance: Policy steps from the origin to the source, negative for a past policy; None for another policy.
+    """
+
+    origin: int
+    source: str
+    distance: int | None
+
+    @property
+    def kind(self) -> str:
+        """Near-future (any later checkpoint), past, own resample, or the name of another policy."""
+        if self.distance is None:
+            return self.source
+        return "resample" if self.distance == 0 else "future" if self.distance > 0 else "past"
+
+    @property
+    def file(self) -> str:
+        return f"{self.origin:06d}--{self.source}.parquet"
+
+
+def distance_grid(available: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the available distances: the smallest and the largest, and finer near 0 than far away.
+
+    Args:
+        available: Distances in policy steps, > 0.
+        count: Largest number of distances, at least 1.
+    """
+    ordered = sorted(available)
+    if len(ordered) <= count:
+        return ordered
+    # quadratic spacing over the positions, then pushed apart where two fall on one place
+    places = np.round(np.linspace(0, 1, count) ** 2 * (len(ordered) - 1)).astype(int)
+    for index in range(1, count):
+        places[index] = max(places[index], places[index - 1] + 1)
+    return [ordered[place] for place in np.minimum(places, len(ordered) - count + np.arange(count))]
+
+
+def plan_pairs(
+    steps: Sequence[int],
+    origins: Sequence[int],
+    count: int = 20,
+    past: int = 3,
+    others: Sequence[str] = (),
+    also: Sequence[int] = (),
+) -> list[Pair]:
+    """Pairs of a measurement: from each origin its resample, a grid of later and some earlier checkpoints, the others.
+
+    Args:
+        steps: Policy steps with a checkpoint, the base policy being 0.
+        origins: Policy steps to measure from.
+        count: Distances above 0 from each origin, at most.
+        past: Earlier checkpoints from each origin, at most.
+        others: Names of policies outside the run.
+        also: Distances beside the grid, where there is a checkpoint.
+
+    Raises:
+        ValueError: No checkpoint or a single one, an origin without checkpoint, or one with nothing after it.
+    """
+    ordered = sorted(steps)
+    if len(ordered) < 2:
+        raise ValueError(
+            f"{len(ordered)} checkpoint(s) found (steps {ordered}); a distance needs two, the base policy included."
+        )
+    pairs = []
+    for origin in origins:
+        if origin not in ordered:
+            raise ValueError(f"There is no checkpoint at origin {origin}. Available steps: {ordered}.")
+        later = [step - origin for step in ordered if step > origin]
+        if not later:
+            raise ValueError(f"Origin {origin} is the last checkpoint; nothing in its future can be measured.")
+        earlier = distance_grid([origin - step for step in ordered if step < origin], past) if past else []
+        grid = sorted({*distance_grid(later, count), *(set(also) & set(later))})
+        pairs.append(Pair(origin, RESAMPLE, 0))
+        pairs += [Pair(origin, f"{origin + distance:06d}", distance) for distance in grid]
+        pairs += [Pair(origin, f"{origin - distance:06d}", -distance) for distance in earlier]
+        pairs += [Pair(origin, name, None) for name in others]
+    return pairs
+
+
+def read_pairs(folder: str | Path, pairs: Sequence[Pair]) -> dict[Pair, PairSums]:
+    """Sums of pairs that a measurement left on disk."""
+    tables = {pair: pd.read_parquet(Path(folder) / "pairs" / pair.file) for pair in pairs}
+    return {pair: PairSums(**{name: table[name].to_numpy() for name in SUMS}) for pair, table in tables.items()}
+
+
+def curves(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[int, SignalCurve]:
+    """Curve of each origin over its distances ≥ 0."""
+    return {
+        origin: signal_curve(
+            {p.distance: sums for p, sums in pairs.items() if p.origin == origin and (p.distance or 0) >= 0
+             and p.distance is not None},
+            settings.c,
+            np.random.default_rng([settings.seed, origin]),
+            settings.resamples,
+        )
+        for origin in dict.fromkeys(pair.origin for pair in pairs)
+    }  # fmt: skip
+
+
+def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[str, Any]:
+    """Estimates of all pairs, fits and Δ* of all origins, rank agreement of the proxies, calibrated c.
+
+    Returns:
+        A dictionary that JSON can hold; undefined numbers are None. `table` has a row per pair.
+    """
+    measured = settings.gradients > 0
+    costs = COSTS if measured else PROXY_COSTS
+    found = curves(pairs, settings)
+    summary: dict[str, Any] = {"settings": asdict(settings), "origins": {}, "table": _table(pairs, settings)}
+    for origin, curve in found.items():
+        entry: dict[str, Any] = {"failing": curve.failing, "agreement": {}}
+        entry["optimum"] = {name: asdict(curve.optimum(name)) for name in SIGNALS if measured or "gradient" not in name}
+        entry["fit"] = {quality: {cost: curve_fits(curve, cost, quality) for cost in costs} for quality in QUALITIES}
+        if measured and len(curve.distances) >= 3:
+            entry["agreement"] = {
+                cost: {proxy: asdict(rank_agreement(curve, proxy, cost)) for proxy in PROXIES}
+                for cost in MEASURED_COSTS
+            }
+        summary["origins"][str(origin)] = entry
+    if measured:
+        summary["c"] = {
+            kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS}
+            for kl in ("token_kl", "token_kl_policy")
+        }
+    return _plain(summary)
+
+
+def _constant(curves: Sequence[SignalCurve], cost: str, kl: str) -> dict[str, Any]:
+    """The calibrated c; no numbers where it has none: policies that do not differ have a table all the same."""
+    try:
+        return asdict(calibrated_c(curves, cost, kl))
+    except ValueError:
+        return {"value": None, "low": None, "high": None, "n": sum(len(curve.distances) for curve in curves)}
+
+
+def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dict[str, Any]]:
+    """A row per pair with point estimates and their intervals over prompts."""
+    rows = []
+    for pair, sums in pairs.items():
+        distance = 0 if pair.distance is None else pair.distance
+        rng = np.random.default_rng([settings.seed, pair.origin])
+        curve = signal_curve({distance: sums}, settings.c, rng, settings.resamples)
+        row = {**asdict(pair), "kind": pair.kind, "failing": curve.failing}
+        for name in (*ESTIMATES, *SIGNALS):
+            if settings.gradients == 0 and "gradient" in name:
+                continue
+            low, high = curve.interval(name)
+            row |= {name: curve.values(name)[0], f"{name}_low": low[0], f"{name}_high": high[0]}
+        rows.append(_plain(row))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """The same with plain numbers, None for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,333 @@
+"""What the trainers of a run are made of: base policy, data, TRL's arguments; every trainer starts from the same."""
+
+import importlib.util
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from ..guidance.sources import GuidanceSource
+from ..guidance.trajectories import write_rollouts
+from ..guidance.verifiers import BoxedVerifier, verifier_reward
+from ..processes import collect, is_writer, join, process_count, read_launcher
+from ..runs.config import RunConfig
+from ..runs.folder import RunFolder, runs_folder
+from ..trainer.config import NPOConfig
+from ..trainer.fsdp import reduced_each_pass, train_sharded
+from ..trainer.trainer import NPOTrainer
+from ..trainer.vllm import engine_of, never_sampled, one_engine, picture_limits
+from ..world.data import DataSettings, RowsByUid, hold_out, image_policy, load_data
+from ..world.policies import load_policy, load_processor, quiet_transformers, tokenizer_of
+from ..world.pretrained import adapter_settings, check_policy
+from ..world.tasks import make_dataset, sample_problems, training_schedule
+from ..world.warmstart import base_policy_folder
+
+TEST_SEED = 0
+"""Seed of the test problems: one fixed test set for all runs."""
+
+HELD_OUT = "held-out"
+"""Suite of test prompts that name none."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What all runs of a configuration share.
+
+    Attributes:
+        base: Folder of the base policy.
+        processor: Its processor.
+        train: Training rows, one per prompt.
+        test: Test rows.
+        rows: Training rows by uid, pictures decoded.
+        verifier: Verifier of the answers.
+    """
+
+    base: Path
+    processor: Any
+    train: Dataset
+    test: Dataset
+    rows: Mapping[str, Mapping[str, Any]]
+    verifier: BoxedVerifier
+
+
+def prepare(config: RunConfig, quiet: bool = False) -> World:
+    """Base policy and data of a configuration; the tiny base policy is made now if it is not there yet.
+
+    Raises:
+        ValueError: A policy or a data set that cannot be trained on; the message names all rows that break the rules.
+        FileNotFoundError: No such policy or data.
+    """
+    if config.vllm != "off" and importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"vllm is {config.vllm!r}, but vLLM is not installed here: pip install 'npo_core[gpu]'.")
+    with join().main_process_first():  # one process downloads or makes what the others then find
+        base = base_policy_folder(config, quiet)
+    processor = load_processor(base)
+    if config.policy != "tiny":
+        check_policy(base, processor)
+    if config.min_pixels or config.max_pixels:
+        image_policy(processor, config.min_pixels, config.max_pixels)
+    if config.data:
+        train, test = _own_data(config, processor)
+        rows: Mapping[str, Mapping[str, Any]] = RowsByUid(train)
+    else:
+        train = make_dataset(sample_problems("train", config.train_problems, config.data_seed, config.suites))
+        test = make_dataset(sample_problems("test", config.eval_problems, TEST_SEED, config.suites))
+        # a step asks for every row n times: read once here, pictures decoded, not n times from the file
+        rows = {row["uid"]: row for row in train}
+    return World(base=base, processor=processor, train=train, test=test, rows=rows, verifier=BoxedVerifier())
+
+
+def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
+    """Training and test rows of the data that the configuration names."""
+    settings = DataSettings(
+        source=config.data,
+        split=config.data_split,
+        columns=dict(item.split("=", 1) for item in config.columns),
+        instruction=config.instruction,
+        image_root=config.image_root,
+        max_prompt_length=config.max_prompt_length,
+        skip_refused=config.skip_refused,
+    )
+    listed = runs_folder() / "refused"
+    writes = is_writer()  # the others would replace the list while it is written
+    train = load_data(settings, processor, listed / f"{config.digest}-train.jsonl" if writes else None)
+    if config.test_data:
+        settings = replace(settings, source=config.test_data, split=config.test_split)
+        test = load_data(settings, processor, listed / f"{config.digest}-test.jsonl" if writes else None)
+        if len(test) > config.eval_problems:
+            test = hold_out(test, config.eval_problems, config.data_seed)[1]
+    else:
+        train, test = hold_out(train, config.eval_problems, config.data_seed)
+    common = set(train["uid"][:]) & set(test["uid"][:])
+    if common:
+        raise ValueError(
+            f"{len(common)} prompts are in data and in test_data, such as {min(common)!r}; a test prompt must not be "
+            "trained on. Give another split (test_split) or file."
+        )
+    return train, _with_suites(test)
+
+
+def _with_suites(test: Dataset) -> Dataset:
+    """Test rows that all have a suite of at least two rows, as an interval needs; the others share one."""
+    named = test["suite"][:] if "suite" in test.column_names else [HELD_OUT] * len(test)
+    counts = Counter(named)
+    suites = [name if counts[name] > 1 else HELD_OUT for name in named]
+    kept = [place for place, name in enumerate(suites) if suites.count(name) > 1]
+    test = test.remove_columns("suite") if "suite" in test.column_names else test
+    return test.add_column("suite", suites).select(kept)
+
+
+def batch_shape(config: RunConfig, processes: int = 1) -> tuple[int, int]:
+    """Rows of a process in a forward pass, and forward passes in an optimiser step.
+
+    Args:
+        config: Settings; `micro_batch` counts the rollouts that one process takes at a time.
+        processes: Processes that share a step; each gets whole groups.
+
+    Raises:
+        ValueError: The step cannot be shared so that every group stays on one process.
+    """
+    n, step = config.num_generations, config.rollouts_per_step
+    if step % (processes * n):
+        raise ValueError(
+            f"A step has {config.prompts_per_step} prompts, which {processes} processes cannot share evenly; a group "
+            f"of {n} rollouts is never split. Make prompts_per_step a multiple of the number of processes."
+        )
+    if step % (processes * config.micro_batch):
+        raise ValueError(
+            f"micro_batch is {config.micro_batch}; with {processes} processes it must be a divisor of the "
+            f"{step // processes} rollouts that one of them has in a step."
+        )
+    rows = config.micro_batch * config.group_rows
+    if rows % n:
+        raise ValueError(
+            f"micro_batch is {config.micro_batch} with {config.group_rows} rows in a group of {n} rollouts; "
+            f"make it a multiple of {n} where guides are appended."
+        )
+    return rows // n, step // (processes * config.micro_batch)
+
+
+def training_arguments(config: RunConfig, output_dir: Path, processor: Any = None) -> NPOConfig:
+    """TRL arguments of a run; one optimiser step per rollout batch, as the paper's recipe has it.
+
+    Args:
+        config: Settings.
+        output_dir: Folder of the checkpoints.
+        processor: Processor of the policy, whose picture tokens vLLM must not sample; needed with vLLM only.
+
+    Raises:
+        ValueError: A step that the processes cannot share, or a tracker that is not installed.
+    """
+    rows, passes = batch_shape(config, process_count())
+    for tracker in config.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"report_to names {tracker}, which is not installed here; pip install {tracker}.")
+    arguments = NPOConfig(
+        output_dir=str(output_dir),
+        run_name=config.run_name,
+        seed=config.seed,
+        max_steps=config.compute_steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=passes,
+        num_generations=config.group_rows,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        loss_type=config.loss_type,
+        beta=0.0,
+        tau_gate=config.tau_gate,
+        ratio_mode=config.ratio_mode,
+        ratio_truncation=config.ratio_truncation,
+        ratio_gamma=config.ratio_gamma,
+        guide_behaviour=config.guide_behaviour,
+        placement=config.placement,
+        guides_per_group=config.guides_per_group,
+        scale_rewards=config.advantage_scale,
+        entropy_coef=config.entropy_bonus,
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        bf16=config.mixed_precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=config.gradient_checkpointing,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=list(config.report_to),
+        disable_tqdm=True,
+        accelerator_config=reduced_each_pass() if read_launcher(config.launcher).sharded else None,
+        **_vllm_arguments(config, processor),
+    )
+    return _one_gpu(arguments)
+
+
+def _one_gpu(arguments: NPOConfig) -> NPOConfig:
+    """Let a process that sees several GPUs use one; transformers would copy the policy to all, which TRL refuses."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _vllm_arguments(config: RunConfig, processor: Any) -> dict[str, Any]:
+    if config.vllm == "off":
+        return {}
+    shared = {
+        "use_vllm": True,
+        "vllm_mode": config.vllm,
+        "generation_kwargs": never_sampled(processor),
+        "vllm_max_model_length": config.max_prompt_length + config.max_completion_length,
+    }
+    if config.vllm == "server":
+        return {**shared, "vllm_server_host": config.vllm_host, "vllm_server_port": config.vllm_port}
+    return {
+        **shared,
+        "vllm_gpu_memory_utilization": config.vllm_memory,
+        "vllm_tensor_parallel_size": config.vllm_tensor_parallel,
+        "vllm_enable_sleep_mode": torch.cuda.is_available(),
+    }
+
+
+class TrainerMaker:
+    """Trainer factory of a configuration: every trainer starts from the same base policy and data order.
+
+    Args:
+        config: Settings.
+        world: Base policy and data.
+        run: Run folder that gets the rollout tables; None writes none.
+    """
+
+    def __init__(self, config: RunConfig, world: World, run: RunFolder | None = None):
+        self.config, self.world, self.run = config, world, run
+        order = training_schedule(world.train, config.compute_steps, config.prompts_per_step, config.data_seed)
+        self.schedule = order.with_transform(_Rows(world.rows, order.column_names), columns=["uid"])
+        self._engine: Any | None = None
+        self.reward = verifier_reward(world.verifier)
+
+    def __call__(
+        self, output_dir: Path, guidance: GuidanceSource | None = None, callbacks: Sequence[TrainerCallback] = ()
+    ) -> NPOTrainer:
+        """A fresh trainer that writes its checkpoints to `output_dir`."""
+        set_seed(self.config.seed)
+        limits = picture_limits(self.config.min_pixels, self.config.max_pixels)
+        with quiet_transformers(), one_engine(self.config.vllm, self._engine, **limits):
+            trainer = NPOTrainer(
+                model=self.policy(),
+                reward_funcs=self.reward,
+                args=training_arguments(self.config, output_dir, self.world.processor),
+                train_dataset=self.schedule,
+                processing_class=self.world.processor,
+                callbacks=list(callbacks),
+                peft_config=adapter_settings(self.config),
+                verifier=self.world.verifier,
+                guidance=guidance,
+                rollout_sink=None if self.run is None else _RolloutTables(self.run, self.world, output_dir.name),
+            )
+        if read_launcher(self.config.launcher).sharded:
+            train_sharded(trainer)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        self._engine = engine_of(trainer)
+        return trainer
+
+    def policy(self) -> PreTrainedModel:
+        """The base policy as it is trained, without adapters."""
+        config, whole = self.config, not read_launcher(self.config.launcher).sharded
+        return load_policy(self.world.base, config.freeze_vision, config.dtype, config.attention, share=whole)
+
+
+class _Rows:
+    """Rows that a batch asks for by uid, each read once however often it is asked for."""
+
+    def __init__(self, rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]):
+        self.rows, self.columns = rows, list(columns)
+
+    def __call__(self, asked: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        found = {uid: self.rows[uid] for uid in dict.fromkeys(asked["uid"])}
+        return {name: [found[uid][name] for uid in asked["uid"]] for name in self.columns}
+
+
+class _RolloutTables:
+    """Sink that makes the rollout tables readable on their own: texts, question, answer and picture."""
+
+    def __init__(self, run: RunFolder, world: World, branch: str):
+        self.run, self.world, self.branch = run, world, branch
+
+    def __call__(self, policy_step: int, rows: list[dict[str, Any]]) -> None:
+        groups = 1 + max(row["group"] for row in rows)
+        parts = enumerate(collect(rows))
+        rows = [{**row, "group": number * groups + row["group"]} for number, part in parts for row in part]
+        if not is_writer():
+            return
+        decode = tokenizer_of(self.world.processor).decode
+        for row in rows:
+            source = self.world.rows[row["uid"]]
+            lost = row.pop("overwritten_ids")
+            row["text"] = decode(row["token_ids"], skip_special_tokens=True)
+            row["overwritten_text"] = None if lost is None else decode(lost, skip_special_tokens=True)
+            row["question"], row["answer"] = source["prompt"][-1]["content"], source["answer"]
+            row["picture"] = _png(_picture(source)) if row["slot"] == 0 else None
+        write_rollouts(self.run.path / "rollouts" / f"step-{policy_step:05d}-b{self.branch}.parquet", rows)
+
+
+def _picture(row: Mapping[str, Any]) -> Image.Image | None:
+    """The picture of a row, the first of several, or None."""
+    pictures = row.get("images") or [row.get("image")]
+    return pictures[0]
+
+
+def _png(picture: Image.Image | None) -> bytes | None:
+    if picture is None:
+        return None
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()

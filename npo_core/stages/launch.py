@@ -1,0 +1,148 @@
+"""Runs in processes of their own: side by side, or each over several processes through accelerate's launcher."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..processes import read_launcher
+from ..progress import progress
+from ..runs.config import RunConfig
+from ..runs.folder import RunFolder
+from . import run as stages
+
+LOOK_SECONDS = 1.0
+"""Time between two looks at the metric lines of a run in another process."""
+
+
+@dataclass(frozen=True)
+class BackgroundRun:
+    """A run in a process of its own.
+
+    Attributes:
+        config: Its settings.
+        process: The process, or None if the run was finished already.
+        root: Folder of all runs.
+    """
+
+    config: RunConfig
+    process: subprocess.Popen | None
+    root: Path | None
+
+    def wait(self) -> RunFolder:
+        """Wait for the end of the run and return its folder.
+
+        Raises:
+            RuntimeError: The process failed; the message holds the end of its output.
+        """
+        if self.process is not None and self.process.wait() != 0:
+            log = RunFolder(self.config, self.root).path / "process.log"
+            raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
+        return RunFolder(self.config, self.root)
+
+    def follow(self, quiet: bool = False) -> RunFolder:
+        """Wait for the end of the run with a progress bar here, which reads its metric lines; return its folder."""
+        folder = RunFolder(self.config, self.root)
+        with progress(self.config.compute_steps, self.config.method, quiet) as bar:
+            seen = 0
+            while self.process is not None:
+                done = self.process.poll() is not None
+                last = folder.metrics()[-1:]
+                reached = last[0]["compute_step"] if last else 0
+                bar.advance(reached - seen)
+                seen = reached
+                if done:
+                    break
+                time.sleep(LOOK_SECONDS)
+        return self.wait()
+
+    def stop(self) -> None:
+        """End the process if it still runs; the run can be resumed later."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
+
+def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: bool = False) -> dict[str, RunFolder]:
+    """Do several runs side by side: the last one here, with a progress bar, the others in processes of their own.
+
+    Runs with a `launcher` or with vLLM are done one after the other: each takes all the devices.
+
+    Args:
+        configs: Settings by label. Finished runs are loaded.
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+
+    Returns:
+        Run folders by label, in the given order.
+    """
+    if any(config.launcher or config.vllm != "off" for config in configs.values()):
+        return {label: run_launched(config, root, quiet) for label, config in configs.items()}
+    *others, here = configs
+    started = {label: start(configs[label], root) for label in others}
+    try:
+        folder = stages.run(configs[here], root, quiet)
+        return {**{label: background.wait() for label, background in started.items()}, here: folder}
+    finally:
+        for background in started.values():
+            background.stop()
+
+
+def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = False) -> RunFolder:
+    """Do a run through its launcher, with a progress bar here; without a launcher it is done in this process.
+
+    A run with vLLM gets a process of its own too: vLLM does not give memory back, and one process holds one engine.
+
+    Args:
+        config: Settings.
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+    """
+    if not config.launcher and config.vllm == "off":
+        return stages.run(config, root, quiet)
+    background = start(config, root)
+    try:
+        return background.follow(quiet)
+    finally:
+        background.stop()
+
+
+def start(config: RunConfig, root: Path | None = None) -> BackgroundRun:
+    """Start a run in a process of its own and return at once; a finished run is not run again.
+
+    Args:
+        config: Settings.
+        root: Folder of all runs; the project's `data/runs` if None.
+
+    Raises:
+        ValueError: The launcher spans several machines; the command must be given on each of them.
+    """
+    folder = RunFolder(config, root)
+    if folder.result() is not None:
+        return BackgroundRun(config, None, root)
+    command = [*_launch_command(config, folder), "run", "--config", str(folder.path / "config.json"), "--quiet"]
+    if root is not None:
+        command += ["--root", str(root)]
+    with (folder.path / "process.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+        )
+    return BackgroundRun(config, process, root)
+
+
+def _launch_command(config: RunConfig, folder: RunFolder) -> list[str]:
+    """What starts `npo_core`: this Python alone, or accelerate's launcher."""
+    layout = read_launcher(config.launcher)
+    if layout.processes == 1:  # accelerate would start a child that outlives it
+        return [sys.executable, "-m", "npo_core"]
+    command = ["accelerate.commands.launch", "--config_file", str(layout.file)]
+    if layout.machines > 1:
+        raise ValueError(
+            f"launcher {config.launcher!r} spans {layout.machines} machines, which one process cannot start. On each "
+            f"of them: python -m {' '.join(command)} --machine_rank RANK --main_process_ip ADDRESS "
+            f"--main_process_port PORT -m npo_core run --config {folder.path / 'config.json'}"
+        )
+    return [sys.executable, "-m", *command, "-m", "npo_core"]

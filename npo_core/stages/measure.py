@@ -1,0 +1,353 @@
+"""Measure Q, V and S = Q/V between the checkpoints of a run: ours, or any folder of Hugging Face checkpoints.
+
+Cost and memory. Each policy generates once for all pairs that it takes part in (an origin twice, for Q at distance 0);
+a pair then costs two forward passes over stored tokens and a few per-sample gradients. While sampling one policy is in
+memory, in a pair two: the policy and the source. Everything is written as it is made, under another name first, and a
+second call goes on where the first one stopped.
+
+Files of a measurement: `settings.json`, `policies.json` (fingerprints of weights), `samples/*.parquet` (rollouts of
+each policy), `own/*.parquet` (on-policy gradients of each origin), `pairs/*.parquet` (`signal_curve.SUMS`, a row per
+prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrated c).
+"""
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import AutoConfig, PreTrainedModel
+
+from ..guidance.trajectories import Trajectory, as_row, read_rollouts, write_rollouts
+from ..method.curve import MEASURED_COSTS, squared_deviations
+from ..progress import ProgressBar, progress
+from ..runs.folder import write_json
+from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs, summarise
+from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
+from ..trainer.sampling import completion_logps, sample_rollouts
+from ..trainer.trainer import Verifier
+from ..world.policies import load_policy, load_processor, tokenizer_digest
+
+VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+"""Entries of a model configuration that do not change the architecture."""
+
+
+def find_checkpoints(folder: str | Path, base: str | Path | None = None) -> dict[int, Path]:
+    """Policies of a folder by step: `checkpoint-<step>` folders as TRL writes them, and the base policy as step 0.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no checkpoint with weights.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    found = {} if base is None else {0: Path(base)}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        whole = (path / "config.json").is_file() and any(path.glob("model*.safetensors"))
+        if step.isdecimal() and whole:
+            found[int(step)] = path
+    if not set(found) - {0}:
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: folders named checkpoint-<step> with config.json and model*.safetensors "
+            "are looked for."
+        )
+    return dict(sorted(found.items()))
+
+
+def check_policies(policies: Mapping[str, Path], processor: Any) -> None:
+    """Refuse policies that cannot be compared.
+
+    Raises:
+        ValueError: Architectures or tokenizers differ.
+    """
+    digest = tokenizer_digest(processor)
+    first: tuple[str, dict] | None = None
+    for name, folder in policies.items():
+        config = _architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
+        if first is None:
+            first = name, config
+        different = sorted(k for k in {*config, *first[1]} if config.get(k) != first[1].get(k))
+        if different:
+            raise ValueError(
+                f"The policies {first[0]} and {name} ({folder}) differ in architecture: {different}. "
+                "Checkpoints of one run and one architecture can be compared."
+            )
+        if (Path(folder) / "tokenizer.json").is_file() and tokenizer_digest(load_processor(folder)) != digest:
+            raise ValueError(
+                f"The policy {name} ({folder}) has another tokenizer; its token ids mean other text. "
+                "Policies of one tokenizer can be compared."
+            )
+
+
+def fingerprint(folder: str | Path) -> str:
+    """What tells the weights of two policy folders apart: sizes, first and last 64 KiB of each weight file."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as stream:
+            for start in (0, max(0, size - 2**16)):
+                stream.seek(start)
+                found.update(stream.read(2**16))
+    return found.hexdigest()[:16]
+
+
+def _architecture(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries of a model configuration that decide its architecture, flat."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _architecture(value, f"{prefix}{name}.")
+        elif name not in VOLATILE:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+class Measurement:
+    """One measurement in a folder: sample, compare, summarise.
+
+    Args:
+        folder: Where the files go.
+        policies: Policy folders by name; a checkpoint is named by its step in six digits.
+        pairs: What to compare.
+        processor: Processor or tokenizer of all policies.
+        rows: Data set rows: uid, prompt, answer and, for visual tasks, image.
+        verifier: `verifier(text, row) -> Verdict`.
+        settings: How to measure.
+        load: `load(folder) -> model`; sets which parameters are trainable.
+        quiet: Without a progress bar.
+
+    Raises:
+        ValueError: Policies that cannot be compared, too few rows, or a folder with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        policies: Mapping[str, Path],
+        pairs: Sequence[Pair],
+        processor: Any,
+        rows: Sequence[Mapping[str, Any]],
+        verifier: Verifier,
+        settings: SignalSettings,
+        load: Callable[[Path], PreTrainedModel] = load_policy,
+        quiet: bool = False,
+    ):
+        if len(rows) < settings.prompts:
+            raise ValueError(f"prompts is {settings.prompts}, but the data set has {len(rows)} rows; lower prompts.")
+        needed = {f"{pair.origin:06d}" for pair in pairs} | {pair.source for pair in pairs} - {RESAMPLE}
+        self.policies = {name: Path(policies[name]) for name in sorted(needed)}
+        check_policies(self.policies, processor)
+        self.folder, self.pairs, self.settings = Path(folder), list(pairs), settings
+        self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
+        self.rows = [rows[index] for index in range(settings.prompts)]
+        for name in ("samples", "own", "pairs"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._keep("settings.json", {"settings": settings.of_rollouts(), "uids": [row["uid"] for row in self.rows]})
+        # policies may be added later, but a name must go on standing for the same weights
+        known = self._read("policies.json")
+        found = {name: fingerprint(path) for name, path in self.policies.items()}
+        changed = sorted(name for name in found if known.get(name, found[name]) != found[name])
+        if changed:
+            raise ValueError(
+                f"{self.folder} was measured with other weights under the names {changed}; give another folder for "
+                "another run, or move that one away."
+            )
+        write_json(self.folder / "policies.json", {**known, **found})
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _keep(self, name: str, about: dict[str, Any]) -> None:
+        """Write a record, or refuse a folder that holds another one."""
+        if self._read(name) not in ({}, about):
+            raise ValueError(
+                f"{self.folder / name} holds other settings or prompts; give another folder, or move that one away."
+            )
+        write_json(self.folder / name, about)
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is left to measure; return what `signal.json` holds."""
+        origins = list(dict.fromkeys(pair.origin for pair in self.pairs))
+        names = [f"{origin:06d}" for origin in origins]
+        samples = [*[(name, stream) for name in names for stream in (0, 1)]]
+        samples += [(name, 0) for name in self.policies if name not in names]
+        with progress(len(samples) + len(self.pairs), "signal", self.quiet) as bar:
+            for name, stream in samples:
+                self._sample(name, stream, bar)
+                if stream == 0 and name in names:
+                    self._require_failures(name)
+            for origin in origins:
+                self._compare([pair for pair in self.pairs if pair.origin == origin], bar)
+        return self.summarise()
+
+    # Rollouts
+
+    def _sample_file(self, name: str, stream: int) -> Path:
+        return self.folder / "samples" / f"{name}{f'-{RESAMPLE}' if stream else ''}.parquet"
+
+    def _sample(self, name: str, stream: int, bar: ProgressBar) -> None:
+        path = self._sample_file(name, stream)
+        if not path.exists():
+            settings = self.settings
+            # a policy's seed hangs on its name, not on its place in the list: pairs may be added later
+            entropy = [settings.seed, stream, *name.encode()]
+            model = self.load(self.policies[name])
+            groups = sample_rollouts(
+                model,
+                self.processor,
+                self.rows,
+                settings.rollouts,
+                self.verifier,
+                seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                max_new_tokens=settings.max_new_tokens,
+                source_step=int(name) if name.isdecimal() else -1,
+                score=False,
+            )
+            # the others only tell right from wrong
+            scored = [trajectory for group in groups for trajectory in group[: settings.scored]]
+            rows = [row for row in self.rows for _ in range(settings.scored)]
+            logps = completion_logps(model.eval(), self.processor, rows, [t.token_ids for t in scored])
+            known = dict(zip(map(id, scored), logps, strict=True))
+            flat = [replace(t, logps=tuple(known.get(id(t), ()))) for group in groups for t in group]
+            write_rollouts(path, [as_row(trajectory) for trajectory in flat])
+            del model
+            gc.collect()
+        bar.advance(1, sampled=name)
+
+    def _groups(self, name: str, stream: int = 0) -> list[list[Trajectory]]:
+        flat = [Trajectory(**row) for row in read_rollouts(self._sample_file(name, stream))]
+        k = self.settings.rollouts
+        return [flat[start : start + k] for start in range(0, len(flat), k)]
+
+    def _failed(self, name: str) -> np.ndarray:
+        return np.array([not any(t.correct for t in group) for group in self._groups(name)], dtype=float)
+
+    def _require_failures(self, name: str) -> None:
+        if not self._failed(name).sum():
+            raise ValueError(
+                f"The policy {name} fails none of the {len(self.rows)} prompts in {self.settings.rollouts} rollouts, "
+                "so Q is undefined there (a fraction of nothing). Take harder prompts, or fewer rollouts."
+            )
+
+    # Pairs
+
+    def _compare(self, pairs: Sequence[Pair], bar: ProgressBar) -> None:
+        """Compare one policy with its sources; two policies are in memory, the policy and one source."""
+        origin = f"{pairs[0].origin:06d}"
+        missing = [pair for pair in pairs if not (self.folder / "pairs" / pair.file).exists()]
+        bar.advance(len(pairs) - len(missing))
+        if not missing:
+            return
+        model, mine = self.load(self.policies[origin]).eval(), self._groups(origin)
+        grams = self._own_grams(model, origin, mine)
+        failed = self._failed(origin)
+        for pair in missing:
+            resample = pair.source == RESAMPLE
+            groups = self._groups(origin if resample else pair.source, stream=int(resample))
+            source = model if resample else self.load(self.policies[pair.source]).eval()
+            share = failed * np.array([np.mean([t.correct for t in group]) for group in groups])
+            columns = self._source_ratios(model, groups)
+            own_log_weights, own_columns = self._own_ratios(source, mine)
+            columns |= {"failed": failed, "shown": (share > 0).astype(float), "shown_share": share, **own_columns}
+            columns |= self._gradients(model, groups, grams, own_log_weights)
+            table = pd.DataFrame({"uid": [row["uid"] for row in self.rows], **columns})
+            write_rollouts(self.folder / "pairs" / pair.file, table.to_dict("records"))
+            bar.advance(1, pair=f"{pair.origin} and {pair.source}")
+            del source
+            gc.collect()  # a shared vision tower is a reference cycle: it would stay beside the next source
+        del model
+        gc.collect()
+
+    def _log_ratios(
+        self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]
+    ) -> tuple[list[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+        """ln(model) − ln(sampler) of the scored tokens, a list over trajectories, and a sum over each prompt's."""
+        scored = [trajectory for group in groups for trajectory in group[: self.settings.scored]]
+        rows = [row for row in self.rows for _ in range(self.settings.scored)]
+        logps = completion_logps(model, self.processor, rows, [trajectory.token_ids for trajectory in scored])
+        ratios = [np.subtract(ours, t.logps) for ours, t in zip(logps, scored, strict=True)]
+        return ratios, lambda values: np.asarray(values, dtype=float).reshape(len(groups), -1).sum(axis=1)
+
+    def _source_ratios(self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]) -> dict[str, np.ndarray]:
+        """Sums over the source's scored rollouts of each prompt: ln w = ln π − ln q."""
+        log_weights, by_prompt = self._log_ratios(model, groups)
+        sequence = np.array([values.sum() for values in log_weights])
+        return {
+            "rollouts": by_prompt(np.ones(len(log_weights))),
+            "tokens": by_prompt([len(values) for values in log_weights]),
+            "log_ratio": by_prompt(-sequence),
+            "squared_weight": by_prompt([np.exp(2 * np.minimum(values, LOG_CAP)).sum() for values in log_weights]),
+            "squared_sequence": by_prompt(np.exp(2 * np.minimum(sequence, LOG_CAP))),
+        }
+
+    def _own_ratios(
+        self, source: PreTrainedModel, mine: Sequence[Sequence[Trajectory]]
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """ln w of the policy's own scored rollouts, a list over trajectories, and their sums over each prompt."""
+        log_ratios, by_prompt = self._log_ratios(source, mine)
+        log_weights = [-values for values in log_ratios]
+        sequence = np.array([values.sum() for values in log_weights])
+        return log_weights, {
+            "own_rollouts": by_prompt(np.ones(len(log_weights))),
+            "own_tokens": by_prompt([len(values) for values in log_weights]),
+            "own_log_ratio": by_prompt(sequence),
+            "own_weight": by_prompt([np.exp(np.minimum(values, LOG_CAP)).sum() for values in log_weights]),
+            "own_sequence": by_prompt(np.exp(np.minimum(sequence, LOG_CAP))),
+        }
+
+    def _gradients(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[Sequence[Trajectory]],
+        grams: Sequence[np.ndarray],
+        own_log_weights: Sequence[np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Measured variances, from the first rollout of the first prompts."""
+        count = self.settings.gradients
+        out = {name: np.zeros(len(groups)) for name in ("gradients", "gradient_own", *MEASURED_COSTS)}
+        if count:
+            chosen = [group[0] for group in groups[:count]]
+            found = source_gradients(
+                model,
+                self.processor,
+                self.rows[:count],
+                [trajectory.token_ids for trajectory in chosen],
+                [trajectory.logps for trajectory in chosen],
+                self.settings.parameters,
+            )
+            terms = both_sided(found, grams, own_log_weights[:: self.settings.scored][:count])
+            out["gradients"][:count] = 1.0
+            out["gradient_own"][:count] = terms["own"]
+            out["gradient_current"][:count] = squared_deviations(found.plain)
+            out["gradient_exact"][:count] = terms["exact"]
+            out["gradient_sequence"][:count] = terms["sequence"]
+        return out
+
+    def _own_grams(self, model: PreTrainedModel, origin: str, mine: Sequence[Sequence[Trajectory]]) -> list[np.ndarray]:
+        """Gram matrices of the policy's own gradients, the first rollout of the first prompts."""
+        path, count = self.folder / "own" / f"{origin}.parquet", self.settings.gradients
+        if not count:
+            return []
+        if not path.exists():
+            tokens = [group[0].token_ids for group in mine[:count]]
+            grams = own_gram(model, self.processor, self.rows[:count], tokens, self.settings.parameters)
+            write_rollouts(path, [{"gram": gram.flatten().tolist()} for gram in grams])
+        flat = [np.array(row["gram"]) for row in read_rollouts(path)]
+        return [values.reshape(math.isqrt(len(values)), -1) for values in flat]
+
+    # Summary
+
+    def summarise(self) -> dict[str, Any]:
+        """Write `table.parquet` and `signal.json` from the pairs on disk; return the content of the latter."""
+        summary = summarise(read_pairs(self.folder, self.pairs), self.settings)
+        write_rollouts(self.folder / "table.parquet", summary.pop("table"))
+        write_json(self.folder / "signal.json", summary)
+        return summary

@@ -1,0 +1,230 @@
+"""Stages of a signal measurement: what a notebook or the command line calls, for our runs and for anybody's."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+
+from ..guidance.verifiers import BoxedVerifier
+from ..runs.checkpoints import complete_checkpoints
+from ..runs.config import RunConfig
+from ..runs.measurement import Pair, SignalSettings, plan_pairs
+from ..trainer.trainer import Verifier
+from ..world.data import read_rows
+from ..world.policies import load_policy, load_processor
+from ..world.tasks import require_columns
+from ..world.warmstart import teacher_folder
+from . import run as stages
+from .measure import Measurement, find_checkpoints
+
+TEACHER = "teacher"
+"""Name of the external teacher among the sources."""
+
+
+@dataclass(frozen=True)
+class MeasuredSignal:
+    """A finished measurement.
+
+    Attributes:
+        folder: Its folder, with `table.parquet` and `signal.json`.
+        pairs: What was compared.
+        summary: Content of `signal.json`.
+    """
+
+    folder: Path
+    pairs: list[Pair]
+    summary: dict[str, Any]
+
+
+def measure_run(
+    config: RunConfig,
+    origins: Sequence[int],
+    settings: SignalSettings,
+    *,
+    distances: int = 20,
+    also: Sequence[int] = (),
+    root: Path | None = None,
+    quiet: bool = False,
+) -> MeasuredSignal:
+    """Measure a GRPO run of ours; the run is made first if it is not there. The external teacher is a source too.
+
+    Args:
+        config: Settings of the run, method "grpo".
+        origins: Policy steps to measure from; 0 is the base policy.
+        settings: How to measure.
+        distances: Distances above 0 from each origin, at most.
+        also: Distances beside the grid, such as those of a `GainPlan`.
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+
+    Raises:
+        ValueError: Another method, or an origin without checkpoint.
+    """
+    if config.method != "grpo":
+        raise ValueError(
+            f"method is {config.method!r}; distances are measured along a run that never rolled back: grpo."
+        )
+    run = stages.run(config, root, quiet)
+    world = stages.prepare(config, quiet)
+    saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
+    policies = {f"{step:06d}": folder for step, folder in saved.items()}
+    if config.policy == "tiny":
+        policies[TEACHER] = teacher_folder(config, quiet)
+    pairs = plan_pairs(list(saved), origins, distances, others=[TEACHER] if TEACHER in policies else [], also=also)
+    digest = hashlib.sha256(json.dumps(settings.of_rollouts(), sort_keys=True).encode()).hexdigest()[:6]
+    measurement = Measurement(
+        run.path / f"signal-{digest}",
+        policies,
+        pairs,
+        world.processor,
+        list(world.train.select(range(min(settings.prompts, len(world.train))))),
+        world.verifier,
+        settings,
+        load=lambda folder: load_policy(folder, config.freeze_vision, config.dtype, config.attention),
+        quiet=quiet,
+    )
+    # as in training: at this size a second thread costs more than it brings
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return MeasuredSignal(measurement.folder, pairs, measurement.run())
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_folder(
+    checkpoints: str | Path,
+    data: str | Path,
+    out: str | Path,
+    settings: SignalSettings,
+    *,
+    verifier: str | Verifier = "boxed",
+    base: str | Path | None = None,
+    processor: str | Path | None = None,
+    teacher: str | Path | None = None,
+    origins: Sequence[int] | None = None,
+    distances: int = 20,
+    also: Sequence[int] = (),
+    quiet: bool = False,
+) -> MeasuredSignal:
+    """Measure any run: a folder of Hugging Face checkpoints, a data set, and a verifier.
+
+    Args:
+        checkpoints: Folder that holds `checkpoint-<step>` folders.
+        data: Parquet or JSON-lines file, or a folder that `datasets` saved; columns uid, prompt, answer and, for
+            visual tasks, image. A prompt is a list of chat messages, or a text, which becomes a user message.
+        out: Folder of the measurement; a second call with it goes on where the first stopped.
+        settings: How to measure.
+        verifier: `verifier(text, row) -> Verdict`, "boxed", or "module:name" of a verifier or of its class.
+        base: Folder of the policy that the run started from, step 0.
+        processor: Folder with the processor or tokenizer; by default the base policy's, else the first checkpoint's.
+        teacher: Folder of a policy outside the run, of the same architecture and tokenizer.
+        origins: Policy steps to measure from; by default the first, and those a third and two thirds on.
+        distances: Distances above 0 from each origin, at most.
+        also: Distances beside the grid, where there is a checkpoint.
+        quiet: Without a progress bar.
+
+    Raises:
+        FileNotFoundError: No checkpoint, data file or processor.
+        ValueError: Data, checkpoints or settings that cannot be used.
+    """
+    found = find_checkpoints(checkpoints, base)
+    steps = list(found)
+    if origins is None:
+        origins = sorted({steps[0], steps[len(steps) // 3], steps[2 * len(steps) // 3]} - {steps[-1]}) or steps[:1]
+    policies = {f"{step:06d}": folder for step, folder in found.items()}
+    if teacher is not None:
+        policies[TEACHER] = Path(teacher)
+    pairs = plan_pairs(steps, origins, distances, others=[] if teacher is None else [TEACHER], also=also)
+    judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
+    rows = load_rows(data, answer=isinstance(judge, BoxedVerifier))
+    measurement = Measurement(
+        out,
+        policies,
+        pairs,
+        load_processor(found[steps[0]] if processor is None else processor),
+        [rows[index] for index in range(min(settings.prompts, len(rows)))],
+        judge,
+        settings,
+        quiet=quiet,
+    )
+    return MeasuredSignal(measurement.folder, pairs, measurement.run())
+
+
+def settings_for(config: RunConfig, **given: Any) -> SignalSettings:
+    """Settings of a measurement of one of our runs: its response length, seed and c, and no more prompts than it has.
+
+    Args:
+        config: Settings of the run.
+        given: Settings that take the place of those.
+    """
+    out = {"max_new_tokens": config.max_completion_length, "seed": config.seed, "c": config.variance_c, **given}
+    out["prompts"] = min(out.get("prompts", SignalSettings.prompts), config.train_problems)
+    out["gradients"] = min(out.get("gradients", SignalSettings.gradients), out["prompts"])
+    return SignalSettings(**out)
+
+
+def default_origins(config: RunConfig) -> list[int]:
+    """The base policy, the start of the plateau (`late_start`), and the middle of the run, each with a checkpoint."""
+    every = config.checkpoint_every
+    return sorted({0, config.late_start // every * every, config.compute_steps // 2 // every * every})
+
+
+def describe(measured: MeasuredSignal) -> str:
+    """Δ* of each origin in words, for a terminal."""
+    lines = [f"{'policy step':>11}  {'S':<24} {'Δ*':>6}  95 % over prompts"]
+    for origin, entry in measured.summary["origins"].items():
+        for name in ("signal_kl", "signal_gradient_exact", "signal_1_kl", "signal_1_gradient_exact"):
+            if name in entry["optimum"]:
+                best = entry["optimum"][name]
+                edge = ", at the edge" if best["at_edge"] else ""
+                interval = "unknown" if best["low"] is None else f"{best['low']:g} to {best['high']:g}"
+                lines.append(f"{origin:>11}  {name:<24} {best['distance']:>6g}  {interval}{edge}")
+    return "\n".join(lines)
+
+
+def load_rows(path: str | Path, answer: bool = True) -> Dataset:
+    """Rows of a data set on disk, checked, with prompts as chat messages.
+
+    Args:
+        path: parquet or jsonl file, or a saved data set.
+        answer: Every row needs a text under `answer`; see `require_columns`.
+
+    Raises:
+        FileNotFoundError: There is nothing at `path`.
+        ValueError: A format that is not read, no rows, a missing column, an empty value, or one uid for two rows.
+    """
+    if not Path(path).exists():  # else it could be a name on the hub
+        raise FileNotFoundError(f"There is no data set at {path}.")
+    rows = read_rows(path)
+    require_columns(rows, answer)
+    if "image" in rows.column_names and not isinstance(rows.features["image"], Image):
+        rows = rows.cast_column("image", Image())
+    if isinstance(rows[0]["prompt"], str):
+        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    return rows
+
+
+def find_verifier(name: str) -> Verifier:
+    """The verifier that "boxed" or "module:name" stands for; a class is called without arguments.
+
+    Raises:
+        ValueError: No such module or name, or something that cannot be called.
+    """
+    if name == "boxed":
+        return BoxedVerifier()
+    module, colon, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"verifier is {name!r}: {error}.") from error
+    verifier = found() if isinstance(found, type) else found
+    if not callable(verifier):
+        raise ValueError(f'verifier is {name!r}; it must be "boxed" or "module:name" of something that can be called.')
+    return verifier

@@ -1,0 +1,1 @@
+"""The claims of the paper in a world: arms, cells, results, comparisons, verdicts."""

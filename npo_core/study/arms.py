@@ -1,0 +1,127 @@
+"""Arms of the evidence study: what is compared with what, each a method and a few settings of it.
+
+The preset decides everything else, so all arms share the world, the base policy, the data order and the compute budget.
+`python -m npo_core study` runs them over seeds; docs/evidence.md holds the plan that was written before they ran.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..runs.config import RunConfig, resolve_config
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        method: Training method.
+        about: What it is, in a few words, for tables.
+        kind: "baseline", "npo", or "control" (what the gain of NPO may be due to).
+        settings: Settings that differ from the preset's and from the method's own.
+        budget: Compute steps over those of the preset; above 1 only for the longer GRPO run.
+    """
+
+    method: str
+    about: str
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    budget: float = 1.0
+
+
+OWN_FORM = 0.1
+"""`teacher_form_share` of a teacher that writes as the base policy's corpus does (`second_form_share`)."""
+
+ARMS: Mapping[str, Arm] = {
+    "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
+    "GRPO, longer": Arm("grpo", "as many steps as the dearest arm, off-line rollouts counted as steps", "baseline",
+                        budget=1.64),
+    "LUFFY": Arm("luffy", "external teacher that writes another form", "baseline"),
+    "LUFFY, base's form": Arm("luffy", "external teacher that writes the base's own form", "baseline",
+                              {"teacher_form_share": OWN_FORM}),
+    "ExGRPO": Arm("exgrpo", "own past successes", "baseline"),
+    "RLEP": Arm("rlep", "converged run, two rollouts appended", "baseline"),
+    "NPO early": Arm("npo", "scout, restart and guided window", "npo", {"late_step": 0}),
+    "NPO late": Arm("npo", "plateau, roll-back and guided replay", "npo", {"scout_steps": 0}),
+    "NPO": Arm("npo", "early and late", "npo"),
+    "AutoNPO": Arm("autonpo", "interventions chosen by the run", "npo"),
+    "NPO, exact ratio": Arm("npo", "early and late, importance-corrected", "npo", {"ratio_mode": "exact"}),
+    "LUFFY, no correction": Arm("luffy", "external teacher, ratio 1", "control", {"ratio_mode": "current"}),
+    "NPO, own resample": Arm("npo", "early and late, guide from Δ = 0", "control", {"guide_from": "own"}),
+    "NPO, no guide": Arm("npo", "early and late, roll-backs without guidance", "control", {"guide_from": "none"}),
+    "NPO, random": Arm("npo", "guided roll-backs at random times and distances", "control",
+                       {"random_interventions": 2}),
+}  # fmt: skip
+"""Arms in the order of tables. "NPO" without more is early and late in the paper's default ratio mode."""
+
+SHARED = {"checkpoint_keep": 0}
+"""Settings of every arm: all checkpoints stay resumable, so that arms can share beginnings and be scored on the way."""
+
+
+def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Settings of one arm and seed.
+
+    Args:
+        arm: Name in `ARMS`.
+        preset: Name of a preset.
+        seed: Seed of sampling during training.
+        overrides: Settings of every arm that are not the preset's.
+
+    Raises:
+        ValueError: Unknown arm.
+    """
+    if arm not in ARMS:
+        raise ValueError(f"Unknown arm {arm!r}. Allowed: {', '.join(ARMS)}.")
+    row = ARMS[arm]
+    config = resolve_config(row.method, preset, seed, {**SHARED, **(overrides or {}), **row.settings})
+    return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
+
+
+def ablation_configs(
+    name: str, preset: str, seed: int, overrides: Mapping[str, Any] | None = None
+) -> dict[str, RunConfig]:
+    """Settings of one ablation: the preset's own value first, then others around it, by label.
+
+    Args:
+        name: Name in `ABLATIONS`.
+        preset: Name of a preset.
+        seed: Seed of sampling during training.
+        overrides: Settings of every run that are not the preset's.
+
+    Raises:
+        ValueError: Unknown ablation.
+    """
+    if name not in ABLATIONS:
+        raise ValueError(f"Unknown ablation {name!r}. Allowed: {', '.join(ABLATIONS)}.")
+    method, values = ABLATIONS[name]
+    plain = resolve_config(method, preset, seed, {**SHARED, **(overrides or {})})
+    runs = {}
+    for changes in [{}, *values(plain)]:
+        setting = next(iter(changes), next(iter(values(plain)[0])))
+        runs[f"{setting} = {changes.get(setting, getattr(plain, setting))}"] = plain.with_changes(**changes)
+    return runs
+
+
+ABLATIONS: Mapping[str, tuple[str, Callable[[RunConfig], list[dict[str, Any]]]]] = {
+    "gate": ("npo", lambda plain: [{"tau_gate": value} for value in (0.0, 0.3, 1.0)]),
+    "group": (
+        "npo",
+        lambda plain: [
+            {"num_generations": n, "micro_batch": plain.prompts_per_step * n}
+            for n in (plain.num_generations // 2, plain.num_generations * 2)
+        ],
+    ),
+    "window": (
+        "npo",
+        lambda plain: [{"early_window": plain.early_window // 2}, {"early_window": plain.early_window * 3 // 2}],
+    ),
+    "cache rule": ("npo", lambda plain: [{"cache_rule": rule} for rule in ("shortest", "closest")]),
+    "ratio": ("npo", lambda plain: [{"ratio_mode": mode} for mode in ("exact", "truncated", "shaped")]),
+    "trigger": (
+        "autonpo",
+        lambda plain: [{"trigger_entropy_drop": plain.trigger_entropy_drop * factor} for factor in (0.5, 2.0)],
+    ),
+    "checkpoints": ("autonpo", lambda plain: [{"checkpoint_every": plain.checkpoint_every * 2}]),
+}
+"""One setting at a time around NPO (early and late) or AutoNPO: the method, and values other than the preset's."""

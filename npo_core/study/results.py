@@ -1,0 +1,178 @@
+"""Results of the evidence study in `data/results/`: read them, and refuse what does not belong together.
+
+Three files: `evidence.csv` (test scores: arm, seed, both clocks, sampling, suite, pass rates),
+`evidence_training.parquet` (a line per executed step of every run) and `evidence.json` (what made them: the
+configuration of every run, versions, failures). A comparison rests on whole cells: every arm with every seed, once,
+made with one configuration and one set of versions of Python, packages and device. The revision of this code may
+differ, since a study outlives a change of a document; `Evidence.revisions` counts them, and `make claims` prints them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..runs.validation import SUITES
+from .arms import ARMS
+from .findings import SCHEMA, results_folder
+
+SCORES, TRAINING, ABOUT = "evidence.csv", "evidence_training.parquet", "evidence.json"
+"""File names in the folder of results."""
+MAP, CORNER = "map.csv", "corner"
+"""There too: the map of the gain, and the folder of its follow-up in one cell."""
+
+SCORE_COLUMNS = (
+    "arm", "seed", "policy_step", "compute_step", "final", "sampling", "suite", "pass_rate", "pass_at_4", "pass_at_8",
+    "entropy", "all_wrong_groups", "interventions", "offline_rollouts",
+)  # fmt: skip
+"""Columns of the scores; entropy and all-wrong groups are means over the 20 compute steps before."""
+
+SAMPLINGS = ("paper", "plain")
+"""How test responses are sampled: as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20), and as in training."""
+
+
+class ResultsRefused(ValueError):
+    """Results with missing or repeated cells, or of mixed configurations or versions."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Results of the study.
+
+    Attributes:
+        scores: Test scores, columns `SCORE_COLUMNS`.
+        training: Lines of training: arm, seed, branch, both clocks, on-policy metrics.
+        about: Configurations, versions, failures, seeds and arms.
+    """
+
+    scores: pd.DataFrame
+    training: pd.DataFrame
+    about: Mapping[str, Any]
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms in the order of tables."""
+        return [arm for arm in ARMS if arm in self.about["arms"]]
+
+    @property
+    def failed(self) -> dict[str, list[int]]:
+        """Seeds that crashed or gave NaN, by arm; they are reported, and left out of means."""
+        found: dict[str, list[int]] = {}
+        for entry in self.about["failed"]:
+            found.setdefault(entry["arm"], []).append(entry["seed"])
+        return found
+
+    @property
+    def revisions(self) -> dict[str, int]:
+        """Runs by the revision of this code that made them."""
+        return dict(Counter(str(run["git_revision"]) for run in self.about["runs"]))
+
+    def finals(self, sampling: str = "paper", column: str = "pass_rate") -> pd.DataFrame:
+        """Score at the end of each run, mean over suites: a row per seed, a column per arm."""
+        chosen = self.scores[(self.scores["sampling"] == sampling) & self.scores["final"]]
+        return chosen.pivot_table(index="seed", columns="arm", values=column, aggfunc="mean").reindex(
+            columns=self.arms, index=self.about["seeds"]
+        )
+
+    def at_policy_step(self, arm: str, steps: Mapping[int, int], column: str = "pass_rate") -> pd.Series:
+        """Score of an arm at the newest scored policy step that is at most the given one of each seed."""
+        found = {}
+        own = self.scores[(self.scores["arm"] == arm) & (self.scores["sampling"] == "paper")]
+        for seed, step in steps.items():
+            rows = own[(own["seed"] == seed) & (own["policy_step"] <= step)]
+            if len(rows):
+                newest = rows[rows["policy_step"] == rows["policy_step"].max()]
+                found[seed] = newest[column].mean()
+        return pd.Series(found, dtype=float)
+
+
+def read_evidence(folder: Path | None = None) -> Evidence:
+    """The results of the study, checked.
+
+    Args:
+        folder: Folder of the results; the project's `data/results` if None.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ResultsRefused: See `check_evidence`.
+    """
+    folder = results_folder() if folder is None else Path(folder)
+    missing = [name for name in (SCORES, TRAINING, ABOUT) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core study` makes them.")
+    about = json.loads((folder / ABOUT).read_text())
+    if about.get("schema") != SCHEMA:
+        raise ResultsRefused(f"{folder / ABOUT} has schema {about.get('schema')}; this version reads {SCHEMA}.")
+    scores = pd.read_csv(folder / SCORES)
+    check_evidence(scores, about)
+    return Evidence(scores, pd.read_parquet(folder / TRAINING), about)
+
+
+def check_evidence(scores: pd.DataFrame, about: Mapping[str, Any]) -> None:
+    """Refuse results whose cells do not belong together.
+
+    Raises:
+        ResultsRefused: Columns are missing; a cell (arm, seed) is missing that is not reported as failed, or there
+            twice; configurations or versions are mixed. The message lists them.
+    """
+    absent = [name for name in SCORE_COLUMNS if name not in scores.columns]
+    if absent:
+        raise ResultsRefused(f"{SCORES} lacks the columns {', '.join(absent)}.")
+    complaints = [*_cell_complaints(scores, about), *_mixture_complaints(about["runs"])]
+    if complaints:
+        raise ResultsRefused("The results do not belong together:\n" + "\n".join(f"- {line}" for line in complaints))
+
+
+def _cell_complaints(scores: pd.DataFrame, about: Mapping[str, Any]) -> list[str]:
+    wanted = {(arm, seed) for arm in about["arms"] for seed in about["seeds"]}
+    failed = {(entry["arm"], entry["seed"]) for entry in about["failed"]}
+    suites = about.get("suites", SUITES)
+    finals = scores[scores["final"]]
+    found = finals.groupby(["arm", "seed", "sampling", "suite"]).size()
+    complaints = []
+    for arm, seed in sorted(wanted - failed):
+        lacking = [
+            f"{sampling}/{suite}"
+            for sampling in SAMPLINGS
+            for suite in suites
+            if (arm, seed, sampling, suite) not in found.index
+        ]
+        if lacking:
+            complaints.append(f"missing: {arm}, seed {seed}: {', '.join(lacking)}")
+    for arm, seed, sampling, suite in found[found > 1].index:
+        complaints.append(f"twice: {arm}, seed {seed}, {sampling}, {suite}")
+    cells = set(zip(scores["arm"], scores["seed"], strict=True))
+    complaints += [f"not in the plan: {arm}, seed {seed}" for arm, seed in sorted(cells - wanted)]
+    keys = ["arm", "seed", "compute_step", "policy_step", "sampling", "suite"]
+    repeated = scores[scores.duplicated(keys, keep="first")]
+    complaints += [
+        f"twice: {row.arm}, seed {row.seed}, compute step {row.compute_step}, {row.sampling}, {row.suite}"
+        for row in repeated.itertuples()
+        if not row.final
+    ]
+    return complaints
+
+
+def _mixture_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    complaints = []
+    by_arm: dict[str, dict[str, list[int]]] = {}
+    versions: dict[str, list[str]] = {}
+    seen: dict[tuple[str, int], int] = {}
+    for run in runs:
+        settings = {name: value for name, value in run["config"].items() if name != "seed"}
+        by_arm.setdefault(run["arm"], {}).setdefault(json.dumps(settings, sort_keys=True), []).append(run["seed"])
+        versions.setdefault(json.dumps(run["versions"], sort_keys=True), []).append(f"{run['arm']}/{run['seed']}")
+        seen[run["arm"], run["seed"]] = seen.get((run["arm"], run["seed"]), 0) + 1
+    complaints += [f"twice: run of {arm}, seed {seed}" for (arm, seed), count in seen.items() if count > 1]
+    for arm, kinds in by_arm.items():
+        if len(kinds) > 1:
+            groups = "; ".join(f"seeds {seeds}" for seeds in kinds.values())
+            complaints.append(f"mixed configurations of {arm}: {groups}")
+    if len(versions) > 1:
+        groups = "; ".join(f"{len(cells)} runs such as {cells[0]} with {kind}" for kind, cells in versions.items())
+        complaints.append(f"mixed versions: {groups}")
+    return complaints

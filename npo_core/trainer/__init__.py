@@ -1,0 +1,1 @@
+"""Slot replacement on TRL, and sampling outside of it."""

@@ -1,0 +1,179 @@
+"""Which guides a trainer takes: checks of a source when it is given, of each guide at injection, and of how many fail.
+
+A setting that spoils every guide (another tokenizer, another temperature, too long a response) is refused when the
+source is given. A single guide that is judged wrong at injection is left out and counted: a verifier that runs into a
+timeout does not end a long run.
+"""
+
+import logging
+
+from trl import GRPOTrainer
+
+from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
+from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
+from ..guidance.verifiers import BoxedVerifier
+from ..world.data import image_digest
+from ..world.policies import tokenizer_digest
+from ..world.tasks import require_columns
+
+ALL_REFUSED = 8
+"""Guides that are wrong at injection, and none right, after which training stops: then it is not the single guide."""
+
+logger = logging.getLogger(__name__)
+
+
+def needs_behaviour(trainer: GRPOTrainer) -> bool:
+    """Whether the ratio of the guide rows is made from the guides' stored log-probs."""
+    return trainer.args.ratio_mode != "current" and trainer.args.guide_behaviour == "stored"
+
+
+def known_uids(trainer: GRPOTrainer) -> set[str] | None:
+    """Uids of the training data, whose columns are checked; None where they cannot be read, as of a stream.
+
+    Raises:
+        ValueError: Rows that NPO cannot use.
+    """
+    dataset = trainer.train_dataset
+    if not hasattr(dataset, "column_names") or dataset.column_names is None:
+        return None
+    return require_columns(dataset, answer=isinstance(trainer.verifier, BoxedVerifier))
+
+
+def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
+    """Refuse a source, or settings, with which the trainer could not guide.
+
+    Raises:
+        ValueError: See `NPOTrainer`; the message says what to change.
+    """
+    args = trainer.args
+    if trainer.verifier is None:
+        raise ValueError("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=….")
+    if trainer.tools or trainer.environments is not None:
+        raise ValueError("NPO replaces whole responses; tools and environments are not supported with guidance.")
+    batch = args.per_device_train_batch_size * args.steps_per_generation
+    if batch % trainer.num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
+            f"num_generations = {trainer.num_generations}, so a group would be split over two processes. "
+            "Change one of the three."
+        )
+    if isinstance(source, ReplaySource) and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            f"{type(source).__name__} learns from the rollouts it sees, and each of the "
+            f"{trainer.accelerator.num_processes} processes sees only its own; train on one process."
+        )
+    if args.guides_per_group > 1 and not isinstance(source, ManyGuides):
+        raise ValueError(
+            f"guides_per_group is {args.guides_per_group}, but {type(source).__name__} has no guides(); "
+            "give a source with several guides for a prompt, such as ReplayPool."
+        )
+    uids = known_uids(trainer)
+    inner = source.source if isinstance(source, GuidanceWindow) else source
+    if isinstance(inner, GuidanceCache):
+        _check_cache(trainer, inner, uids)
+
+
+def _check_cache(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | None) -> None:
+    own = tokenizer_digest(trainer.processing_class)
+    if cache.tokenizer_digest and cache.tokenizer_digest != own:
+        raise ValueError(
+            f"The guidance cache was made with another tokenizer ({cache.tokenizer_digest}) than this policy's "
+            f"({own}); its token ids would mean other text. Make the cache again."
+        )
+    longest = max((len(guide.token_ids) for guide in cache), default=0)
+    if longest > trainer.max_completion_length:
+        raise ValueError(
+            f"The guidance cache holds a guide of {longest} tokens, and max_completion_length is "
+            f"{trainer.max_completion_length}; raise it, or make the cache again with shorter responses."
+        )
+    other = {guide.temperature for guide in cache} - {trainer.temperature}
+    if other and needs_behaviour(trainer):
+        raise ValueError(
+            f"The log-probs of the guidance cache are at temperature {min(other)}, and training is at "
+            f"{trainer.temperature}, so the ratio of mode {trainer.args.ratio_mode!r} would be biased. Score the "
+            f"guides again (sample_rollouts or completion_logps at {trainer.temperature}), or use ratio_mode 'current'."
+        )
+    if other:
+        logger.warning(
+            "The log-probs of the guidance cache are at temperature %s, and training is at %s: npo/guide_kl, "
+            "npo/guide_ratio and npo/guide_ess will compare different distributions.",
+            min(other),
+            trainer.temperature,
+        )
+    if uids is not None and not any(guide.uid in uids for guide in cache):
+        logger.warning(
+            "None of the %d prompts of the guidance cache is in the training data, so nothing will be guided.",
+            len(cache),
+        )
+
+
+def check_guide(trainer: GRPOTrainer, guide: Trajectory, uid: str) -> None:
+    """Refuse a guide that no correct source would give.
+
+    Raises:
+        GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence, without a log-prob
+            for each token, or its log-probs are at another temperature than training and the ratio needs them.
+    """
+    if guide.uid != uid or not guide.correct:
+        raise GuidanceRefused(f"The source gave a guide of {guide.uid!r} (correct: {guide.correct}) for {uid!r}.")
+    if not guide.token_ids or len(guide.logps) != len(guide.token_ids):
+        raise GuidanceRefused(
+            f"The guide of {uid!r} has {len(guide.token_ids)} tokens and {len(guide.logps)} log-probs; "
+            "it needs at least one token, and a log-prob for each."
+        )
+    if len(guide.token_ids) > trainer.max_completion_length or guide.token_ids[-1] not in trainer.eos_token_ids:
+        raise GuidanceRefused(
+            f"The guide of {uid!r} has {len(guide.token_ids)} tokens and ends with token {guide.token_ids[-1]}; "
+            f"at most {trainer.max_completion_length} tokens ending in one of {trainer.eos_token_ids} fit a group."
+        )
+    if guide.temperature != trainer.temperature and needs_behaviour(trainer):
+        raise GuidanceRefused(
+            f"The log-probs of the guide of {uid!r} are at temperature {guide.temperature}, and training is at "
+            f"{trainer.temperature}; mode {trainer.args.ratio_mode!r} needs them at the same."
+        )
+
+
+def empty_cache(trainer: GRPOTrainer, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+    """A cache without guides that refuses what the trainer could not use; see `NPOTrainer.new_cache`."""
+    return kind(
+        trainer.eos_token_ids,
+        trainer.max_completion_length,
+        tokenizer_digest(trainer.processing_class),
+        known_uids(trainer),
+        image_digest(trainer.processing_class),
+    )
+
+
+class RefusedGuides:
+    """Counts the guides of a source that were right and wrong when they were verified again, over all processes."""
+
+    def __init__(self):
+        self.taken = self.refused = 0
+
+    def count(self, taken: int, refused: int, example: Trajectory | None) -> None:
+        """Take in a step. Warns of the first wrong guide, and whenever no guide of a step is right.
+
+        Args:
+            taken: Guides that were injected.
+            refused: Guides that were judged wrong.
+            example: One of those, if this process has one.
+
+        Raises:
+            GuidanceRefused: Not one guide of this source was right, and at least `ALL_REFUSED` were wrong.
+        """
+        first = refused > 0 and not self.refused
+        self.taken += taken
+        self.refused += refused
+        such = "" if example is None else f", such as that of {example.uid!r}: {example.text!r}"
+        if not self.taken and self.refused >= ALL_REFUSED:
+            raise GuidanceRefused(
+                f"All {self.refused} guides so far were wrong at injection, though marked correct{such}. Their token "
+                "ids mean other text here, or the verifier does not judge as it did when the cache was made."
+            )
+        if first or (refused and not taken):
+            logger.warning(
+                "%d of %d guides of this step were wrong at injection%s. They are left out; see npo/refused_guides.",
+                refused,
+                taken + refused,
+                such,
+            )

@@ -1,0 +1,108 @@
+"""The table of a step's rollouts: filled while the loss goes over them, handed over when every row has been seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..guidance.trajectories import Trajectory
+
+
+@dataclass
+class StepRollouts:
+    """What a generation batch holds beside TRL's tensors; lists and keys are over the rows of this process.
+
+    Attributes:
+        rows: Data set rows.
+        guided: Guides by row.
+        overwritten: Token ids of the rollout that a guide took the place of, and whether it was correct, by row.
+        void: Rows that hold nothing: places for appended guides in groups that have none.
+        gated: Groups that got a guide.
+        refused: Guides that were judged wrong, so that the sampled rollout stayed.
+        verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
+        rewards: Weighted reward of each row; NaN where no reward function scored it.
+        correct: Verdict on each row, or None without a verifier.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    guided: dict[int, Trajectory] = field(default_factory=dict)
+    overwritten: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
+    void: list[int] = field(default_factory=list)
+    gated: int = 0
+    refused: list[Trajectory] = field(default_factory=list)
+    verdicts: dict[int, bool] = field(default_factory=dict)
+    rewards: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+
+
+class RolloutTable:
+    """Rows of one step: uid, group, slot, source, tokens, log-probs, reward, advantage, ratio.
+
+    Args:
+        step: Policy step that the rollouts belong to, counted from 1.
+        rollouts: The generation batch.
+        output: TRL's tensors of that batch.
+        n: Rows of a group.
+        texts: Decoded responses.
+        eos_token_ids: Token ids that end a response.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        rollouts: StepRollouts,
+        output: Mapping[str, Any],
+        n: int,
+        texts: Sequence[str],
+        eos_token_ids: Sequence[int],
+    ):
+        self.step = step
+        mask = output["completion_mask"].bool()
+        self.rows: list[dict[str, Any]] = []
+        self._place: dict[int, dict[str, Any]] = {}
+        for row, data in enumerate(rollouts.rows):
+            if row in rollouts.void:
+                continue
+            guide = rollouts.guided.get(row)
+            lost_ids, lost_correct = rollouts.overwritten.get(row, (None, None))
+            tokens = output["completion_ids"][row][mask[row]].tolist()
+            record = {
+                "uid": data.get("uid"),
+                "group": row // n,
+                "slot": row % n,
+                "source": "policy" if guide is None else "guide",
+                "guide_step": None if guide is None else guide.source_step,
+                "token_ids": tokens,
+                "text": texts[row],
+                "ended": bool(tokens) and tokens[-1] in eos_token_ids,
+                "correct": None if rollouts.correct is None else bool(rollouts.correct[row]),
+                "behaviour_logps": None if guide is None else list(guide.logps),
+                "reward": float(rollouts.rewards[row]),
+                "advantage": float(output["advantages"][row]),
+                "overwritten_ids": lost_ids,
+                "overwritten_correct": lost_correct,
+            }
+            self.rows.append(record)
+            self._place[row] = record
+
+    def see(self, logps: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any]) -> bool:
+        """Add log-probs and ratios of the rows of a loss call; True when no row is missing any more.
+
+        Args:
+            logps: Current log-probs, shape (rows, tokens), nats.
+            mask: Response tokens, same shape.
+            inputs: Tensors of the loss call; `rollout_row` holds each row's place in the generation batch.
+        """
+        old = inputs.get("old_per_token_logps")
+        for place, row in enumerate(inputs["rollout_row"].tolist() if "rollout_row" in inputs else []):
+            record = self._place.pop(row, None)
+            if record is None:
+                continue
+            current = logps[place][mask[place]]
+            behaviour = current if old is None else old[place][mask[place]]
+            record["current_logps"] = current.tolist()
+            if record["behaviour_logps"] is None:
+                record["behaviour_logps"] = behaviour.tolist()
+            record["ratio"] = (current - torch.tensor(record["behaviour_logps"]).to(current)).exp().tolist()
+        return not self._place

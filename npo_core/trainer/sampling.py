@@ -1,0 +1,378 @@
+"""Off-line rollouts and scoring: the same few lines serve guidance caches, probes and evaluation.
+
+Rollouts are sampled in batches by `generate`; log-probabilities come from a second, teacher-forced pass at a
+temperature of their own (1 unless it is given), so that they are those of the policy and not those of a truncated
+sampling distribution. What will guide is scored at the temperature of training: TRL divides its logits by it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
+
+from ..guidance.trajectories import Trajectory
+from ..guidance.verifiers import Verifier, is_correct
+from ..processes import process_count, process_number, shared
+from ..world.policies import tokenizer_of
+
+ROLLOUT_BATCH = 512
+"""Rollouts in one `generate` call."""
+
+ENGINE_PROMPTS = 512
+"""Prompts, with their pictures, that another sampler gets at a time; each time it is sent the weights first."""
+
+
+class Generate(Protocol):
+    """Samples token ids otherwise than by transformers: k responses per row, those of a row together.
+
+    `sampling` holds temperature, top_p and top_k.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]: ...
+
+
+class Lazily(Sequence):
+    """Rows that are read when they are asked for, so that pictures of a whole data set are never in memory together.
+
+    Args:
+        read: Row of a key.
+        keys: Keys in the order of the rows.
+    """
+
+    def __init__(self, read: Callable[[Any], Mapping[str, Any]], keys: Sequence[Any]):
+        self.read, self.keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, place):
+        return [self.read(key) for key in self.keys[place]] if isinstance(place, slice) else self.read(self.keys[place])
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[Any]:
+    """Pictures of a row: its `images`, or its `image` alone, or none."""
+    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
+
+
+def encode_prompts(
+    processor, rows: Sequence[Mapping[str, Any]], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """Model inputs of data set rows, left-padded, as TRL makes them.
+
+    Chat messages go through the chat template, `image` or `images` in the first user message; a prompt that is a plain
+    string is tokenised as it is.
+
+    Args:
+        processor: Processor or tokenizer.
+        rows: Data set rows with prompt and, for visual tasks, image or images.
+        chat_template_kwargs: What TRL's argument of this name is in training, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ValueError: Plain strings among chat messages, or with pictures.
+    """
+    plain = [isinstance(row["prompt"], str) for row in rows]
+    if any(plain):
+        if not all(plain) or any(pictures_of(row) for row in rows):
+            raise ValueError(
+                "A prompt is a plain string, and others are chat messages or have pictures; write every prompt as chat "
+                'messages: [{"role": "user", "content": …}].'
+            )
+        texts = [row["prompt"] for row in rows]
+        return dict(processor(text=texts, return_tensors="pt", padding=True, padding_side="left"))
+    messages = []
+    for row in rows:
+        pictures = pictures_of(row)
+        messages.append(prepare_multimodal_messages(row["prompt"], images=pictures) if pictures else row["prompt"])
+    padding = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    extra = padding if tokenizer_of(processor) is processor else {"processor_kwargs": padding}
+    template = dict(chat_template_kwargs or {})
+    return dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, **extra, **template
+        )
+    )
+
+
+def end_tokens(model: PreTrainedModel, processor) -> list[int]:
+    """Token ids that end a response, as TRL has them: the tokenizer's, and all that the model's generation names."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    own = tokenizer_of(processor).eos_token_id
+    return ids if own in ids else [own, *ids]
+
+
+def sample_rollouts(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    verifier: Verifier,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    source_step: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    score: bool = True,
+    batch: int = ROLLOUT_BATCH,
+    score_batch: int = ROLLOUT_BATCH,
+    generate: Generate | None = None,
+    advance: Callable[[int], None] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    score_temperature: float = 1.0,
+) -> list[list[Trajectory]]:
+    """Sample k verified responses per row. Training state and the global random state are left as they were.
+
+    A response ends where it would in training: at any end of sequence of tokenizer or model (`end_tokens`).
+
+    Args:
+        model: Policy; put into evaluation mode while sampling.
+        processor: Its processor or tokenizer.
+        rows: Data set rows, or a `Dataset`, with uid, prompt, what the verifier reads and, for visual tasks, image.
+        k: Responses per row.
+        verifier: `verifier(text, row) -> Verdict` or bool.
+        seed: Seed of the sampling.
+        max_new_tokens: Longest response in tokens.
+        source_step: Policy step of the model, noted in each trajectory.
+        temperature: Sampling temperature.
+        top_p: Nucleus; 1 switches it off.
+        top_k: Number of likeliest tokens; 0 switches it off.
+        score: Compute log-probs (at `score_temperature`, untruncated); without it `logps` is empty.
+        batch: Responses that are sampled at a time.
+        score_batch: Responses that are scored at a time.
+        generate: Samples in place of the model, whose weights it has, such as vLLM; takes no seed.
+        advance: Called with the number of rollouts done after each batch.
+        chat_template_kwargs: As in training, see `encode_prompts`.
+        score_temperature: Temperature of the log-probs. For guides the one that they will be trained at
+            (`NPOConfig.temperature`), however they are sampled.
+
+    Returns:
+        A list per row, of k trajectories in the order they were sampled.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; sample at least one response per row.")
+    tokenizer = tokenizer_of(processor)
+    ends = end_tokens(model, processor)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        # as TRL does: an image token in a response stands for no picture, and the next forward pass would fail
+        suppress_tokens=[model.config.image_token_id] if hasattr(model.config, "image_token_id") else None,
+    )
+    was_training = model.training
+    out: list[list[Trajectory]] = []
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
+            for start in range(0, len(rows), prompts):
+                part = [rows[place] for place in range(start, min(start + prompts, len(rows)))]
+                repeated = [row for row in part for _ in range(k)]
+                if generate is None:
+                    encoded = encode_prompts(processor, repeated, chat_template_kwargs)
+                    inputs = {name: value.to(model.device) for name, value in encoded.items()}
+                    # processes that hold a policy together sample in step, to the end of the longest response of all
+                    ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
+                    ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
+                else:
+                    ids = generate(part, k, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+                completions = [_until_end(row, ends) for row in ids]
+                logps = (
+                    completion_logps(
+                        model,
+                        processor,
+                        repeated,
+                        completions,
+                        score_batch,
+                        temperature=score_temperature,
+                        chat_template_kwargs=chat_template_kwargs,
+                    )
+                    if score
+                    else [()] * len(repeated)
+                )
+                texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+                trajectories = [
+                    Trajectory(
+                        uid=row["uid"],
+                        token_ids=tuple(tokens),
+                        logps=tuple(scores),
+                        source_step=source_step,
+                        correct=is_correct(verifier(text, row)),
+                        text=text,
+                        temperature=score_temperature,
+                    )
+                    for row, tokens, scores, text in zip(repeated, completions, logps, texts, strict=True)
+                ]
+                out += [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
+                if advance is not None:
+                    advance(len(repeated))
+    finally:
+        model.train(was_training)
+    return out
+
+
+def shared_rollouts(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    k: int,
+    verifier: Verifier,
+    *,
+    seed: int,
+    **settings: Any,
+) -> list[list[Trajectory]]:
+    """`sample_rollouts` with the rows shared between the processes of a run; all of them get the whole result.
+
+    Arguments are those of `sample_rollouts`. Each process samples with a seed of its own, so the result depends on
+    their number.
+    """
+    number = process_number()
+    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
+
+    def part(mine: Sequence[int]) -> list[list[Trajectory]]:
+        own = Lazily(rows.__getitem__, mine)
+        return sample_rollouts(model, processor, own, k, verifier, seed=own_seed, **settings)
+
+    return shared(range(len(rows)), part)
+
+
+def shared_logps(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
+    **settings: Any,
+) -> list[list[float]]:
+    """`completion_logps` with the responses shared between the processes of a run; all get the whole result."""
+
+    def part(mine: Sequence[int]) -> list[list[float]]:
+        own = Lazily(rows.__getitem__, mine)
+        return completion_logps(model, processor, own, [completions[i] for i in mine], batch, **settings)
+
+    return shared(range(len(rows)), part)
+
+
+def completion_logps(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
+    *,
+    temperature: float = 1.0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[float]]:
+    """Log-probability of each token of given responses, in nats.
+
+    Args:
+        model: Policy that scores; its mode is left as it is.
+        processor: Its processor or tokenizer.
+        rows: One data set row per response.
+        completions: Token ids of the responses.
+        batch: Responses in a forward pass.
+        temperature: The logits are divided by it, as TRL does with those of training.
+        chat_template_kwargs: As in training, see `encode_prompts`.
+
+    Raises:
+        ValueError: A response is empty, or the temperature is not above 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; log-probs need one above 0.")
+    if any(len(tokens) == 0 for tokens in completions):
+        raise ValueError("An empty response has no log-probs; leave it out.")
+    scores: list[list[float]] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), batch):
+            tokens = completions[start : start + batch]
+            part = [rows[place] for place in range(start, start + len(tokens))]
+            logps = forced_logps(model, processor, part, tokens, temperature, chat_template_kwargs)
+            scores += [logps[index, : len(row)].tolist() for index, row in enumerate(tokens)]
+    return scores
+
+
+def forced_logps(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Teacher-forced log-probabilities of one batch of responses, shape (responses, longest), in nats, differentiable.
+
+    Entries past the end of a response are those of padding: mask them by its length.
+    """
+    logps, ids = _forced(model, processor, rows, completions, temperature, chat_template_kwargs)
+    return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def completion_entropies(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    batch: int = ROLLOUT_BATCH,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[float]:
+    """Mean entropy of the next-token distribution over the tokens of each response, in nats, at temperature 1.
+
+    Arguments are those of `completion_logps`.
+    """
+    means: list[float] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), batch):
+                tokens = completions[start : start + batch]
+                part = [rows[place] for place in range(start, start + len(tokens))]
+                logps, _ = _forced(model, processor, part, tokens, 1.0, chat_template_kwargs)
+                entropies = torch.special.entr(logps.exp()).sum(dim=-1)
+                means += [float(entropies[index, : len(row)].mean()) for index, row in enumerate(tokens)]
+    finally:
+        model.train(was_training)
+    return means
+
+
+def _forced(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    temperature: float,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the whole vocabulary at each place of given responses, and their padded token ids."""
+    tokenizer = tokenizer_of(processor)
+    encoded = encode_prompts(processor, rows, chat_template_kwargs)
+    inputs = {name: value.to(model.device) for name, value in encoded.items()}
+    width = max(map(len, completions))
+    ids = torch.full((len(completions), width), tokenizer.pad_token_id, device=model.device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(completions):
+        ids[index, : len(row)] = torch.tensor(row, device=model.device)
+        mask[index, : len(row)] = 1
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
+    logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.log_softmax(dim=-1), ids
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return next((ids[: place + 1] for place, token in enumerate(ids) if token in ends), ids)

@@ -1,0 +1,372 @@
+"""NPOTrainer: TRL's GRPOTrainer with near-future guidance in the last slot of gated groups.
+
+What is added to plain GRPO, and nothing else:
+
+1. After the rollouts of a step are sampled, each group whose on-policy pass rate (over all n rollouts) is at most
+   `tau_gate` and for which the source has a guide gets its last rollout replaced by the guide's token ids.
+2. In the loss, the guide rows get the importance ratio of the chosen mode.
+3. On-policy metrics `npo/…`, from which guide rows are excluded.
+
+The baselines are other settings of the same three: another source, another gate, guides appended instead of replacing.
+
+No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from ..guidance.sources import GuidanceSource, ReplaySource
+from ..guidance.trajectories import GuidanceCache, Trajectory
+from ..guidance.verifiers import Verifier, completion_text, is_correct
+from ..method.groups import gate, guide_rows, pass_rate
+from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
+from ..processes import collect
+from .admission import RefusedGuides, check_guide, check_source, empty_cache
+from .config import NPOConfig
+from .rollouts import RolloutTable, StepRollouts
+from .sampling import completion_entropies
+from .vllm import collapse_pictures
+
+
+class NPOTrainer(GRPOTrainer):
+    """Drop-in for TRL's `GRPOTrainer` that replaces the last slot of gated groups by a guide trajectory.
+
+    Args:
+        guidance (`GuidanceSource`, *optional*): Where guides come from, such as a `GuidanceCache`. Without one the
+            trainer trains exactly as `GRPOTrainer`. May be set between steps through the attribute of this name.
+        verifier (`Callable`, *optional*): `verifier(response text, row) -> Verdict` or bool, in training only; the text
+            is the decoded response, whole. Needed with guidance: it gives the pass rate for the gate, and judges each
+            guide again before it is injected; a wrong one is left out and counted (`npo/refused_guides`). With a
+            verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
+        rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of the step's rollouts
+            while the attribute `record_rollouts` is True.
+        **kwargs: Arguments of `GRPOTrainer`. With guidance, `train_dataset` needs the columns uid and prompt, and
+            answer where the verifier is `BoxedVerifier`.
+
+    Raises:
+        ValueError: Guidance without verifier; a data set without the needed columns, or remove_unused_columns; a group
+            that would be split over two batches or processes; tools or environments together with guidance; a cache of
+            another tokenizer, with longer responses, or scored at another temperature where the ratio needs its q.
+        GuidanceRefused: While training: a source gives what is no guide for the prompt, or all its guides are wrong.
+    """
+
+    _tag_names = ["trl", "grpo", "npo"]  # noqa: RUF012 (TRL's own form)
+    _name = "NPO"
+
+    def __init__(
+        self,
+        *args: Any,
+        guidance: GuidanceSource | None = None,
+        verifier: Verifier | None = None,
+        rollout_sink: Callable[[int, list[dict[str, Any]]], None] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, NPOConfig):
+            raise TypeError(f"args is a {type(self.args).__name__}; NPOTrainer needs an NPOConfig.")
+        self.verifier = verifier
+        self.rollout_sink = rollout_sink
+        self.record_rollouts = False
+        self.group_pass_rates: dict[str, float] = {}
+        self._rollouts: StepRollouts | None = None
+        self._loss_inputs: dict[str, Any] | None = None
+        self._recording: RolloutTable | None = None
+        self._token_sums: torch.Tensor | None = None
+        if verifier is not None and self.args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
+                "False, TRL's default for GRPO."
+            )
+        self.guidance = guidance
+
+    @property
+    def guidance(self) -> GuidanceSource | None:
+        """Where guides come from; None trains as GRPOTrainer does. May be set between steps."""
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, source: GuidanceSource | None) -> None:
+        if source is not None:
+            check_source(self, source)
+        self._guidance = source
+        self._refused = RefusedGuides()
+
+    def new_cache(self, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        """A cache without guides for this trainer: ends of sequence, longest response, tokenizer and prompts are its.
+
+        Fill it with rollouts that `sample_rollouts` scored at `score_temperature=args.temperature` on prompts with
+        this trainer's `chat_template_kwargs`, and set it as `guidance`.
+        """
+        return empty_cache(self, kind)
+
+    # Rollouts: gate and replacement
+
+    @property
+    def _own_slots(self) -> int:
+        """Rows of a group that the policy samples; with placement append the last ones are kept for guides."""
+        return self.num_generations - (self.args.guides_per_group if self.args.placement == "append" else 0)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = self._with_replayed_prompts(inputs)
+        self._rollouts = step = StepRollouts(rows=inputs)
+        output = super()._generate_and_score_completions(inputs)
+        ids = output["completion_ids"]
+        is_guide = torch.zeros(len(inputs), dtype=torch.bool, device=ids.device)
+        guide_logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        for row, guide in step.guided.items():
+            is_guide[row] = True
+            guide_logps[row, : len(guide.logps)] = torch.tensor(guide.logps, device=ids.device)
+        output["is_guide"] = is_guide
+        output["is_own"] = ~is_guide
+        output["is_own"][step.void] = False
+        output["guide_logps"] = guide_logps
+        if self.model.training:
+            self._log_groups(step, is_guide, output["is_own"], output["advantages"])
+            recorded = self.record_rollouts and self.rollout_sink is not None
+            if recorded or isinstance(self.guidance, ReplaySource):
+                output["rollout_row"] = torch.arange(len(inputs), device=ids.device)
+                mask = output["completion_mask"].bool()
+                texts = self.processing_class.batch_decode(
+                    [tokens[kept].tolist() for tokens, kept in zip(ids, mask, strict=True)], skip_special_tokens=True
+                )
+                self._recording = RolloutTable(
+                    self.state.global_step + 1, step, output, self.num_generations, texts, self.eos_token_ids
+                )
+        return output
+
+    def _with_replayed_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The step's rows, some groups of which a replaying source has given another prompt."""
+        if not isinstance(self.guidance, ReplaySource) or not self.model.training:
+            return inputs
+        n = self.num_generations
+        model = self.accelerator.unwrap_model(self.model)
+        entropies = partial(
+            completion_entropies,
+            model,
+            self.processing_class,
+            batch=self.args.per_device_train_batch_size,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
+        rows = list(inputs)
+        for group, row in chosen.items():
+            rows[group * n : (group + 1) * n] = [dict(row) for _ in range(n)]
+        return rows
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.use_vllm and self.vllm_mode == "colocate":
+            prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
+        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.model.training:
+            if self.guidance is not None:
+                self._choose_guides(completion_ids)
+            self._empty_places()
+            fillings = {row: list(guide.token_ids) for row, guide in self._rollouts.guided.items()}
+            for row, tokens in {**dict.fromkeys(self._rollouts.void, self.eos_token_ids[:1]), **fillings}.items():
+                completion_ids[row] = list(tokens)
+                if logprobs is not None:
+                    # TRL reads None as "unknown" and sets the sampler-mismatch ratio of these tokens to exactly 1
+                    logprobs[row] = [None] * len(tokens)
+        return completion_ids, logprobs
+
+    def _empty_places(self) -> None:
+        """Note the places for appended guides that no guide takes."""
+        step, n = self._rollouts, self.num_generations
+        places = (row for row in range(len(step.rows)) if row % n >= self._own_slots)
+        step.void = [row for row in places if row not in step.guided]
+
+    def _choose_guides(self, completion_ids: list[list[int]]) -> None:
+        """Guides by row for the groups of this process: gated, and with a guide in the source."""
+        step, n, count = self._rollouts, self.num_generations, self.args.guides_per_group
+        guides = [self._guides_for(step.rows[row]["uid"], count) for row in range(0, len(step.rows), n)]
+        asked = [group for group, found in enumerate(guides) if found]
+        if not asked:
+            return
+        own = self._own_slots
+        rows = [group * n + slot for group in asked for slot in range(own)]
+        step.verdicts = self._verify({row: completion_ids[row] for row in rows})
+        correct = torch.tensor(list(step.verdicts.values())).view(len(asked), own)
+        gated = gate(pass_rate(correct), torch.ones(len(asked), dtype=torch.bool), self.args.tau_gate)
+        step.gated = int(gated.sum())
+        offered: dict[int, Trajectory] = {}
+        for place in guide_rows(gated, n, count).tolist():
+            row, slot = asked[place // n] * n + place % n, place % n - (n - count)
+            if slot < len(guides[asked[place // n]]):
+                offered[row] = guides[asked[place // n]][slot]
+                check_guide(self, offered[row], step.rows[row]["uid"])
+        for row, right in self._verify({row: guide.token_ids for row, guide in offered.items()}).items():
+            if not right:
+                step.refused.append(offered[row])
+                continue
+            step.guided[row] = offered[row]
+            if row in step.verdicts:
+                step.overwritten[row] = (completion_ids[row], step.verdicts[row])
+            step.verdicts[row] = True
+
+    def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
+        """Verdicts on token ids by row: on the decoded text, as off line, whatever TRL makes of it for the rewards."""
+        if not responses:
+            return {}
+        ids = [list(tokens) for tokens in responses.values()]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        rows = self._rollouts.rows
+        return {row: is_correct(self.verifier(text, rows[row])) for row, text in zip(responses, texts, strict=True)}
+
+    def _guides_for(self, uid: str, count: int) -> Sequence[Trajectory]:
+        if count > 1:
+            return self.guidance.guides(uid, self.state.global_step, count)
+        guide = self.guidance.guide(uid, self.state.global_step)
+        return [] if guide is None else [guide]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        step = self._rollouts
+        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        if self.args.placement == "append":
+            # TRL leaves a row without any reward out of the group's mean and std, and gives it advantage 0
+            void = torch.zeros(len(inputs), dtype=torch.bool, device=rewards.device)
+            void[step.void] = True
+            rewards = rewards.masked_fill(self.accelerator.gather(void).unsqueeze(1), float("nan"))
+        weighted = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
+        step.rewards = weighted.masked_fill(rewards[own].isnan().all(dim=1), float("nan"))
+        if self.verifier is not None and self.model.training:
+            verdicts = dict.fromkeys(step.void, False) | step.verdicts
+            open_rows = [row for row in range(len(inputs)) if row not in verdicts]
+            if self.tools or self.environments is not None:  # the ids hold what the tools said too
+                for row in open_rows:
+                    verdicts[row] = is_correct(self.verifier(completion_text(completions[row]), inputs[row]))
+            else:
+                verdicts |= self._verify({row: completion_ids_list[row] for row in open_rows})
+            step.correct = torch.tensor([verdicts[row] for row in range(len(inputs))], device=rewards.device)
+        return rewards
+
+    # Metrics
+
+    def _log_groups(
+        self, step: StepRollouts, is_guide: torch.Tensor, own: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
+        """On-policy metrics of a generation batch, over all processes; rows that no reward scored are in no mean."""
+        scored = own & ~step.rewards.isnan()
+        sums = [
+            step.rewards[scored].sum(),
+            scored.sum(),
+            is_guide.sum(),
+            torch.tensor(step.gated),
+            torch.tensor(0),
+            torch.tensor(0),
+            torch.tensor(len(step.refused)),
+            advantages[is_guide].sum(),
+        ]
+        groups = len(is_guide) // self.num_generations
+        self.group_pass_rates = {}
+        if step.correct is not None:
+            on_policy = step.correct.clone()
+            for row, (_, was_correct) in step.overwritten.items():
+                on_policy[row] = was_correct
+            rates = pass_rate(on_policy.view(groups, self.num_generations)[:, : self._own_slots])
+            sums[4], sums[5] = rates.sum(), (rates == 0).sum()
+            uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
+            own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
+            self.group_pass_rates = {uid: rate for part in collect(own_rates) for uid, rate in part.items()}
+        totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
+        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+        reward, rows, replaced, gated, rate, wrong, refused, advantage, groups = totals
+        metrics = self._metrics["train"]
+        metrics["npo/reward"].append(reward / rows if rows else float("nan"))
+        metrics["npo/replaced_slots"].append(replaced)
+        metrics["npo/gated_groups"].append(gated / groups)
+        if step.correct is not None:
+            metrics["npo/pass_rate"].append(rate / groups)
+            metrics["npo/all_wrong_groups"].append(wrong / groups)
+        if replaced or refused:
+            metrics["npo/refused_guides"].append(refused)
+            metrics["npo/guide_advantage"].append(advantage / replaced if replaced else float("nan"))
+            self._refused.count(int(replaced), int(refused), next(iter(step.refused), None))
+
+    def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        """Entropy of on-policy tokens, and divergence of guide tokens, over all passes and processes of a step."""
+        mask = self._token_mask(inputs)
+        guide = inputs["is_guide"].unsqueeze(1) & mask
+        own = inputs["is_own"].unsqueeze(1) & mask
+        log_ratio = (logps - inputs["guide_logps"])[guide].double()
+        weight = log_ratio.clamp(max=MAX_LOG_WEIGHT).exp()
+        sums = [entropies[own].sum(), own.sum(), guide.sum(), log_ratio.sum(), weight.sum(), weight.square().sum()]
+        part = torch.stack([value.detach().to(logps.device, torch.float64) for value in sums])
+        totals = part if self._token_sums is None else self._token_sums + part
+        self._token_sums = None if self.accelerator.sync_gradients else totals
+        if not self.accelerator.sync_gradients:
+            return  # more passes of this step follow
+        entropy, tokens, guided, log_sum, weights, squares = self.accelerator.reduce(totals, reduction="sum").tolist()
+        metrics = self._metrics["train"]
+        metrics["npo/entropy"].append(entropy / tokens if tokens else float("nan"))
+        if guided:
+            metrics["npo/guide_kl"].append(-log_sum / guided)
+            metrics["npo/guide_ratio"].append(weights / guided)
+            metrics["npo/guide_ess"].append(weights**2 / squares / guided)
+
+    @staticmethod
+    def _token_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    # Loss: the ratio of the guide rows
+
+    def _compute_loss(self, model, inputs):
+        self._loss_inputs = inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        # TRL asks for log-probs outside the loss too (old and reference policy): there is nothing to do then
+        if self._loss_inputs is not None and model.training:
+            self._log_tokens(logps.detach(), entropies.detach(), self._loss_inputs)
+            if self.args.ratio_mode != "current" and self._loss_inputs["is_guide"].any():
+                self._set_guide_ratio(logps.detach(), self._loss_inputs)
+            if self._recording is not None and self._recording.see(
+                logps.detach(), self._token_mask(self._loss_inputs), self._loss_inputs
+            ):
+                self._hand_over()
+        return logps, entropies, aux_loss
+
+    def _set_guide_ratio(self, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Give the guide rows of a loss call the ratio of the chosen mode.
+
+        Mode exact puts the guide's own log-probs in the denominator, and TRL clips as for every row. The other modes
+        are not clipped: the ratio is 1 in value and the weight's derivative goes into per-token advantages, which gives
+        the exact gradient of (weight × advantage).
+        """
+        rows = inputs["is_guide"].unsqueeze(1)
+        old = inputs.get("old_per_token_logps")
+        old = logps if old is None else old
+        behaviour = inputs["guide_logps"].to(logps.dtype)
+        if self.args.guide_behaviour == "one":
+            behaviour = torch.zeros_like(behaviour)
+        if self.args.ratio_mode == "exact":
+            inputs["old_per_token_logps"] = torch.where(rows, behaviour, old)
+            return
+        weight = gradient_weight(
+            logps,
+            behaviour,
+            self._token_mask(inputs),
+            self.args.ratio_mode,
+            truncation=self.args.ratio_truncation,
+            gamma=self.args.ratio_gamma,
+        )
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        inputs["old_per_token_logps"] = torch.where(rows, logps, old)
+        inputs["advantages"] = torch.where(rows, advantages * weight.to(advantages.dtype), advantages)
+
+    def _hand_over(self) -> None:
+        table, self._recording = self._recording, None
+        if isinstance(self.guidance, ReplaySource):
+            self.guidance.observe(table.step, table.rows)
+        if self.record_rollouts and self.rollout_sink is not None:
+            self.rollout_sink(table.step, table.rows)

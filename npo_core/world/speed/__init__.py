@@ -1,0 +1,1 @@
+"""Work that the rollouts of a prompt share is done once."""

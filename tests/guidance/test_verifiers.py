@@ -1,0 +1,278 @@
+"""Verification: hand cases for every rule, and properties over arbitrary text."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_core.guidance.verifiers import (
+    BoxedVerifier,
+    Verdict,
+    completion_text,
+    extract_answer,
+    is_correct,
+    normalise_answer,
+    verifier_reward,
+    verify,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{3}", "3"),
+        (r"\boxed{ 3 }", "3"),
+        (r"\boxed {3}", "3"),
+        ("\\boxed\n{3}", "3"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"{ \boxed{a{b{c}}d} }", "a{b{c}}d"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{3}}}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\}}", r"\}"),
+        (r"\boxed{}", ""),
+        (r"\boxed{3} and then \boxed{4", "3"),
+        (r"\boxed{3", None),
+        (r"\boxed{3 {", None),
+        (r"\boxed 3", None),
+        (r"boxed{3}", None),
+        ("the answer is 3", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "reference"),
+    [
+        ("Red", "red"),
+        ("  left   of ", "Left of"),
+        ("red.", "red"),
+        ("$red$", "red"),
+        (r"\(red\)", "red"),
+        ("$3$.", "3"),
+        (r"\text{Red}", "red"),
+        (r"\textbf{\text{red}}", "red"),
+        (r"\mathrm{ red }", "red"),
+        (r"3 \text{ cm}", "3 cm"),
+        ("(A)", "A"),
+        ("A.", "A"),
+        ("A)", "a"),
+        ("A:", "(a)"),
+        (r"\text{(A)}", "A"),
+        ("Yes.", "yes"),
+        ("NO", "no"),
+        ("3.0", "3"),
+        ("+3", "3"),
+        ("- 3", "-3"),
+        ("−3", "-3"),
+        ("007", "7"),
+        (".5", "0.5"),
+        ("5.", "5"),
+        ("1,234", "1234"),
+        ("1{,}234{,}567.5", "1234567.5"),
+        (r"1\,234", "1234"),
+        ("1e-3", "0.001"),
+        ("1/2", "0.5"),
+        ("- 1 / 2", "-0.5"),
+        ("2/4", "1/2"),
+        ("1.5/3", "0.5"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"\frac { 1 } { 2 }", "1/2"),
+        (r"\dfrac{3}{4}", r"\tfrac{6}{8}"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        ("50%", "0.5"),
+        (r"12.5\%", "12.5%"),
+        (r"\$5", "5"),
+        ("0.3333333", "1/3"),
+        ("3.1415926", "3.14159265"),
+        ("0", "-0.0"),
+        ("1 2", "1  2"),
+        ("5^(5^(5^5))", "5^(5^(5^5))"),
+    ],
+)
+def test_equal_answers(given_answer, reference):
+    assert verify(rf"\boxed{{{given_answer}}}", reference) is Verdict.CORRECT
+
+
+@pytest.mark.parametrize(
+    ("given_answer", "reference"),
+    [
+        ("4", "3"),
+        ("3", "-3"),
+        ("B", "A"),
+        ("no", "yes"),
+        ("ab", "a"),
+        ("1 2", "12"),
+        ("1 1/2", "1.5"),
+        ("1,2", "12"),
+        ("12,34", "1234"),
+        ("1.2.3", "1.2"),
+        ("--3", "3"),
+        ("-+3", "-3"),
+        ("/", "1"),
+        (r"\frac{}{2}", "0"),
+        ("1/0", "0"),
+        ("50%", "50"),
+        ("0.33333", "1/3"),
+        ("0.000001", "0"),
+        ("12345678", "12345679"),
+        ("5^2", "25"),
+        ("5^(5^(5^5))", "1"),
+        ("1/2004!", "1/2006!"),
+        ("٣", "3"),
+        ("1e9999", "1e9998"),
+        ("9" * 5000, "1"),
+    ],
+)
+def test_different_answers(given_answer, reference):
+    assert verify(rf"\boxed{{{given_answer}}}", reference) is Verdict.WRONG
+
+
+@pytest.mark.parametrize("text", ["", "3", r"\boxed{3", r"\boxed{}", r"\boxed{ $.$ }", r"\boxed{\text{}}"])
+def test_no_answer_is_unparseable(text):
+    assert verify(text, "3") is Verdict.UNPARSEABLE
+
+
+def test_only_the_last_box_counts():
+    assert verify(r"\boxed{3} no, \boxed{4}", "3") is Verdict.WRONG
+    assert verify(r"\boxed{4} no, \boxed{3}", "3") is Verdict.CORRECT
+
+
+def test_verdict_correct():
+    assert [verdict.correct for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "$$", "."])
+def test_empty_reference_is_refused(answer):
+    with pytest.raises(ValueError, match="empty after normalisation"):
+        verify(r"\boxed{3}", answer)
+
+
+@pytest.mark.parametrize("answer", [3, None, ["3"]])
+def test_reference_that_is_no_text_is_refused(answer):
+    with pytest.raises(TypeError, match="is a string"):
+        verify(r"\boxed{3}", answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 20_000,
+        r"\boxed" + " " * 100_000,
+        r"\boxed{" + r"\text{" * 20_000 + "}" * 20_001,
+        r"\boxed{" + "1," * 50_000 + "}",
+        r"\boxed{" + "1 " * 50_000 + "}",
+    ],
+    ids=["opened", "spaces", "wrapped", "commas", "digits"],
+)
+def test_long_hostile_text_takes_no_time(text):
+    start = time.perf_counter()
+    assert verify(text, "3") is not Verdict.CORRECT
+    assert time.perf_counter() - start < 5
+
+
+PIECES = st.sampled_from(
+    [*"{}$%/-+.,e()A0−^\\ \n\0", "\\boxed", "\\boxed{", "\\{", "\\frac{", "\\text{", "\\%", "\\,", "yes", "12"]
+)
+
+
+@given(st.one_of(st.text(), st.lists(PIECES).map("".join)))
+def test_any_completion_gets_a_verdict(text):
+    boxed = extract_answer(text)
+    verdict = verify(text, "12")
+    assert isinstance(verdict, Verdict)
+    assert (verdict is Verdict.UNPARSEABLE) == (boxed is None or normalise_answer(boxed) == "")
+
+
+@given(st.lists(PIECES).map("".join))
+def test_any_box_content_gets_a_verdict(text):
+    assert isinstance(verify("\\boxed{" + text + "}", "1/2"), Verdict)
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="{}\\")))
+def test_an_answer_matches_itself(text):
+    if normalise_answer(text):
+        assert verify(rf"\boxed{{{text}}}", text) is Verdict.CORRECT
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
+def test_integers_are_compared_exactly_in_every_notation(a, b):
+    for notation in (f"{a}", f"{a:,}", f"{a}.0", f"{a}/1", rf"\frac{{{a}}}{{1}}", f"{a}00%"):
+        assert verify(rf"\boxed{{{notation}}}", str(b)).correct == (a == b)
+        assert verify(rf"\boxed{{{notation}}}", str(a)).correct
+
+
+def test_boxed_verifier_reads_the_row():
+    verifier = BoxedVerifier()
+    assert verifier(r"\boxed{3}", {"answer": "3", "uid": "x"}) is Verdict.CORRECT
+    with pytest.raises(ValueError, match=r"no 'answer' column; it has \['uid'\]"):
+        verifier(r"\boxed{3}", {"uid": "x"})
+
+
+def test_reward_in_both_of_trls_forms():
+    reward = verifier_reward(BoxedVerifier())
+    assert reward.__name__ == "verified"
+    texts = [r"\boxed{3}", r"\boxed{4}", "none"]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    for completions in (texts, messages):
+        rewards = reward(completions=completions, answer=["3", "3", "3"], prompts=["p"] * 3, trainer_state=object())
+        assert rewards == [1.0, 0.0, 0.0]
+        assert all(type(value) is float for value in rewards)
+
+
+def test_reward_passes_each_row_its_own_columns_and_nothing_else():
+    rows = []
+
+    def verifier(completion, row):
+        rows.append((completion, dict(row)))
+        return Verdict.CORRECT
+
+    columns = {"uid": ["a", "b"], "answer": ["1", "2"]}
+    passed_along = {
+        "trainer_state": object(),
+        "log_extra": print,
+        "log_metric": print,
+        "other": [1, 2, 3],
+        "text": "ab",
+    }
+    verifier_reward(verifier)(["x", "y"], **columns, **passed_along)
+    assert rows == [("x", {"uid": "a", "answer": "1"}), ("y", {"uid": "b", "answer": "2"})]
+
+
+def test_completion_text():
+    assert completion_text("as is") == "as is"
+    parts = [{"type": "image"}, {"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert completion_text([{"role": "assistant", "content": parts}]) == "one two"
+    conversation = [
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": r"\boxed{9}"},
+        {"role": "assistant", "content": "done"},
+    ]
+    assert completion_text(conversation) == "\ndone"
+    for wrong in (3, None, ["text"], [{"role": "assistant", "content": 3}]):
+        with pytest.raises(TypeError):
+            completion_text(wrong)
+
+
+def test_a_verdict_may_be_a_bool():
+    assert [is_correct(verdict) for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, True, False)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    for unclear in (1.0, None, "correct"):
+        with pytest.raises(TypeError, match=re.escape(f"returned {unclear!r}; a Verdict or a bool")):
+            is_correct(unclear)
+    assert verifier_reward(lambda text, row: text == "x")(["x", "y"]) == [1.0, 0.0]

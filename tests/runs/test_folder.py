@@ -1,0 +1,225 @@
+"""The run folder: resume, logs that survive a kill, and files that are never half written."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_core.runs.config import resolve_config
+from npo_core.runs.folder import RunFolder, append_line, project_folder, read_lines, runs_folder, write_json
+
+CONFIG = resolve_config("grpo", "smoke", 1)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(CONFIG, tmp_path)
+
+
+def hidden(folder) -> list[str]:
+    """Files that were written under another name first and never renamed."""
+    return [path.name for path in folder.rglob(".*")]
+
+
+def test_a_folder_has_its_parts_and_its_configuration(run, tmp_path):
+    assert run.path == tmp_path / CONFIG.run_name
+    assert json.loads((run.path / "config.json").read_text()) == json.loads(CONFIG.to_json())
+    assert {"rollouts", "guidance", "branches", "figures"} <= {path.name for path in run.path.iterdir()}
+    about = json.loads((run.path / "env.json").read_text())
+    assert {"torch", "transformers", "trl"} <= about["packages"].keys()
+    assert about["device"]
+    assert hidden(run.path) == []
+
+
+def test_the_same_settings_open_the_same_folder_with_its_logs(run, tmp_path):
+    append_line(run.metrics_path, {"compute_step": 1})
+    run.event("segment", compute_step=0)
+    again = RunFolder(CONFIG, tmp_path)
+    assert again.path == run.path
+    assert again.metrics() == [{"compute_step": 1}]
+    assert [event["event"] for event in again.events()] == ["segment"]
+
+
+def test_other_settings_get_another_folder(run, tmp_path):
+    assert RunFolder(CONFIG.with_changes(tau_gate=0.5), tmp_path).path != run.path
+
+
+def test_trackers_and_addresses_may_change_between_sittings(run, tmp_path):
+    again = CONFIG.with_changes(report_to=["wandb"], vllm_port=8001)
+    assert RunFolder(again, tmp_path).path == run.path
+    assert json.loads((run.path / "config.json").read_text()) == json.loads(again.to_json())
+    run.finish({})
+    RunFolder(CONFIG, tmp_path)
+    assert json.loads((run.path / "config.json").read_text())["vllm_port"] == 8001, "a finished run is only read"
+
+
+def test_a_folder_with_other_settings_under_this_name_is_refused(run, tmp_path):
+    (run.path / "config.json").write_text(CONFIG.with_changes(tau_gate=0.5).to_json())
+    with pytest.raises(ValueError, match="other settings"):
+        RunFolder(CONFIG, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_a_hint(tmp_path):
+    # chmod would not stop root, a file in the place of the folder does
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        RunFolder(CONFIG, in_the_way)
+    assert "NPO_RUNS" in str(caught.value)
+    assert str(in_the_way) in str(caught.value)
+
+
+def test_the_place_of_all_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv("NPO_RUNS", raising=False)
+    assert runs_folder() == project_folder() / "data" / "runs"
+    monkeypatch.setenv("NPO_RUNS", str(tmp_path))
+    assert RunFolder(CONFIG).path == tmp_path / CONFIG.run_name
+
+
+@given(cut=st.integers(1, 40))
+def test_a_kill_at_any_byte_loses_the_last_line_at_most(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    lines = [{"step": step, "text": "née"} for step in range(3)]
+    for line in lines:
+        append_line(path, line)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    kept = list(read_lines(path))
+    assert kept == lines[: len(kept)]
+    assert len(kept) == whole[:-cut].count(b"\n") + (whole[:-cut].endswith(b"}"))
+    append_line(path, {"step": "resume"})
+    append_line(path, {"step": "on"})
+    assert list(read_lines(path)) == [*kept, {"step": "resume"}, {"step": "on"}]
+
+
+def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
+        list(read_lines(path))
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert list(read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_metrics_past_a_step_are_dropped_and_the_others_stay(run):
+    lines = [{"compute_step": step, "npo/reward": step / 10} for step in range(1, 6)]
+    for line in lines:
+        append_line(run.metrics_path, line)
+    run.drop_metrics_after(3)
+    assert run.metrics() == lines[:3]
+    append_line(run.metrics_path, lines[3])
+    assert run.metrics() == lines[:4]
+    run.drop_metrics_after(0)
+    assert run.metrics() == []
+    assert hidden(run.path) == []
+
+
+def test_events_are_kept_in_order_and_found_by_kind(run):
+    first = run.event("warning", compute_step=3)
+    run.event("probe", compute_step=3, rollouts=8)
+    run.event("warning", compute_step=9)
+    assert run.events()[0] == first
+    assert [event["compute_step"] for event in run.events("warning")] == [3, 9]
+    assert run.events("probe")[0]["rollouts"] == 8
+    assert run.events()[0]["time"] <= run.events()[-1]["time"]
+
+
+def test_what_a_restart_did_again_is_not_effective(run):
+    run.event("segment", compute_step=0, branch=0)
+    run.event("warning", compute_step=10)
+    run.event("rollback", compute_step=10)
+    run.event("segment", compute_step=10, branch=1)
+    run.event("warning", compute_step=14)  # lost: the kill came after it, the newest checkpoint is of step 12
+    run.event("sitting", seconds=5.0)  # has no clock: the time was spent
+    run.event("resume", compute_step=12)
+    run.event("warning", compute_step=14)
+    kept = [(event["event"], event.get("compute_step")) for event in run.effective_events()]
+    assert kept == [
+        ("segment", 0),
+        ("warning", 10),
+        ("rollback", 10),
+        ("segment", 10),
+        ("sitting", None),
+        ("resume", 12),
+        ("warning", 14),
+    ]
+    assert len(run.events("warning")) == 3
+
+
+def test_two_restarts_from_ever_earlier_steps(run):
+    for step in (2, 4, 6):
+        run.event("warning", compute_step=step)
+    run.event("resume", compute_step=4)
+    run.event("warning", compute_step=6)
+    run.event("resume", compute_step=2)
+    kept = [(event["event"], event["compute_step"]) for event in run.effective_events()]
+    assert kept == [("warning", 2), ("resume", 2)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_log_as_it_was(run, value):
+    append_line(run.metrics_path, {"compute_step": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        append_line(run.metrics_path, {"compute_step": 2, "npo/entropy": value})
+    with pytest.raises(ValueError, match="JSON"):
+        run.event("warning", entropy=value)
+    assert run.metrics() == [{"compute_step": 1}]
+    assert run.events() == []
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+    # killed between the writing and the renaming: a reader still sees the old file
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_finished_run_says_what_it_was_and_keeps_its_environment(run, tmp_path):
+    assert run.result() is None
+    written = run.finish({"compute_steps": 20})
+    assert written == run.result()
+    assert written["status"] == "finished"
+    assert (written["method"], written["preset"], written["seed"]) == ("grpo", "smoke", 1)
+    assert written["compute_steps"] == 20
+    environment = run.path / "env.json"
+    environment.write_text('{"device": "where it ran"}')
+    assert RunFolder(CONFIG, tmp_path).result() == written
+    assert json.loads(environment.read_text()) == {"device": "where it ran"}
+    assert hidden(run.path) == []
+
+
+def test_the_marker_of_a_writer_names_its_process(tmp_path, monkeypatch):
+    # two processes that write the same file must not share the unfinished one
+    names = []
+    monkeypatch.setattr(type(tmp_path), "replace", lambda self, target: names.append(self.name))
+    write_json(tmp_path / "x.json", 1)
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    write_json(tmp_path / "x.json", 1)
+    assert len(set(names)) == 2
+
+
+def test_a_decision_that_was_logged_twice_counts_once(run):
+    # killed between two records of one decision: the restart decides again at the same step
+    run.event("warning", compute_step=10)
+    run.event("probe", compute_step=10, quality=0.1)
+    run.event("probe", compute_step=10, quality=0.2)
+    run.event("segment", branch=1, compute_start=10)
+    run.event("warning", compute_step=12)
+    kept = run.effective_events()
+    assert [event["event"] for event in kept] == ["warning", "probe", "segment", "warning"]
+    assert kept[1]["quality"] == 0.2

@@ -1,0 +1,136 @@
+"""Runs that share a beginning: how long it is, and that taking it over changes no bit of what follows."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from npo_core.runs.checkpoints import checkpoint_folder
+from npo_core.runs.config import resolve_config
+from npo_core.runs.folder import RunFolder
+from npo_core.stages import run as stages
+from npo_core.stages.prefix import shared_steps, take_prefix
+
+
+def config(method="npo", **overrides):
+    return resolve_config(method, "smoke", overrides=overrides)
+
+
+BOTH, EARLY, LATE = config(), config(late_step=0), config(scout_steps=0)
+GRPO, AUTO = config("grpo"), config("autonpo")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "steps"),
+    [
+        # smoke: scout 4 steps and restart, late intervention at policy step 10, 20 compute steps in all
+        pytest.param(GRPO, LATE, 10, id="late leaves GRPO at its roll-back"),
+        pytest.param(GRPO, EARLY, 4, id="early leaves GRPO after the scout"),
+        pytest.param(BOTH, EARLY, 14, id="scout, then ten steps from the base policy"),
+        pytest.param(BOTH, LATE, 4, id="the scout is all they share"),
+        pytest.param(BOTH, BOTH.with_changes(late_start=8), 14, id="same step, another roll-back"),
+        pytest.param(BOTH, BOTH.with_changes(checkpoint_keep=0), 20, id="what is kept changes nothing"),
+        pytest.param(GRPO, AUTO, 0, id="nobody knows when AutoNPO intervenes"),
+        pytest.param(GRPO, LATE.with_changes(learning_rate=1e-3), 0, id="another setting"),
+        pytest.param(GRPO, LATE.with_changes(seed=1), 0, id="another seed"),
+        pytest.param(GRPO.with_changes(compute_steps=33), GRPO, 20, id="a longer run"),
+        pytest.param(GRPO.with_changes(compute_steps=33), LATE, 10, id="late leaves the longer run at its roll-back"),
+        pytest.param(BOTH, BOTH.with_changes(ratio_mode="exact"), 4, id="other guidance differs from the first on"),
+        pytest.param(BOTH, LATE.with_changes(guide_from="own"), 4, id="the earlier first intervention of the two"),
+        pytest.param(GRPO, LATE.with_changes(guide_from="none"), 10, id="GRPO makes no intervention"),
+        pytest.param(GRPO, GRPO.with_changes(tau_gate=0.1), 20, id="without guidance its settings mean nothing"),
+        pytest.param(GRPO, config("luffy"), 0, id="guided from the start"),
+        pytest.param(BOTH, config(random_interventions=2, checkpoint_keep=0), 4, id="random ones begin at 14"),
+        pytest.param(GRPO, GRPO.with_changes(entropy_bonus=0.1), 0, id="another objective"),
+        pytest.param(GRPO, GRPO.with_changes(advantage_scale="none"), 0, id="other advantages"),
+    ],
+)
+def test_shared_steps(first, second, steps):
+    assert shared_steps(first, second) == shared_steps(second, first) == steps
+
+
+def _weights(run):
+    line = run.metrics()[-1]
+    branch = run.path / "branches" / f"{line['branch']:02d}"
+    return load_file(checkpoint_folder(branch, line["policy_step"]) / "model.safetensors")
+
+
+def _lines(run):
+    return [{name: value for name, value in line.items() if name != "step_time"} for line in run.metrics()]
+
+
+def _decisions(run):
+    kinds = {"sitting", "prefix"}
+    events = [event for event in run.effective_events() if event["event"] not in kinds]
+    return [{name: value for name, value in event.items() if name != "time"} for event in events]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.mark.parametrize(("donor", "taker", "steps"), [(BOTH, EARLY, 14), (GRPO, LATE, 10)], ids=["early", "late"])
+def test_a_run_with_a_shared_beginning_ends_as_one_that_did_every_step(root, tmp_path, donor, taker, steps):
+    stages.run(donor, root, quiet=True)
+    shared, alone = stages.run(taker, root, quiet=True), stages.run(taker, tmp_path, quiet=True)
+    (prefix,) = shared.events("prefix")
+    assert prefix["compute_step"] == steps and alone.events("prefix") == []
+    assert _lines(shared) == _lines(alone)
+    assert _decisions(shared) == _decisions(alone)
+    first, second = _weights(shared), _weights(alone)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
+    assert results[0] == results[1] and results[0]["compute_steps"] == 20
+    tables = [sorted(path.name for path in (run.path / "rollouts").iterdir()) for run in (shared, alone)]
+    assert tables[0] == tables[1]
+
+
+def _same_but_for_the_clock(run):
+    """Lines without `epoch`, which is a share of the run's own length."""
+    return [{name: value for name, value in line.items() if name != "epoch"} for line in _lines(run)]
+
+
+@pytest.mark.parametrize(
+    ("taker", "steps"),
+    [
+        (LATE.with_changes(ratio_mode="exact", guide_from="own", late_step=4, late_start=2, compute_steps=6), 4),
+        (GRPO.with_changes(compute_steps=4), 4),
+    ],
+    ids=["other ratio and other guides", "all of it"],
+)
+def test_a_beginning_from_a_longer_run_changes_no_bit(root, tmp_path, taker, steps):
+    donor = stages.run(GRPO.with_changes(compute_steps=8), root, quiet=True)
+    shared, alone = stages.run(taker, root, quiet=True), stages.run(taker, tmp_path, quiet=True)
+    assert [event["compute_step"] for event in shared.events("prefix")] == [steps] and not alone.events("prefix")
+    assert _same_but_for_the_clock(shared) == _same_but_for_the_clock(alone)
+    assert _same_but_for_the_clock(shared)[:steps] == _same_but_for_the_clock(donor)[:steps]
+    assert _decisions(shared) == _decisions(alone)
+    first, second = _weights(shared), _weights(alone)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
+    assert results[0] == results[1] and results[0]["compute_steps"] == taker.compute_steps
+    assert len(results[0]["interventions"]) == (taker.method == "npo")
+
+
+def test_a_run_that_has_begun_takes_nothing(root):
+    run = RunFolder(BOTH.with_changes(checkpoint_keep=7), root)
+    run.event("segment", branch=0, start=0, compute_start=0, resume_from=None, guidance=None, guide_until=0)
+    assert take_prefix(run) == 0
+
+
+def test_only_steps_with_a_checkpoint_are_taken(root):
+    """A donor that saved every second step cannot hand over an odd number of them."""
+    assert take_prefix(RunFolder(BOTH.with_changes(scout_steps=0, late_step=9, late_start=8), root)) == 8
+
+
+def test_a_run_of_a_version_with_fewer_settings_lends_nothing_and_gets_no_twin(tmp_path):
+    """Its missing settings would be filled with today's defaults, and its folder name would be another one."""
+    old = json.loads(GRPO.to_json())
+    old.pop("guide_from")
+    folder = tmp_path / f"grpo-smoke-s{GRPO.seed}-0123456789"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(old))
+    assert take_prefix(RunFolder(LATE, tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, LATE.run_name}

@@ -1,0 +1,370 @@
+"""The signal measurement for anybody's checkpoints: data, verifier, origins, and the command line."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from PIL.Image import Image
+from worlds import world
+
+from npo_core.__main__ import main
+from npo_core.guidance.trajectories import read_rollouts
+from npo_core.guidance.verifiers import BoxedVerifier, Verdict
+from npo_core.runs.config import resolve_config
+from npo_core.runs.measurement import SignalSettings
+from npo_core.stages import run as stages
+from npo_core.stages import signal as signal_stages
+from npo_core.stages.signal import (
+    MeasuredSignal,
+    default_origins,
+    describe,
+    find_verifier,
+    load_rows,
+    measure_folder,
+    measure_run,
+    settings_for,
+)
+from npo_core.world.policies import save_policy
+from npo_core.world.tasks import make_dataset, sample_problems
+
+SETTINGS = SignalSettings(prompts=4, rollouts=2, scored=1, gradients=2, max_new_tokens=4, resamples=5)
+ROWS = [{"uid": f"sum-{n}", "prompt": f"add 1 and {n}", "answer": str(n + 1)} for n in range(5)]
+
+VERIFIER = """
+from npo_core.guidance.verifiers import Verdict
+
+RIGHT = Verdict.CORRECT
+
+def by_length(text, row):
+    return Verdict.CORRECT if len(text) % 3 == int(row["answer"]) % 3 else Verdict.WRONG
+
+class ByLength:
+    def __call__(self, text, row):
+        return by_length(text, row)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Tables that `datasets` writes beside what it reads stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder as transformers' Trainer leaves it: two checkpoints and a log."""
+    tiny, folder = world("text"), tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        model = tiny.build()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(step)
+        save_policy(model, tiny.processor, folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        torch.save({}, folder / f"checkpoint-{step}" / "optimizer.pt")
+    (folder / "runs").mkdir()
+    return folder
+
+
+def written(path, rows=ROWS):
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_verifier.py").write_text(VERIFIER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_verifier"
+    sys.modules.pop("my_verifier", None)
+
+
+# From a folder to a table
+
+
+@pytest.mark.parametrize(("data", "verifier"), [("rows.jsonl", "boxed"), ("rows.parquet", "my_verifier:ByLength")])
+def test_a_folder_of_checkpoints_is_measured(run, tmp_path, module, data, verifier):
+    file, out = written(tmp_path / data), tmp_path / "out"
+    measured = measure_folder(run, file, str(out), SETTINGS, verifier=verifier, quiet=True)
+    assert measured.folder == out
+    assert [(pair.origin, pair.source, pair.distance) for pair in measured.pairs] == [
+        (1, "resample", 0),
+        (1, "000002", 1),
+    ]
+    assert json.loads((out / "signal.json").read_text()) == measured.summary
+    table = pd.read_parquet(out / "table.parquet")
+    assert table["kind"].tolist() == ["resample", "future"]
+    assert table["second_moment_policy"].tolist() == [pytest.approx(1.0, abs=1e-4), pytest.approx(5.0, abs=4.0)]
+    samples = read_rollouts(out / "samples" / "000001.parquet")
+    assert [row["uid"] for row in samples] == [f"sum-{n}" for n in (0, 0, 1, 1, 2, 2, 3, 3)]
+    judge = find_verifier(verifier)
+    rows = {row["uid"]: row for row in ROWS}
+    assert [row["correct"] for row in samples] == [judge(row["text"], rows[row["uid"]]).correct for row in samples]
+    assert any(row["correct"] for row in samples) == (verifier != "boxed")  # a random policy writes no box
+    assert "Δ*" in describe(measured)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a measurement was asked for, without making it."""
+    found = SimpleNamespace()
+
+    def measurement(folder, policies, pairs, processor, rows, verifier, settings, load=None, quiet=False):
+        vars(found).update(policies=policies, pairs=pairs, processor=processor, rows=rows, verifier=verifier)
+        return SimpleNamespace(folder=Path(folder), run=dict)
+
+    monkeypatch.setattr(signal_stages, "Measurement", measurement)
+    monkeypatch.setattr(signal_stages, "load_processor", lambda folder: Path(folder))
+    return found
+
+
+def empty_checkpoints(folder, steps):
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / f"checkpoint-{step}" / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("steps", "base", "origins"),
+    [
+        (range(10, 101, 10), False, [10, 40, 70]),  # the first, and the fourth and the seventh of ten
+        (range(10, 101, 10), True, [0, 30, 70]),
+        ([5, 10, 15], False, [5, 10]),  # never the last
+        ([5, 10], False, [5]),
+    ],
+)
+def test_by_default_origins_are_the_first_and_those_a_third_and_two_thirds_on(asked, tmp_path, steps, base, origins):
+    folder, data = empty_checkpoints(tmp_path / "run", steps), written(tmp_path / "rows.jsonl")
+    measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "base" if base else None)
+    assert list(dict.fromkeys(pair.origin for pair in asked.pairs)) == origins
+    assert asked.processor == (tmp_path / "base" if base else folder / f"checkpoint-{steps[0]}")
+    assert [row["uid"] for row in asked.rows] == ["sum-0", "sum-1", "sum-2", "sum-3"]
+    assert "teacher" not in asked.policies
+
+
+def test_what_is_asked_for_arrives(asked, tmp_path):
+    folder, data = empty_checkpoints(tmp_path / "run", range(10, 101, 10)), written(tmp_path / "rows.jsonl")
+    mine = lambda text, row: Verdict.WRONG  # noqa: E731
+    measure_folder(
+        folder, data, tmp_path / "out", SETTINGS, verifier=mine, processor=tmp_path / "other",
+        teacher=str(tmp_path / "strong"), origins=[20], distances=2, also=[30, 31],
+    )  # fmt: skip
+    assert asked.verifier is mine
+    assert asked.processor == tmp_path / "other"
+    assert asked.policies["teacher"] == tmp_path / "strong"
+    assert [(pair.source, pair.distance) for pair in asked.pairs if pair.kind in ("future", "teacher")] == [
+        ("000030", 10), ("000050", 30), ("000100", 80), ("teacher", None),
+    ]  # fmt: skip
+
+
+def test_a_single_checkpoint_has_no_distance(asked, tmp_path):
+    folder, data = empty_checkpoints(tmp_path / "run", [10]), written(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"1 checkpoint.*needs two"):
+        measure_folder(folder, data, tmp_path / "out", SETTINGS)
+    measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "base")
+    assert [pair.distance for pair in asked.pairs] == [0, 10]
+
+
+def test_only_a_run_that_never_rolled_back_has_distances(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("ran"))
+    with pytest.raises(ValueError, match=r"method is 'autonpo'.*never rolled back: grpo"):
+        measure_run(resolve_config("autonpo", "smoke"), [0], SETTINGS, root=tmp_path)
+
+
+def test_origins_of_our_own_run_have_a_checkpoint():
+    config = resolve_config("grpo", "cpu", 0, {"compute_steps": 250, "late_start": 104, "checkpoint_every": 10})
+    assert default_origins(config) == [0, 100, 120]
+    assert default_origins(config.with_changes(late_start=129)) == [0, 120]
+
+
+def test_settings_of_our_own_run_are_the_run_s_and_no_more_prompts_than_it_has():
+    config = resolve_config("grpo", "cpu", 7, {"train_problems": 40, "max_completion_length": 14, "variance_c": 3.0})
+    found = settings_for(config, rollouts=4)
+    assert found == SignalSettings(prompts=40, rollouts=4, gradients=40, max_new_tokens=14, c=3.0, seed=7)
+    assert settings_for(config, prompts=30, gradients=0, c=1.0) == SignalSettings(
+        prompts=30, gradients=0, max_new_tokens=14, c=1.0, seed=7
+    )
+
+
+def test_the_best_distances_in_words():
+    best = {"distance": 20.0, "signal": 0.3, "at_edge": False, "low": 10.0, "high": 40.0}
+    edge = {"distance": 80.0, "signal": 0.3, "at_edge": True, "low": 80.0, "high": 80.0}
+    summary = {
+        "origins": {"10": {"optimum": {"signal_kl": best, "signal_1_gradient_exact": edge, "signal_sequence": best}}}
+    }
+    _, first, second = describe(MeasuredSignal(Path(), [], summary)).splitlines()
+    assert first.split() == ["10", "signal_kl", "20", "10", "to", "40"]
+    assert second.split() == ["10", "signal_1_gradient_exact", "80", "80", "to", "80,", "at", "the", "edge"]
+
+
+# Data
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_text_becomes_a_user_message(tmp_path, name):
+    rows = load_rows(written(tmp_path / name))
+    assert [row["uid"] for row in rows] == [row["uid"] for row in ROWS]
+    assert rows[2] == {**ROWS[2], "prompt": [{"role": "user", "content": "add 1 and 2"}]}
+
+
+def test_chat_messages_stay_and_pictures_are_decoded(tmp_path):
+    made = make_dataset(sample_problems("train", 3, 0))
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(str(tmp_path / "folder"))
+    for path in (tmp_path / "rows.parquet", tmp_path / "folder"):
+        rows = load_rows(path)
+        assert rows["prompt"][:] == made["prompt"][:]
+        assert isinstance(rows[0]["image"], Image)
+        assert rows[0]["image"].tobytes() == made[0]["image"].tobytes()
+
+
+def test_data_that_is_not_there_or_of_another_format_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no data set at"):
+        load_rows(tmp_path / "none.jsonl")
+    (tmp_path / "rows.csv").write_text("uid,prompt,answer\n")
+    with pytest.raises(ValueError, match=r"ends in '\.csv'; \.parquet, \.jsonl, \.json and folders"):
+        load_rows(tmp_path / "rows.csv")
+    one = make_dataset(sample_problems("train", 2, 0), text_only=True)
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match=r"several splits \(train, test\)"):
+        load_rows(tmp_path / "splits")
+
+
+@pytest.mark.parametrize("missing", ["uid", "prompt", "answer"])
+def test_a_missing_column_is_refused(tmp_path, missing):
+    rows = [{name: value for name, value in row.items() if name != missing} for row in ROWS]
+    with pytest.raises(ValueError, match=rf"but not \['{missing}'\]"):
+        load_rows(written(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_verifier_of_ones_own_needs_no_answer(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "answer"} for row in ROWS]
+    assert load_rows(written(tmp_path / "rows.jsonl", rows), answer=False)["uid"][:] == [row["uid"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("rows.jsonl", ""), ("rows.jsonl", '{"uid": \n'), ("rows.json", "[]"), ("rows.parquet", None)]
+)
+def test_data_without_rows_or_broken_is_refused(tmp_path, name, content):
+    path = tmp_path / name
+    if content is None:
+        pd.DataFrame(ROWS)[:0].to_parquet(path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} holds no rows") as refused:
+        load_rows(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_saved_folder_without_rows_is_refused(tmp_path):
+    make_dataset(sample_problems("train", 2, 0), text_only=True).select([]).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="none holds no rows"):
+        load_rows(tmp_path / "none")
+
+
+# Verifiers
+
+
+def test_verifiers_are_found_by_name(module):
+    assert isinstance(find_verifier("boxed"), BoxedVerifier)
+    assert find_verifier("my_verifier:by_length")("abc", {"answer": "3"}) is Verdict.CORRECT
+    of_class = find_verifier("my_verifier:ByLength")
+    assert not isinstance(of_class, type)
+    assert of_class("abc", {"answer": "4"}) is Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("box", 'must be "boxed" or "module:name"'),
+        ("", 'must be "boxed" or "module:name"'),
+        ("no_such_module:verify", "No module named 'no_such_module'"),
+        ("my_verifier:nothing", "has no attribute 'nothing'"),
+        ("my_verifier:", "has no attribute"),
+        ("my_verifier:RIGHT", "something that can be called"),
+    ],
+)
+def test_a_verifier_that_does_not_exist_is_refused(module, name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        find_verifier(name)
+
+
+# The command line
+
+
+def test_the_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["signal", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    names = ["checkpoints", "data", "out", "verifier", "base", "processor", "teacher", "origins", "distances", "also"]
+    names += [name.replace("_", "-") for name in asdict(SETTINGS) if name != "seed"]
+    assert [name for name in names if f"--{name} " not in shown] == []
+    assert "--seed " in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--top-p", "0.9"), ("--temperature", "0.7"), ("--top-k", "20")]
+)  # fmt: skip
+def test_truncated_sampling_ends_with_status_2_and_the_reason(run, tmp_path, capsys, option, value):
+    data = written(tmp_path / "rows.jsonl")
+    arguments = [
+        "signal",
+        "--checkpoints",
+        str(run),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        option,
+        value,
+    ]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("npo_core signal: ") and err.count("\n") == 1
+    assert "importance ratio biased" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--data", "rows.jsonl"], ["--out", "out"]])
+def test_checkpoints_need_data_and_a_folder(run, capsys, given):
+    assert main(["signal", "--checkpoints", str(run), *given]) == 2
+    assert "--checkpoints needs --data" in capsys.readouterr().err
+
+
+def test_options_arrive_where_they_belong(monkeypatch, capsys):
+    given = {}
+
+    def measure(checkpoints, data, out, settings, **others):
+        given.update(folders=(checkpoints, data, out), settings=settings, **others)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(signal_stages, "measure_folder", measure)
+    text = "signal --checkpoints run --data rows --out here --seed 3 --prompts 8 --rollouts 4 --scored 3 --gradients 2 "
+    text += (
+        "--parameters layers.3 --max-new-tokens 9 --c 1.5 --resamples 7 --temperature 1 --origins 10 20 --distances 5 "
+    )
+    text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet"
+    assert main(text.split()) == 2
+    assert capsys.readouterr().err == "npo_core signal: enough\n"
+    assert given.pop("folders") == (Path("run"), Path("rows"), Path("here"))
+    assert given.pop("settings") == SignalSettings(8, 4, 3, 2, "layers.3", 9, 1.5, 7, 3)
+    assert given == {
+        "verifier": "a:b", "base": Path("b"), "processor": Path("p"), "teacher": Path("t"), "origins": [10, 20],
+        "distances": 5, "also": [7, 9], "quiet": True,
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""The evidence study on the smallest preset: real runs, real scores, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from npo_core.study import cells as study
+from npo_core.study.arms import arm_config
+from npo_core.study.cells import Cell, collect, plan_cells, run_cells, score_points
+from npo_core.study.results import ABOUT, SCORES, ResultsRefused, read_evidence
+
+SMALL = {"compute_steps": 12, "scout_steps": 4, "early_window": 4, "late_step": 6, "late_start": 4, "rollout_every": 0}
+ARMS = ["NPO", "GRPO"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def cells(root):
+    chosen = plan_cells("smoke", [0, 1], ARMS, SMALL)
+    run_cells(chosen, root, processes=2, quiet=True)
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def found(cells, root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    collect(cells, root, out)
+    return read_evidence(out)
+
+
+def test_cells_run_seed_by_seed_and_lenders_of_beginnings_first():
+    order = [(cell.arm, cell.seed) for cell in plan_cells("cpu", [0, 1], ["NPO late", "RLEP", "NPO", "GRPO"])]
+    assert order[:4] == [("GRPO", 0), ("NPO", 0), ("RLEP", 0), ("NPO late", 0)]
+    assert [seed for _, seed in order] == [0] * 4 + [1] * 4
+
+
+def test_every_cell_is_scored_on_the_way_and_at_its_end_with_both_samplings(found):
+    for arm in ARMS:
+        for seed in (0, 1):
+            rows = found.scores[(found.scores["arm"] == arm) & (found.scores["seed"] == seed)]
+            ends = rows[rows["final"]]
+            assert set(ends["sampling"]) == {"paper", "plain"} and set(ends["compute_step"]) == {12}
+            assert len(ends) == 2 * len(found.about["suites"])
+            assert rows["compute_step"].nunique() >= 4
+    # GRPO is also scored where NPO ends: 12 compute steps less 4 + 2 rolled back
+    grpo = found.scores[found.scores["arm"] == "GRPO"]
+    assert set(found.scores[(found.scores["arm"] == "NPO") & found.scores["final"]]["policy_step"]) == {6}
+    assert 6 in set(grpo["policy_step"])
+    assert set(found.scores[found.scores["arm"] == "NPO"]["interventions"]) == {0, 1, 2}
+
+
+def test_a_score_is_that_of_the_checkpoint(cells, root, found):
+    run = cells[0].folder(root)
+    branch, step, sampling = score_points(run)[-2]
+    assert sampling == "paper" and run.result()["final"]["suites"] == pytest.approx(
+        json.loads((run.path / "scores" / f"b{branch:02d}-{step:06d}-paper.json").read_text())["suites"]
+    )
+
+
+def test_the_training_table_has_a_row_per_executed_step(found):
+    counts = found.training.groupby(["arm", "seed"]).size()
+    assert set(counts) == {12}
+    npo = found.training[(found.training["arm"] == "NPO") & (found.training["seed"] == 0)]
+    assert npo["compute_step"].tolist() == list(range(1, 13)) and npo["branch"].max() == 2
+
+
+def test_finished_cells_are_not_run_again(cells, root, monkeypatch):
+    monkeypatch.setattr(study, "_begin", lambda *_: pytest.fail("a finished cell was started"))
+    run_cells(cells, root, quiet=True)
+
+
+def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
+    with pytest.raises(ResultsRefused, match=r"missing: GRPO, seed 2: paper/mathvista"):
+        collect([*cells, *plan_cells("smoke", [2], ["GRPO"], SMALL)], root, tmp_path)
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_path):
+    broken = Cell("GRPO", 2, arm_config("GRPO", "smoke", 2, {**SMALL, "policy": str(tmp_path / "nowhere")}))
+    run_cells([broken], root, quiet=True)
+    reason = broken.failure(root)
+    assert reason.startswith("exit status") and "nowhere" in reason
+    npo = plan_cells("smoke", [2], ["NPO"], SMALL)
+    both = [*cells, broken, *npo]
+    run_cells(npo, root, quiet=True)
+    collect(both, root, tmp_path)
+    again = read_evidence(tmp_path)
+    assert again.failed == {"GRPO": [2]}
+    assert pd.read_csv(tmp_path / SCORES).groupby("arm")["seed"].nunique().to_dict() == {"GRPO": 2, "NPO": 3}
+    assert "nowhere" in json.loads((tmp_path / ABOUT).read_text())["failed"][0]["reason"]
+
+
+def test_a_metric_that_is_not_a_number_makes_the_cell_a_failure(cells, root, monkeypatch):
+    lines = cells[0].folder(root).metrics()
+    lines[3] = {**lines[3], "npo/entropy": float("nan")}
+    monkeypatch.setattr(type(cells[0].folder(root)), "metrics", lambda self: lines)
+    assert cells[0].failure(root) == "npo/entropy is nan at compute step 4"
+
+
+def test_a_killed_study_goes_on_where_it_stopped(root, cells, tmp_path):
+    """The whole tree of processes is killed in the middle; the second call ends with the bytes of an unbroken run."""
+    command = [sys.executable, "-m", "npo_core", "study", "--preset", "smoke", "--seeds", "0", "--arms", "GRPO"]
+    command += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    command += ["--root", str(tmp_path), "--quiet"]
+    process = subprocess.Popen(command, start_new_session=True)
+    (cell,) = plan_cells("smoke", [0], ["GRPO"], SMALL)
+    log = cell.folder(tmp_path).metrics_path
+    until = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 4) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert cell.folder(tmp_path).result() is None, "the run was over before it was killed"
+    run_cells([cell], tmp_path, quiet=True)
+    unbroken = next(other for other in cells if (other.arm, other.seed) == ("GRPO", 0)).folder(root)
+    weights = "branches/00/checkpoint-12/model.safetensors"
+    assert (cell.folder(tmp_path).path / weights).read_bytes() == (unbroken.path / weights).read_bytes()

@@ -1,0 +1,177 @@
+"""Comparisons of the study, on results whose differences are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from evidences import STEPS, SUITES, evidence
+
+from npo_core.study.comparisons import (
+    PRIMARY,
+    against_grpo,
+    arm_markdown,
+    arm_table,
+    between,
+    by_suite,
+    difference,
+    entropy_widening,
+    last_steps,
+    policy_ends,
+    primary,
+    secondary_markdown,
+    speed_up,
+)
+from npo_core.study.results import Evidence
+
+GAINS = [0.01, 0.03, 0.05]
+
+
+def test_a_difference_is_paired_by_seed():
+    found = against_grpo(evidence({"NPO": GAINS}), "NPO")
+    half = scipy.stats.t.ppf(0.975, 2) * np.std(GAINS, ddof=1) / np.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half))
+    assert found.p == pytest.approx(scipy.stats.ttest_rel([0.41, 0.53, 0.50], [0.40, 0.50, 0.45]).pvalue)
+    assert found.seeds == 3 and found.text == f"+0.030 ({0.03 - half:+.3f} to {0.03 + half:+.3f})"
+    # of nine pairs of runs seven have the arm ahead, one is a tie: 0.50 against 0.50
+    assert found.improvement == pytest.approx((6 + 0.5) / 9)
+
+
+def test_on_the_policy_clock_grpo_is_taken_where_the_arm_ends():
+    found = evidence({"NPO": GAINS}, ends={"NPO": 20})
+    assert policy_ends(found, "NPO") == {0: 20, 1: 20, 2: 20}
+    # GRPO's line at half the budget is 3/4 of its end
+    expected = np.mean([0.41 - 0.30, 0.53 - 0.375, 0.50 - 0.3375])
+    assert against_grpo(found, "NPO", "policy").value == pytest.approx(expected)
+
+
+def test_seeds_that_one_side_lacks_are_left_out_and_counted():
+    found = against_grpo(evidence({"NPO": GAINS}, failed=[("NPO", 2)]), "NPO")
+    assert found.seeds == 2 and found.value == pytest.approx(0.02)
+    single = against_grpo(evidence({"NPO": GAINS}, failed=[("NPO", 2), ("GRPO", 0)]), "NPO")
+    assert single.value == pytest.approx(0.03)
+    assert (single.seeds, single.low, single.p, single.detectable) == (1, None, None, None)
+    none = difference(pd.Series({0: 1.0}), pd.Series({1: 1.0}), names=("a", "b"))
+    assert (none.value, none.seeds, none.text) == (None, 0, "–")
+
+
+def test_the_primary_family_is_adjusted_by_holm():
+    gains = {arm: [0.01 * (place + 1), 0.02 * (place + 1), 0.045] for place, arm in enumerate(PRIMARY)}
+    table = primary(evidence(gains))
+    compute = table[table["clock"] == "compute"].set_index("arm")
+    assert set(compute.index) == set(PRIMARY)
+    order = compute["p"].sort_values()
+    expected = np.minimum(1, np.maximum.accumulate(order.to_numpy() * np.arange(len(order), 0, -1)))
+    assert compute["p_holm"][order.index].to_numpy() == pytest.approx(expected)
+
+
+def test_two_arms_and_each_suite():
+    found = evidence({"NPO": GAINS, "RLEP": [0.02, 0.02, 0.02]})
+    assert between(found, "NPO", "RLEP").value == pytest.approx(0.01)
+    table = by_suite(found, "NPO").set_index("suite")
+    assert list(table.index) == list(SUITES)
+    assert table["value"].tolist() == pytest.approx([0.03, 0.03])
+    assert table["p_holm"].tolist() == pytest.approx([min(1, 2 * p) for p in table["p"]])
+
+
+def test_the_table_of_arms():
+    found = evidence({"NPO": GAINS}, ends={"NPO": 20}, failed=[("NPO", 0)])
+    table = arm_table(found, np.random.default_rng(0)).set_index("arm")
+    assert table.loc["GRPO", "pass rate"] == pytest.approx(0.45)
+    assert table.loc["NPO", ["seeds", "failed", "interventions", "policy steps"]].tolist() == [2, 1, 1, 20]
+    assert table.loc["NPO", "equal compute"].startswith("+0.040")
+    assert table.loc["GRPO", "pass@8 at T = 1"] == pytest.approx(0.65)
+    assert table.loc["GRPO", "IQM low"] <= table.loc["GRPO", "IQM"] <= table.loc["GRPO", "IQM high"]
+
+
+def test_the_table_of_arms_in_words_is_bold_where_a_difference_is_sure():
+    up, wide = [0.10, 0.11, 0.12], [-0.1, 0.0, 0.2]
+    found = evidence({"LUFFY": up, "NPO": wide, "GRPO, longer": up, "NPO, own resample": up}, ends={"NPO": 20})
+    rows = [row.strip("| ").split(" | ") for row in arm_markdown(found).splitlines()[2:]]
+    table = {row[0]: row[1:] for row in rows}
+    p = scipy.stats.ttest_1samp(up, 0).pvalue
+    assert table["LUFFY"][1:3] == [f"**{against_grpo(found, 'LUFFY').text}**", f"{2 * p:.3f}"], "Holm over two arms"
+    assert table["NPO"][1] == against_grpo(found, "NPO").text and table["NPO"][5:] == ["20", "16"]
+    policy = sorted(against_grpo(found, arm, "policy").p for arm in ("LUFFY", "NPO"))
+    assert table["NPO"][4] == f"{max(2 * policy[0], policy[1]):.3f}", "Holm, the larger of two"
+    assert table["NPO, own resample"][1].startswith("**+0.110") and table["NPO, own resample"][2] == ""
+    # the second of two primary arms: sure by itself, not after Holm's adjustment
+    close = evidence({arm: [0.10, 0.11, 0.16] for arm in PRIMARY})
+    lone = against_grpo(close, "NPO")
+    assert lone.low > 0 and 7 * lone.p > 0.05
+    assert all("**" not in line for line in arm_markdown(close).splitlines())
+
+
+def test_secondary_endpoints_in_words():
+    """Each column has its own known difference, and two more suites lie far off on either side of the other two."""
+    up, wide = [0.10, 0.11, 0.12], [-0.1, 0.0, 0.2]
+    found = evidence({"LUFFY": up, "NPO": wide})
+    scores = found.scores
+    far = [
+        scores[scores["suite"] == "mathvista"].assign(suite=name, pass_rate=rate)
+        for name, rate in (("low", 0.0), ("high", 1.0))
+    ]
+    scores = pd.concat([scores, *far], ignore_index=True)
+    own = scores["arm"] == "LUFFY"
+    scores.loc[own & (scores["suite"] == "high"), "pass_rate"] = 0.8  # a mean would see this
+    scores.loc[own & (scores["sampling"] == "plain"), "pass_rate"] += 0.2
+    scores.loc[own & (scores["sampling"] == "plain"), "pass_at_8"] += 0.3
+    scores.loc[own & (scores["sampling"] == "paper"), ["entropy", "all_wrong_groups"]] += [0.4, -0.3]
+    found = Evidence(scores, found.training, {**found.about, "suites": [*SUITES, "low", "high"]})
+    rows = [row.strip("| ").split(" | ") for row in secondary_markdown(found).splitlines()[2:]]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["LUFFY"][1].startswith("**+0.110 (") and table["NPO"][1].startswith("+0.033 (")
+    plain = (2 * 0.11 - 0.2) / 4 + 0.2
+    assert table["LUFFY"][3].startswith(f"**{plain:+.3f} ("), "avg@8 at T = 1"
+    assert table["LUFFY"][4].startswith(f"**{0.11 + 0.3:+.3f} ("), "pass@8 at T = 1"
+    assert table["LUFFY"][5] == "**+0.400 (+0.400 to +0.400)**", "entropy"
+    assert table["LUFFY"][6] == "**-0.300 (-0.300 to -0.300)**", "all-wrong groups"
+    # Holm over four suites; "high" differs by the same in all seeds, and then a sign test says 0.25
+    assert 4 * scipy.stats.ttest_1samp(up, 0).pvalue < 0.05
+    assert table["LUFFY"][7] == "mathvista +0.11, mmstar +0.11"
+    assert table["NPO"][7] == "none" and table["NPO"][2] == f"{against_grpo(found, 'NPO').improvement:.2f}"
+    assert table["GRPO"][1:3] == ["", ""] and table["GRPO"][5] == "0.600"
+    lone = evidence({"NPO": [0.1]}, base=[0.4])
+    assert "| NPO | 0.500 | +0.100 | 1.00 | +0.100 |" in secondary_markdown(lone)
+
+
+def test_an_arm_with_more_steps_than_grpo_has_no_equal_policy_step():
+    found = evidence({"GRPO, longer": GAINS})
+    for run in found.about["runs"]:
+        run["policy_steps"] += 10 * (run["arm"] == "GRPO, longer")
+    table = arm_table(found, np.random.default_rng(0)).set_index("arm")
+    assert table.loc["GRPO, longer", "equal policy step"] is None
+    (row,) = [row for row in arm_markdown(found).splitlines() if "longer" in row]
+    assert row.split(" | ")[4] == ""
+
+
+def test_entropy_of_a_replay_over_that_of_the_first_pass():
+    found = evidence({"NPO": GAINS}, ends={"NPO": 20})
+    # the made-up entropy is 1.2 times as high in the replay of the same policy steps
+    assert entropy_widening(found, "NPO").tolist() == pytest.approx([1.2] * 3)
+    assert entropy_widening(found, "GRPO").empty
+
+
+def test_the_last_steps_of_a_metric():
+    found = evidence({"NPO": GAINS})
+    expected = np.mean([1 - step / 100 for step in range(STEPS - 19, STEPS + 1)])
+    assert last_steps(found, "entropy")["GRPO"].tolist() == pytest.approx([expected] * 3)
+
+
+def test_the_speed_up_counts_scout_and_offline_rollouts():
+    """GRPO's rate r(t) on a line; the arm is at once at its end in the branch after the scout of 20 steps."""
+    found = evidence({"NPO early": GAINS}, ends={"NPO early": 20})
+    fast = (found.training["arm"] == "NPO early") & (found.training["branch"] == 1)
+    found.training.loc[fast, "pass_rate"] = 10.0
+    table = speed_up(found)
+    # the replay starts from the scout's beginning, so its first step has policy step 1 and compute step 21
+    slow = (table["without scout"] * 1).to_numpy()
+    assert table["with scout"].to_numpy() == pytest.approx(slow / 21)
+    # 16 off-line rollouts are one step's worth
+    assert table["with scout and off-line"].to_numpy() == pytest.approx(slow / 22)
+    assert np.all((slow > 1) & (slow <= STEPS))
+
+
+def test_a_level_that_is_not_reached_is_no_number():
+    found = evidence({"NPO early": GAINS}, ends={"NPO early": 20})
+    found.training.loc[found.training["arm"] == "NPO early", "pass_rate"] = 0.0
+    assert speed_up(found).isna().all().all()

@@ -1,0 +1,97 @@
+"""The table of a step's rollouts: its rows, when it is complete, and the log-probs and ratios that it notes."""
+
+import math
+
+import pytest
+import torch
+
+from npo_core.guidance.trajectories import Trajectory
+from npo_core.trainer.rollouts import RolloutTable, StepRollouts
+
+EOS = 2
+GUIDE = Trajectory("q", (7, EOS), (-0.5, -1.0), 30, True, "seven")
+
+
+@pytest.fixture
+def table() -> RolloutTable:
+    """Two groups of three rows: the last of the first is void, that of the second a guide in a right one's place."""
+    step = StepRollouts(
+        rows=[{"uid": "p"}] * 3 + [{"uid": "q"}] * 3,
+        guided={5: GUIDE},
+        overwritten={5: ([8, EOS], True)},
+        void=[2],
+        rewards=torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
+        correct=torch.tensor([True, False, False, False, False, True]),
+    )
+    output = {
+        "completion_ids": torch.tensor([[5, EOS, 0], [5, 6, 7], [EOS, 0, 0], [6, EOS, 0], [4, 4, EOS], [7, EOS, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]]),
+        "advantages": torch.tensor([0.5, -0.5, 0.0, -0.25, -0.25, 0.5]),
+    }
+    return RolloutTable(4, step, output, 3, ["t0", "t1", "", "t3", "t4", "t5"], [EOS])
+
+
+def test_every_row_but_the_void_ones_has_its_place_and_source(table):
+    assert table.step == 4
+    assert [(row["uid"], row["group"], row["slot"], row["source"], row["text"]) for row in table.rows] == [
+        ("p", 0, 0, "policy", "t0"),
+        ("p", 0, 1, "policy", "t1"),
+        ("q", 1, 0, "policy", "t3"),
+        ("q", 1, 1, "policy", "t4"),
+        ("q", 1, 2, "guide", "t5"),
+    ]
+    assert [row["token_ids"] for row in table.rows] == [[5, EOS], [5, 6, 7], [6, EOS], [4, 4, EOS], [7, EOS]]
+    assert [row["ended"] for row in table.rows] == [True, False, True, True, True]
+    assert [row["correct"] for row in table.rows] == [True, False, False, False, True]
+    assert [row["advantage"] for row in table.rows] == [0.5, -0.5, -0.25, -0.25, 0.5]
+
+
+def test_a_guides_row_holds_its_source_and_what_it_replaced(table):
+    guide, own = table.rows[4], table.rows[0]
+    assert (guide["guide_step"], guide["behaviour_logps"]) == (30, [-0.5, -1.0])
+    assert (guide["overwritten_ids"], guide["overwritten_correct"]) == ([8, EOS], True)
+    assert own["guide_step"] is own["behaviour_logps"] is own["overwritten_ids"] is own["overwritten_correct"] is None
+
+
+def seen(table, rows, logps, old=None):
+    mask = torch.tensor([[1, 1, 0]] * len(rows)).bool()
+    inputs = {"rollout_row": torch.tensor(rows)}
+    if old is not None:
+        inputs["old_per_token_logps"] = torch.tensor(old)
+    return table.see(torch.tensor(logps), mask, inputs)
+
+
+def test_a_table_is_complete_when_every_row_has_been_seen_in_whatever_order(table):
+    logps = [[-1.0, -2.0, 9.0]] * 2
+    assert not seen(table, [4, 1], logps)
+    assert not seen(table, [2, 3], logps), "the void row is waited for by nobody"
+    assert not seen(table, [4, 1], logps), "rows of a second pass are no news"
+    assert seen(table, [5, 0], logps)
+    assert all(row["current_logps"] == [-1.0, -2.0] for row in table.rows)
+
+
+def test_the_ratio_is_to_the_stored_log_probs_of_a_guide_and_to_the_sampling_ones_of_a_rollout(table):
+    seen(table, [5, 0, 1], [[-1.0, -2.0, 0.0]] * 3, old=[[-9.0, -9.0, 0.0], [-1.5, -2.0, 0.0], [-1.0, -1.0, 0.0]])
+    guide, first, second = table.rows[4], table.rows[0], table.rows[1]
+    assert guide["ratio"] == pytest.approx([math.exp(-0.5), math.exp(-1)])
+    assert first["ratio"] == pytest.approx([math.exp(0.5), 1.0]) and first["behaviour_logps"] == [-1.5, -2.0]
+    assert second["ratio"] == pytest.approx([1.0, math.exp(-1)])
+    seen(table, [3], [[-1.0, -2.0, 0.0]])
+    assert table.rows[2]["ratio"] == [1.0, 1.0] and table.rows[2]["behaviour_logps"] == [-1.0, -2.0]
+
+
+def test_a_call_on_other_rows_changes_nothing(table):
+    before = [dict(row) for row in table.rows]
+    assert not table.see(torch.zeros(1, 2), torch.ones(1, 2).bool(), {})
+    assert table.rows == before
+
+
+def test_without_a_verifier_there_is_no_verdict():
+    step = StepRollouts(rows=[{}], rewards=torch.tensor([0.5]))
+    output = {
+        "completion_ids": torch.tensor([[5]]),
+        "completion_mask": torch.tensor([[0]]),
+        "advantages": torch.zeros(1),
+    }
+    (row,) = RolloutTable(1, step, output, 1, [""], [EOS]).rows
+    assert (row["uid"], row["correct"], row["token_ids"], row["ended"]) == (None, None, [], False)

@@ -1,0 +1,456 @@
+"""The procedural tasks: rules, solver, pictures, splits, words and data order. Properties only: numbers may change."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from npo_core.guidance.verifiers import BoxedVerifier, Verdict
+from npo_core.world.policies import build_processor
+from npo_core.world.tasks import (
+    FAMILIES,
+    SUITES,
+    Problem,
+    all_facts,
+    conversation,
+    family_of,
+    make_dataset,
+    parse_uid,
+    require_columns,
+    sample_problems,
+    split_of,
+    training_schedule,
+    vocabulary,
+    write_response,
+)
+from npo_core.world.tasks.families import CELL
+from npo_core.world.tasks.problems import COLUMNS, ROWS, SPLITS
+
+by_suite = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.suite)
+
+
+@st.composite
+def problems(draw):
+    family = draw(st.sampled_from(FAMILIES))
+    glyph = st.integers(0, len(family.glyphs) - 1)
+    glyphs = draw(st.lists(glyph, min_size=family.lengths[0], max_size=family.lengths[1]))
+    return Problem(family.suite, draw(st.integers(0, family.states - 1)), tuple(glyphs))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor(vocabulary())
+
+
+# Families
+
+
+@by_suite
+def test_a_rule_is_total_and_stays_among_the_states(family):
+    for state in range(family.states):
+        for glyph in range(len(family.glyphs)):
+            following = family.rule(state, glyph)
+            assert type(following) is int
+            assert following in range(family.states)
+
+
+@by_suite
+def test_the_glyphs_of_a_family_are_different_operations(family):
+    tables = {tuple(family.rule(state, glyph) for state in range(family.states)) for glyph in range(len(family.glyphs))}
+    assert len(tables) == len(family.glyphs)
+    # and the answer depends on the start: no rule forgets it all
+    assert all(len(set(table)) > 1 for table in tables)
+
+
+@by_suite
+def test_a_family_fits_the_picture_and_its_words(family):
+    shortest, longest = family.lengths
+    assert 1 <= shortest <= longest <= ROWS * COLUMNS
+    assert len(set(family.glyphs)) == len(family.glyphs)
+    assert family.states <= 10  # a state is one digit
+
+
+def test_there_is_one_family_per_suite_and_a_fact_per_state_and_glyph():
+    assert len(set(SUITES)) == len(FAMILIES)
+    assert [family_of(suite) for suite in SUITES] == list(FAMILIES)
+    facts = all_facts()
+    assert len(set(facts)) == len(facts) == sum(family.states * len(family.glyphs) for family in FAMILIES)
+    with pytest.raises(ValueError, match="Unknown suite 'mathvison'"):
+        family_of("mathvison")
+
+
+# The meaning of some families, told in other terms than the rules are written in
+
+
+def walk_on_a_ring(ring, steps):
+    """Answers of a family whose glyphs move so many places forward on a ring of states."""
+    return lambda start, glyphs: (ring * 9)[ring.index(start) + sum(steps[glyph] for glyph in glyphs)]
+
+
+def walk_on_a_grid(start, glyphs):
+    rows = [list(range(0, 4)), list(range(4, 8))]
+    row, column = next((r, c) for r in range(2) for c in range(4) if rows[r][c] == start)
+    for glyph in glyphs:
+        row, column = (row, (column + 1) % 4) if glyph == "right" else ((row + 1) % 2, column)
+    return rows[row][column]
+
+
+def gates_on_bits(start, glyphs):
+    bits = f"{start:03b}"
+    for glyph in glyphs:
+        bits = "".join("10"[int(b)] for b in bits) if glyph == "not" else bits[1:] + bits[0]
+    return int(bits, 2)
+
+
+def hands_of_a_clock(start, glyphs):
+    back = {"quarter": 1, "half": 4}
+    face = list(range(8))
+    for glyph in glyphs:
+        for _ in range(back[glyph]):
+            face = face[-1:] + face[:-1]
+    return face[start]
+
+
+INDEPENDENT = {
+    "chart": walk_on_a_ring(list(range(8)), {"low": 1, "high": 3}),
+    "colours": walk_on_a_ring(list(range(8)), {"red": 2, "blue": 4}),
+    "path": walk_on_a_grid,
+    "gates": gates_on_bits,
+    "clock": hands_of_a_clock,
+}
+
+
+@pytest.mark.parametrize("title", INDEPENDENT)
+def test_the_solver_against_another_implementation(title):
+    (family,) = (family for family in FAMILIES if family.title == title)
+    rng = np.random.default_rng(0)
+    for start in range(family.states):
+        for _ in range(20):
+            glyphs = tuple(rng.integers(0, len(family.glyphs), size=rng.integers(1, 7)).tolist())
+            words = [family.glyphs[glyph] for glyph in glyphs]
+            assert Problem(family.suite, start, glyphs).answer == str(INDEPENDENT[title](start, words)), (start, words)
+
+
+@given(problems())
+def test_the_solver_applies_one_rule_after_the_other(problem):
+    states = problem.states()
+    assert len(states) == problem.difficulty == len(problem.glyphs)
+    for before, glyph, after in zip([problem.start, *states], problem.glyphs, states, strict=False):
+        assert problem.family.rule(before, glyph) == after
+    assert problem.answer == str(states[-1])
+
+
+# Uids and splits
+
+
+@given(problems())
+def test_a_uid_names_its_problem(problem):
+    assert parse_uid(problem.uid) == problem
+
+
+@given(problems(), problems())
+def test_different_problems_have_different_uids(one, other):
+    assert (one.uid == other.uid) == (one == other)
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        "",
+        "mathvista",
+        "mathvista-3",
+        "mathvista--01",
+        "mathvista-3-",
+        "mathvison-3-01",
+        "mathvista-3-01-0",
+        "mathvista-x-01",
+        "mathvista-3-0x",
+        "mathvista-03-01",
+        "mathvista-²-01",
+        "mathvista-99-01",
+        "mathvista-3-09",
+    ],
+)
+def test_what_is_no_uid_is_refused_by_name(uid):
+    with pytest.raises(ValueError, match=r"uid of this world|does not have") as caught:
+        parse_uid(uid)
+    assert repr(uid) in str(caught.value)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 2**32))
+def test_the_splits_share_no_problem_whatever_the_seeds(train_seed, test_seed):
+    train = {problem.uid for problem in sample_problems("train", 60, train_seed)}
+    test = {problem.uid for problem in sample_problems("test", 30, test_seed)}
+    assert len(train) == 60
+    assert len(test) == 30
+    assert not train & test
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_sample_is_of_its_split_even_over_suites_and_repeatable(split):
+    sample = sample_problems(split, 80, seed=3)
+    assert {split_of(problem) for problem in sample} == {split}
+    assert Counter(problem.suite for problem in sample) == dict.fromkeys(SUITES, 10)
+    assert sample == sample_problems(split, 80, seed=3)
+    assert sample[:20] == sample_problems(split, 20, seed=3)
+    assert sample != sample_problems(split, 80, seed=4)
+    for problem in sample:
+        assert problem.family.lengths[0] <= problem.difficulty <= problem.family.lengths[1]
+
+
+def test_a_fifth_of_all_problems_is_for_testing():
+    every = [
+        Problem(family.suite, start, tuple(map(int, np.base_repr(code, 2).zfill(length))))
+        for family in FAMILIES
+        for start in range(family.states)
+        for length in range(1, 7)
+        for code in range(2**length)
+    ]
+    share = np.mean([split_of(problem) == "test" for problem in every])
+    assert share == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / len(every)))
+
+
+def test_only_some_suites():
+    assert {problem.suite for problem in sample_problems("train", 9, 0, SUITES[2:4])} == set(SUITES[2:4])
+    assert sample_problems("train", 0, 0) == []
+
+
+def test_a_sample_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="Unknown split 'valid'"):
+        sample_problems("valid", 1, 0)
+    with pytest.raises(ValueError, match="Unknown suite"):
+        sample_problems("train", 1, 0, ["mathvist"])
+    with pytest.raises(ValueError, match="No suite given"):
+        sample_problems("train", 1, 0, [])
+    with pytest.raises(ValueError, match="more than mathvista hold"):
+        sample_problems("test", 100_000, 0, ["mathvista"])
+
+
+# Pictures
+
+
+@given(problems())
+def test_a_picture_has_its_size_and_is_the_same_every_time(problem):
+    picture = problem.picture()
+    assert picture.mode == "RGB"
+    assert picture.size == (COLUMNS * CELL, ROWS * CELL)
+    assert picture.tobytes() == Problem(problem.suite, problem.start, problem.glyphs).picture().tobytes()
+
+
+def ink(problem) -> np.ndarray:
+    """Where something is drawn, cell by cell in reading order, shape (cells, CELL, CELL)."""
+    pixels = np.asarray(problem.picture()).astype(int)
+    drawn = np.abs(pixels - pixels[-1, -1]).sum(axis=-1)
+    return drawn.reshape(ROWS, CELL, COLUMNS, CELL).swapaxes(1, 2).reshape(-1, CELL, CELL)
+
+
+@given(problems())
+def test_a_glyph_stands_in_its_cell_and_the_other_cells_are_empty(problem):
+    cells = ink(problem)
+    for place in range(ROWS * COLUMNS - 1):  # the last cell gave the background
+        assert cells[place].any() == (place < problem.difficulty)
+
+
+@by_suite
+def test_different_glyphs_give_different_pictures(family):
+    length = family.lengths[1]
+    for start in range(family.states):
+        pictures = {}
+        for code in range(2**length):
+            glyphs = tuple(map(int, np.base_repr(code, 2).zfill(length)))
+            pictures.setdefault(Problem(family.suite, start, glyphs).picture().tobytes(), []).append(glyphs)
+        assert [same for same in pictures.values() if len(same) > 1] == []
+
+
+@by_suite
+def test_the_glyphs_of_a_family_can_be_told_apart_wherever_they_are_moved_to(family):
+    # each drawn in all nine places: even the likest two differ in a twentieth of the cell
+    def cell(glyph, x, y):
+        picture = Image.new("RGB", (CELL, CELL), (250, 250, 248))
+        family.draw(ImageDraw.Draw(picture), glyph, (2 + x, 2 + y, 13 + x, 13 + y))
+        return np.asarray(picture).astype(int)
+
+    places = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    for one in range(len(family.glyphs)):
+        for other in range(one):
+            nearest = min(
+                (np.abs(cell(one, *here) - cell(other, *there)).sum(axis=-1) > 30).mean()
+                for here in places
+                for there in places
+            )
+            assert nearest > 0.05, (family.glyphs[one], family.glyphs[other], nearest)
+
+
+def test_the_picture_does_not_tell_the_start_or_the_answer():
+    # it may move its glyphs by a pixel, by an amount that depends on the uid, and that is all
+    family = FAMILIES[0]
+    for glyphs in [(0, 0), (0, 1), (1, 1)]:
+        colours = [
+            Counter(map(tuple, np.asarray(Problem(family.suite, s, glyphs).picture()).reshape(-1, 3))) for s in (0, 1)
+        ]
+        assert colours[0] == colours[1]
+
+
+# Words
+
+
+@given(problem=problems(), second_form=st.booleans(), data=st.data())
+def test_the_vocabulary_covers_every_prompt_and_response(processor, problem, second_form, data):
+    states = [data.draw(st.integers(0, problem.family.states - 1)) for _ in problem.glyphs]
+    prompt = processor.apply_chat_template(conversation(problem, True), tokenize=False, add_generation_prompt=True)
+    text_only = make_dataset([problem], text_only=True)[0]["prompt"][0]["content"]
+    for text in (prompt, text_only, write_response(problem, states, second_form) + processor.tokenizer.eos_token):
+        ids = processor.tokenizer(text)["input_ids"]
+        assert processor.tokenizer.unk_token_id not in ids, text
+        assert "".join(processor.tokenizer.decode(ids).split()) == "".join(text.split())
+
+
+@given(problem=problems(), second_form=st.booleans())
+def test_the_exact_response_is_verified_correct_after_the_tokenizer(processor, problem, second_form):
+    text = write_response(problem, problem.states(), second_form)
+    decoded = processor.tokenizer.decode(processor.tokenizer(text)["input_ids"], skip_special_tokens=True)
+    assert BoxedVerifier()(decoded, {"answer": problem.answer}) is Verdict.CORRECT
+
+
+@given(problem=problems(), second_form=st.booleans(), data=st.data())
+def test_only_the_boxed_state_decides(problem, second_form, data):
+    states = [data.draw(st.integers(0, problem.family.states - 1)) for _ in problem.glyphs]
+    right = states[-1] == problem.states()[-1]
+    verdict = BoxedVerifier()(write_response(problem, states, second_form), {"answer": problem.answer})
+    assert verdict is (Verdict.CORRECT if right else Verdict.WRONG)
+
+
+def test_both_forms_say_the_same_in_other_words():
+    problem = sample_problems("train", 1, 0)[0]
+    first, second = (write_response(problem, problem.states(), form).split() for form in (False, True))
+    assert first[0:-3:2] == second[0:-3:2] == [problem.family.glyphs[glyph] for glyph in problem.glyphs]
+    assert first[1:-3:2] == [str(state) for state in problem.states()]
+    assert not set(first[1:-3:2]) & set(second[1:-3:2])
+    assert first[-3:] == second[-3:]
+    with pytest.raises(ValueError, match="pass one per step"):
+        write_response(problem, problem.states()[:-1])
+
+
+def test_the_vocabulary_is_fixed_and_has_no_word_twice():
+    words = vocabulary()
+    assert len(set(words)) == len(words)
+    assert words == vocabulary()
+    assert not any(" " in word or not word for word in words)
+
+
+def test_a_longest_response_fits_the_default_width(processor):
+    from npo_core.runs.config import RunConfig
+
+    width = RunConfig().max_completion_length
+    for family in FAMILIES:
+        problem = Problem(family.suite, 0, (1,) * family.lengths[1])
+        text = write_response(problem, problem.states()) + processor.tokenizer.eos_token
+        assert len(processor.tokenizer(text)["input_ids"]) <= width, family.suite
+
+
+# Data sets
+
+
+def test_a_data_set_has_a_row_per_problem():
+    sample = sample_problems("train", 16, 0)
+    rows = make_dataset(sample)
+    require_columns(rows)
+    for problem, row in zip(sample, rows, strict=True):
+        assert parse_uid(row["uid"]) == problem
+        assert (row["answer"], row["suite"], row["difficulty"]) == (problem.answer, problem.suite, problem.difficulty)
+        assert row["prompt"] == conversation(problem, with_picture=False)
+        assert row["image"].tobytes() == problem.picture().tobytes()
+
+
+def test_text_only_rows_name_the_glyphs_instead():
+    problem = sample_problems("train", 1, 0)[0]
+    row = make_dataset([problem], text_only=True)[0]
+    assert "image" not in row
+    assert row["prompt"][0]["content"].split()[-problem.difficulty :] == [
+        problem.family.glyphs[glyph] for glyph in problem.glyphs
+    ]
+
+
+def numbered(count: int) -> Dataset:
+    return Dataset.from_dict({"uid": [str(index) for index in range(count)]})
+
+
+@given(count=st.integers(9, 40), steps=st.integers(1, 12), more=st.integers(0, 12), batch=st.integers(1, 9))
+def test_a_longer_schedule_begins_with_the_shorter_one(count, steps, more, batch):
+    rows = numbered(count)
+    short = training_schedule(rows, steps, batch, seed=1)["uid"]
+    long = training_schedule(rows, steps + more, batch, seed=1)["uid"]
+    assert len(short) == steps * batch
+    assert list(long)[: len(short)] == list(short)
+    for start in range(0, len(long), batch):
+        assert len(set(long[start : start + batch])) == batch, "a prompt twice in a step"
+
+
+def test_a_step_of_more_prompts_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="9 distinct prompts, but the data set has 8"):
+        training_schedule(numbered(8), 1, 9, seed=0)
+
+
+@given(count=st.integers(1, 40), passes=st.integers(1, 4), seed=st.integers(0, 99))
+def test_every_pass_over_the_data_holds_each_row_once(count, passes, seed):
+    uids = list(training_schedule(numbered(count), passes * count, 1, seed)["uid"])
+    for start in range(0, len(uids), count):
+        assert sorted(uids[start : start + count], key=int) == [str(index) for index in range(count)]
+
+
+def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass():
+    rows = numbered(50)
+    one, other = (list(training_schedule(rows, 10, 10, seed)["uid"]) for seed in (0, 1))
+    assert one != other
+    assert one[:50] != one[50:]
+    assert one == list(training_schedule(rows, 10, 10, 0)["uid"])
+    # rows g·b … g·b + b − 1 are step g, so the step alone finds the place, whatever the batch
+    assert one == list(training_schedule(rows, 20, 5, 0)["uid"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"uid": ["a"], "prompt": ["p"]}, r"not \['answer'\]"),
+        ({"question": ["p"]}, r"not \['uid', 'prompt', 'answer'\]"),
+        ({"uid": ["a", ""], "prompt": ["p", "q"], "answer": ["1", "2"]}, "Row 1 has uid ''"),
+        ({"uid": ["a", None], "prompt": ["p", "q"], "answer": ["1", "2"]}, "Row 1 has uid None"),
+        ({"uid": [1], "prompt": ["p"], "answer": ["1"]}, "Row 0 has uid 1"),
+        ({"uid": ["a"], "prompt": ["p"], "answer": [" "]}, "has answer ' '"),
+        ({"uid": ["a"], "prompt": ["p"], "answer": [3]}, "has answer 3"),
+        ({"uid": ["a"], "prompt": [""], "answer": ["1"]}, "Row 0 .* has no prompt"),
+        ({"uid": ["a", "a"], "prompt": ["p", "p"], "answer": ["1", "2"]}, "Uid 'a' names two rows"),
+        ({"uid": ["a", "a"], "prompt": ["p", "q"], "answer": ["1", "1"]}, "Uid 'a' names two rows"),
+    ],
+)
+def test_rows_that_npo_cannot_use_are_refused(columns, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        require_columns(Dataset.from_dict(columns))
+
+
+def test_a_row_without_its_picture_is_refused():
+    rows = list(make_dataset(sample_problems("train", 2, 0)))
+    rows[1]["image"] = None
+    with pytest.raises(ValueError, match=r"Row 1 .* has no image"):
+        require_columns(Dataset.from_list(rows))
+
+
+def test_the_same_row_at_several_steps_is_fine():
+    rows = make_dataset(sample_problems("train", 4, 0))
+    require_columns(training_schedule(rows, 3, 4, 0))
+
+
+def test_the_answer_is_asked_for_on_behalf_of_our_verifier_only():
+    """One of the user's own may read any column, and lists in it."""
+    rows = {"uid": ["a", "b"], "prompt": ["p", "q"]}
+    for answers in ({}, {"answer": [["1", "2"], []]}, {"answer": [3, 4]}):
+        with pytest.raises(ValueError, match="answer"):
+            require_columns(Dataset.from_dict({**rows, **answers}))
+        assert require_columns(Dataset.from_dict({**rows, **answers}), answer=False) == {"a", "b"}
+    with pytest.raises(ValueError, match="Uid 'a' names two rows"):
+        twice = {"uid": ["a", "a"], "prompt": ["p", "p"], "answer": [1, 2]}
+        require_columns(Dataset.from_dict(twice), answer=False)

@@ -16,8 +16,9 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
+from ..files import write_json
 from ..processes import agree, process_count
-from ..runs.folder import RunFolder, write_json
+from ..runs.folder import RunFolder
 from ..trainer.trainer import NPOTrainer
 from ..world.policies import tokenizer_digest
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runs.folder import moving_average, read_lines
+from ..files import read_lines
+from ..runs.folder import moving_average
 
 AVERAGE_WEIGHT = 0.9
 """Weight of the past in the moving averages; the trigger's default."""

@@ -1,7 +1,7 @@
 """Look of all figures, in a context of its own, and how a figure is written to disk."""
 
-import os
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+
+from ..files import write_whole
 
 WIDTH = 7.0
 """Width of a full figure in inches."""
@@ -61,9 +63,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> tuple[Path, Pa
     paths = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         kind = path.suffix[1:]
+        how = {"format": kind, "dpi": 200, "metadata": {"Date": None} if kind == "svg" else None}
         with style():
-            figure.savefig(unfinished, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-        unfinished.replace(path)
+            write_whole(path, partial(figure.savefig, **how))
     return paths

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..files import read_table, write_table
 from .sources import Entropies
-from .trajectories import GuidanceCache, GuidanceRefused, Trajectory, read_rollouts, write_rollouts
+from .trajectories import GuidanceCache, GuidanceRefused, Trajectory
 
 MEMORY_FILE = "own_past.parquet"
 """State of ExGRPO's memory beside a checkpoint."""
@@ -194,7 +195,7 @@ class OwnPast:
         ]
         # a first row of its own says whether replay has begun: an empty memory is a state too
         about = {"uid": None, "solved": int(self.begun), "token_ids": [], "logps": [], "source_step": 0, "text": ""}
-        write_rollouts(Path(folder) / MEMORY_FILE, [about, *rows])
+        write_table(Path(folder) / MEMORY_FILE, [about, *rows])
 
     def restore(self, folder: Path) -> None:
         """Read the memory that `save` wrote.
@@ -205,7 +206,7 @@ class OwnPast:
         path = Path(folder) / MEMORY_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a checkpoint of ExGRPO holds its memory.")
-        about, *rows = read_rollouts(path)
+        about, *rows = read_table(path)
         self.begun, self._solved, self._kept, self._chosen = bool(about["solved"]), {}, {}, {}
         for row in rows:
             uid = row["uid"]

@@ -6,14 +6,15 @@ of an unknown prompt is refused.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import write_whole
 
 FORMAT = 1
 RULES = ("first", "shortest", "closest")
@@ -167,9 +168,7 @@ class GuidanceCache:
             "pictures": self.image_digest,
         }
         table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"npo_guidance": json.dumps(about)})
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(table, unfinished)
-        unfinished.replace(path)
+        write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
 
     @classmethod
     def load(
@@ -255,18 +254,6 @@ def _choose(choices: list[Trajectory], rule: str) -> Trajectory:
             )
         return max(choices, key=lambda choice: sum(choice.policy_logps) / len(choice.policy_logps))
     return choices[0]
-
-
-def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table of rollouts (uid, group, slot, source, token ids, log-probs, reward, advantage, ratio)."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), unfinished)
-    unfinished.replace(path)
-
-
-def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table that `write_rollouts` wrote."""
-    return pq.read_table(path).to_pylist()
 
 
 def as_row(trajectory: Trajectory) -> dict[str, Any]:

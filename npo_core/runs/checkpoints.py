@@ -6,10 +6,11 @@ is slimmed to its weights: it can still be a guide or be evaluated, but no longe
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
+
+from ..files import write_whole
 
 MARKER = "complete.json"
 
@@ -62,9 +63,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def _write_marker(folder: Path, sizes: dict[str, int]) -> None:
-    unfinished = folder / f".{MARKER}.{os.getpid()}"
-    unfinished.write_text(json.dumps(sizes))
-    unfinished.replace(folder / MARKER)
+    write_whole(folder / MARKER, lambda unfinished: unfinished.write_text(json.dumps(sizes)))
 
 
 def require_complete(folder: str | Path, resumable: bool = True) -> Path:

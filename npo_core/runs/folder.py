@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import append_line, read_lines, write_json, write_whole
 from .config import RunConfig
 
 NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
@@ -41,24 +42,6 @@ def project_folder() -> Path:
 def runs_folder() -> Path:
     """Where runs are kept: `NPO_RUNS` if set, else `data/runs` of the checkout."""
     return Path(os.environ.get("NPO_RUNS", project_folder() / "data" / "runs"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda unfinished: unfinished.write_text(text))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and rename it: a reader sees the old file or the new one, never a half.
-
-    Args:
-        path: File.
-        write: Called with the path to write to.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    write(unfinished)
-    unfinished.replace(path)
 
 
 class RunFolder:
@@ -146,9 +129,8 @@ class RunFolder:
         self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
 
     def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        unfinished = self.metrics_path.with_name(f".{self.metrics_path.name}.{os.getpid()}")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        unfinished.replace(self.metrics_path)
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text))
 
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is not finished."""
@@ -171,43 +153,6 @@ class RunFolder:
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in NAMELESS}
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line; a torn last line (a kill while writing) is cut off first."""
-    line = json.dumps(record, allow_nan=False) + "\n"
-    with path.open("ab+") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                _mend_tail(path)
-        stream.write(line.encode())
-
-
-def _mend_tail(path: Path) -> None:
-    """Finish the last line of a log if it is whole, cut it off if it is torn; as `read_lines` sees it."""
-    whole = path.read_bytes()
-    start = whole.rfind(b"\n") + 1
-    try:
-        json.loads(whole[start:])
-    except json.JSONDecodeError:
-        os.truncate(path, start)
-    else:
-        with path.open("ab") as stream:
-            stream.write(b"\n")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file; none if it does not exist; a torn last line (a kill while writing) is left out."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines()
-    for index, line in enumerate(lines):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if index != len(lines) - 1:
-                raise ValueError(f"{path}, line {index + 1} is not JSON: {line[:80]!r}.") from None
 
 
 def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:

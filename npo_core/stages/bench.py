@@ -31,11 +31,12 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from ..files import write_json
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..method.groups import group_advantages
 from ..runs.checkpoints import checkpoint_folder, mark_complete
 from ..runs.config import RunConfig, resolve_config
-from ..runs.folder import runs_folder, write_json
+from ..runs.folder import runs_folder
 from ..trainer.sampling import completion_logps, encode_prompts
 from ..world.policies import (
     keep_freed_memory,

@@ -13,8 +13,8 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from ..files import write_table
 from ..guidance.sources import GuidanceSource
-from ..guidance.trajectories import write_rollouts
 from ..guidance.verifiers import BoxedVerifier, verifier_reward
 from ..processes import collect, is_writer, join, process_count, read_launcher
 from ..runs.config import RunConfig
@@ -316,7 +316,7 @@ class _RolloutTables:
             row["overwritten_text"] = None if lost is None else decode(lost, skip_special_tokens=True)
             row["question"], row["answer"] = source["prompt"][-1]["content"], source["answer"]
             row["picture"] = _png(_picture(source)) if row["slot"] == 0 else None
-        write_rollouts(self.run.path / "rollouts" / f"step-{policy_step:05d}-b{self.branch}.parquet", rows)
+        write_table(self.run.path / "rollouts" / f"step-{policy_step:05d}-b{self.branch}.parquet", rows)
 
 
 def _picture(row: Mapping[str, Any]) -> Image.Image | None:

@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig, PreTrainedModel
 
-from ..guidance.trajectories import Trajectory, as_row, read_rollouts, write_rollouts
+from ..files import read_table, write_json, write_table
+from ..guidance.trajectories import Trajectory, as_row
 from ..method.curve import MEASURED_COSTS, squared_deviations
 from ..progress import ProgressBar, progress
-from ..runs.folder import write_json
 from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs, summarise
 from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
@@ -217,13 +217,13 @@ class Measurement:
             logps = completion_logps(model.eval(), self.processor, rows, [t.token_ids for t in scored])
             known = dict(zip(map(id, scored), logps, strict=True))
             flat = [replace(t, logps=tuple(known.get(id(t), ()))) for group in groups for t in group]
-            write_rollouts(path, [as_row(trajectory) for trajectory in flat])
+            write_table(path, [as_row(trajectory) for trajectory in flat])
             del model
             gc.collect()
         bar.advance(1, sampled=name)
 
     def _groups(self, name: str, stream: int = 0) -> list[list[Trajectory]]:
-        flat = [Trajectory(**row) for row in read_rollouts(self._sample_file(name, stream))]
+        flat = [Trajectory(**row) for row in read_table(self._sample_file(name, stream))]
         k = self.settings.rollouts
         return [flat[start : start + k] for start in range(0, len(flat), k)]
 
@@ -259,7 +259,7 @@ class Measurement:
             columns |= {"failed": failed, "shown": (share > 0).astype(float), "shown_share": share, **own_columns}
             columns |= self._gradients(model, groups, grams, own_log_weights)
             table = pd.DataFrame({"uid": [row["uid"] for row in self.rows], **columns})
-            write_rollouts(self.folder / "pairs" / pair.file, table.to_dict("records"))
+            write_table(self.folder / "pairs" / pair.file, table.to_dict("records"))
             bar.advance(1, pair=f"{pair.origin} and {pair.source}")
             del source
             gc.collect()  # a shared vision tower is a reference cycle: it would stay beside the next source
@@ -339,8 +339,8 @@ class Measurement:
         if not path.exists():
             tokens = [group[0].token_ids for group in mine[:count]]
             grams = own_gram(model, self.processor, self.rows[:count], tokens, self.settings.parameters)
-            write_rollouts(path, [{"gram": gram.flatten().tolist()} for gram in grams])
-        flat = [np.array(row["gram"]) for row in read_rollouts(path)]
+            write_table(path, [{"gram": gram.flatten().tolist()} for gram in grams])
+        flat = [np.array(row["gram"]) for row in read_table(path)]
         return [values.reshape(math.isqrt(len(values)), -1) for values in flat]
 
     # Summary
@@ -348,6 +348,6 @@ class Measurement:
     def summarise(self) -> dict[str, Any]:
         """Write `table.parquet` and `signal.json` from the pairs on disk; return the content of the latter."""
         summary = summarise(read_pairs(self.folder, self.pairs), self.settings)
-        write_rollouts(self.folder / "table.parquet", summary.pop("table"))
+        write_table(self.folder / "table.parquet", summary.pop("table"))
         write_json(self.folder / "signal.json", summary)
         return summary

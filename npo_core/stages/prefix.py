@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from ..control.scheduled import Intervention, planned_interventions
+from ..files import append_line
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder, append_line
+from ..runs.folder import RunFolder
 
 SHARING = ("grpo", "npo")
 """Methods whose interventions are known beforehand, and that train as GRPO until the first."""

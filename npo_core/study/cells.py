@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import write_json, write_whole
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder, write_json, write_whole
+from ..runs.folder import RunFolder
 from ..stages import run as stages
 from ..world.policies import load_policy
 from .arms import ARMS, arm_config

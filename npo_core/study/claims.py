@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_json
 from ..method.stats import mean_interval, needed_items
-from ..runs.folder import write_json
 from .comparisons import (
     PRIMARY,
     Difference,

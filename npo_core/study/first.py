@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import write_json
 from ..method.curve import MEASURED_COSTS, QUALITIES, SIGNALS, rank_correlation
 from ..method.stats import mean_interval
 from ..runs.checkpoints import checkpoint_folder
 from ..runs.config import RunConfig, resolve_config
-from ..runs.folder import RunFolder, environment, write_json
+from ..runs.folder import RunFolder, environment
 from ..runs.measurement import PROXIES
 from ..stages import run as stages
 from ..stages.signal import default_origins, measure_run, settings_for

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..files import write_json
 from ..guidance.sources import GuidanceWindow
 from ..guidance.trajectories import GuidanceCache
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, require_complete
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder, write_json
+from ..runs.folder import RunFolder
 from ..runs.measurement import RESAMPLE, Pair
 from ..stages import run as stages
 from ..trainer.sampling import end_tokens, sample_rollouts

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import read_lines
 from ..method.stats import Estimate, bootstrap_interval, detectable_difference, holm, mcnemar_exact, paired_difference
-from ..runs.folder import read_lines
 from ..runs.validation import SUITES, check_suites, require
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import write_json, write_whole
 from ..method.curve import rank_correlation
 from ..method.stats import Estimate, holm, mean_interval
 from ..runs.config import RunConfig, resolve_config
-from ..runs.folder import RunFolder, write_json, write_whole
+from ..runs.folder import RunFolder
 from ..stages import run as stages
 from .cells import Cell, collect, newest_place, plan_cells, score
 from .comparisons import Difference, arm_markdown, between, difference

@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from ..runs.folder import write_whole
+from ..files import write_whole
 from ..runs.validation import DATA_COLUMNS, nearest, require
 from .policies import tokenizer_of
 from .rows import RowCheck

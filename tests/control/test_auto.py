@@ -15,11 +15,12 @@ import npo_core.control.watch
 import npo_core.world.warmstart
 from npo_core.control.auto import AutoNPO
 from npo_core.control.watch import Segment, Watch
-from npo_core.guidance.trajectories import GuidanceCache, read_rollouts
+from npo_core.files import append_line, read_table
+from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.method.trigger import PlateauTrigger, PlateauWarning, TriggerSettings
 from npo_core.runs.checkpoints import checkpoint_folder, complete_checkpoints
 from npo_core.runs.config import RunConfig, resolve_config
-from npo_core.runs.folder import RunFolder, append_line
+from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.trainer import NPOTrainer
 from npo_core.world.policies import load_processor, tokenizer_digest
@@ -226,7 +227,7 @@ def test_guides_are_those_of_the_cache_and_only_in_the_replayed_segment(autonpo)
     guided = 0
     for line in autonpo.metrics():
         step, branch = line["policy_step"], line["branch"]
-        rows = read_rollouts(autonpo.path / "rollouts" / f"step-{step:05d}-b{branch:02d}.parquet")
+        rows = read_table(autonpo.path / "rollouts" / f"step-{step:05d}-b{branch:02d}.parquet")
         guides = [row for row in rows if row["source"] == "guide"]
         assert len(guides) == line["npo/replaced_slots"]
         assert not guides or (branch == 1 and segment["start"] < step <= segment["guide_until"])

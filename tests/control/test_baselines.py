@@ -31,11 +31,12 @@ import npo_core.control.baselines
 import npo_core.control.controller
 import npo_core.control.watch
 from npo_core.control.baselines import WHOLE_RUN, GuidedByOwnPast, GuidedByPolicy
+from npo_core.files import append_line, read_table
 from npo_core.guidance.replay import MEMORY_FILE, OwnPast, ReplayPool
-from npo_core.guidance.trajectories import GuidanceCache, Trajectory, read_rollouts
+from npo_core.guidance.trajectories import GuidanceCache, Trajectory
 from npo_core.runs.checkpoints import checkpoint_folder
 from npo_core.runs.config import RunConfig, resolve_config
-from npo_core.runs.folder import RunFolder, append_line
+from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.sampling import completion_entropies
 from npo_core.trainer.trainer import NPOTrainer
@@ -568,7 +569,7 @@ def rlep(root) -> RunFolder:
 
 
 def tables(run: RunFolder) -> dict[int, list[dict]]:
-    return {int(path.stem.split("-")[1]): read_rollouts(path) for path in sorted((run.path / "rollouts").iterdir())}
+    return {int(path.stem.split("-")[1]): read_table(path) for path in sorted((run.path / "rollouts").iterdir())}
 
 
 def test_a_run_of_exgrpo_replays_its_own_successes(exgrpo):
@@ -673,7 +674,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(request, root, tmp_path, m
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     if method == "exgrpo":
-        memories = [read_rollouts(folder / MEMORY_FILE) for folder in folders]
+        memories = [read_table(folder / MEMORY_FILE) for folder in folders]
         assert memories[0] == memories[1] and len(memories[0]) > 1
 
 

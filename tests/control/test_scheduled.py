@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import npo_core.control.watch
 from npo_core.control.scheduled import Intervention, ScheduledNPO, planned_interventions, random_plan
-from npo_core.guidance.trajectories import GuidanceCache, read_rollouts
+from npo_core.files import append_line, read_table
+from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.runs.checkpoints import checkpoint_folder
 from npo_core.runs.config import RunConfig, resolve_config
-from npo_core.runs.folder import RunFolder, append_line
+from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.world.policies import tokenizer_digest
 
@@ -147,7 +148,7 @@ def test_guides_are_the_scouts_for_the_windows_prompts_and_only_in_the_window(bo
     guided = 0
     for line in both.metrics():
         step, branch = line["policy_step"], line["branch"]
-        rows = read_rollouts(both.path / "rollouts" / f"step-{step:05d}-b{branch:02d}.parquet")
+        rows = read_table(both.path / "rollouts" / f"step-{step:05d}-b{branch:02d}.parquet")
         guides = [row for row in rows if row["source"] == "guide"]
         start, stop = windows.get(branch, (0, 0))
         assert not guides or start < step <= stop
@@ -234,7 +235,7 @@ def test_a_replay_without_guide_has_other_rollouts_and_nothing_else_is_new(grpo,
     first, again = lines[start], lines[4]
     assert first["policy_step"] == again["policy_step"] == start + 1
     assert first["groups"].keys() == again["groups"].keys(), "the same prompts"
-    tables = [read_rollouts(run.path / "rollouts" / f"step-{start + 1:05d}-b{branch:02d}.parquet") for branch in (0, 1)]
+    tables = [read_table(run.path / "rollouts" / f"step-{start + 1:05d}-b{branch:02d}.parquet") for branch in (0, 1)]
     assert [row["uid"] for row in tables[0]] == [row["uid"] for row in tables[1]]
     assert [row["token_ids"] for row in tables[0]] != [row["token_ids"] for row in tables[1]]
 

@@ -21,7 +21,7 @@ from npo_core.figures import (
     suite_pass_rates,
     training_curves,
 )
-from npo_core.guidance.trajectories import write_rollouts
+from npo_core.files import write_table
 from npo_core.method.groups import group_advantages
 from npo_core.runs.validation import SUITES
 
@@ -333,9 +333,9 @@ def group(number, rewards, guide=None, overwritten=False):
     return rows
 
 
-def write_table(run, name, *groups):
+def rollout_table(run, name, *groups):
     (run / "rollouts").mkdir(parents=True, exist_ok=True)
-    write_rollouts(run / "rollouts" / name, [row for rows in groups for row in rows])
+    write_table(run / "rollouts" / name, [row for rows in groups for row in rows])
     return run / "rollouts" / name
 
 
@@ -345,8 +345,8 @@ def advantages_of(figure):
 
 def test_all_wrong_group_had_no_advantage_before_and_the_hand_numbers_after(tmp_path):
     mostly = group(0, [1.0] + [0.0] * 7, guide=40)
-    write_table(tmp_path, "step-00021-b00.parquet", group(9, [0.0] * 8))
-    write_table(tmp_path, "step-00041-b01.parquet", mostly, group(1, [0.0] * 8), group(2, [0.0] * 8, guide=40))
+    rollout_table(tmp_path, "step-00021-b00.parquet", group(9, [0.0] * 8))
+    rollout_table(tmp_path, "step-00041-b01.parquet", mostly, group(1, [0.0] * 8), group(2, [0.0] * 8, guide=40))
     figure = group_before_after(tmp_path)
     texts = texts_of(figure)
     assert any("dice : multiply the dice onto 2 ." in text and "Answer: 3" in text for text in texts)
@@ -364,14 +364,14 @@ def test_all_wrong_group_had_no_advantage_before_and_the_hand_numbers_after(tmp_
 
 
 def test_overwritten_right_rollout_counts_before(tmp_path):
-    table = write_table(tmp_path, "step-00041-b01.parquet", group(0, [1.0] + [0.0] * 7, guide=40, overwritten=True))
+    table = rollout_table(tmp_path, "step-00041-b01.parquet", group(0, [1.0] + [0.0] * 7, guide=40, overwritten=True))
     before, after = advantages_of(group_before_after(tmp_path, table))
     # two right of eight: mean 1/4, unbiased std √(3/14): 3/4 / 0.4629 = 1.620 and −1/4 / 0.4629 = −0.540
     assert before == after == ["+1.62", *["−0.54"] * 6, "+1.62"]
 
 
 def test_run_without_a_guided_group_is_refused(tmp_path):
-    table = write_table(tmp_path, "step-00021-b00.parquet", group(0, [0.0] * 8))
+    table = rollout_table(tmp_path, "step-00021-b00.parquet", group(0, [0.0] * 8))
     with pytest.raises(ValueError, match="no guided group in any of the 1 rollout tables"):
         group_before_after(tmp_path)
     with pytest.raises(ValueError, match="step-00021-b00"):
@@ -410,7 +410,7 @@ def test_gallery_marks_right_and_wrong_responses():
 
 @pytest.fixture
 def figures(grpo, autonpo):
-    write_table(autonpo, "step-00021-b01.parquet", group(0, [0.0] * 8, guide=40))
+    rollout_table(autonpo, "step-00021-b01.parquet", group(0, [0.0] * 8, guide=40))
     return {
         "curves": training_curves({"GRPO": grpo, "AutoNPO": autonpo}),
         "plateau": plateau(grpo),

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npo_core.files import write_table
 from npo_core.guidance.sources import GuidanceSource, GuidanceWindow
-from npo_core.guidance.trajectories import (
-    RULES,
-    GuidanceCache,
-    GuidanceRefused,
-    Trajectory,
-    as_row,
-    read_rollouts,
-    write_rollouts,
-)
+from npo_core.guidance.trajectories import RULES, GuidanceCache, GuidanceRefused, Trajectory, as_row
 
 EOS = 2
 GOOD = Trajectory("a", (5, 6, EOS), (-0.5, -1.0, -0.25), 40, True, "5 6", (-1.0, -1.0, -1.0))
@@ -235,7 +228,7 @@ def test_what_is_no_cache_is_refused_by_name(saved, tmp_path):
         (tmp_path / "bad.parquet").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.parquet is not a parquet file"):
             GuidanceCache.load(tmp_path / "bad.parquet")
-    write_rollouts(tmp_path / "rollouts.parquet", [{"uid": "a"}])
+    write_table(tmp_path / "rollouts.parquet", [{"uid": "a"}])
     with pytest.raises(ValueError, match="not a guidance cache"):
         GuidanceCache.load(tmp_path / "rollouts.parquet")
 
@@ -246,16 +239,6 @@ def test_a_cache_of_a_later_format_is_refused(saved):
     pq.write_table(table.replace_schema_metadata({"npo_guidance": about}), saved)
     with pytest.raises(ValueError, match="format 99"):
         GuidanceCache.load(saved)
-
-
-def test_a_rollout_table_gives_back_its_rows(tmp_path):
-    rows = [
-        {"uid": "a", "slot": 0, "guide_step": None, "token_ids": [1, 2], "ratio": [1.0, 0.5], "picture": b"png"},
-        {"uid": "a", "slot": 1, "guide_step": 40, "token_ids": [3], "ratio": [2.0], "picture": None},
-    ]
-    write_rollouts(tmp_path / "r.parquet", rows)
-    assert read_rollouts(tmp_path / "r.parquet") == rows
-    assert [entry.name for entry in tmp_path.iterdir()] == ["r.parquet"]
 
 
 def test_a_trajectory_as_a_row_has_all_its_parts():

@@ -1,14 +1,12 @@
 """The run folder: resume, logs that survive a kill, and files that are never half written."""
 
 import json
-import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from npo_core.files import append_line
 from npo_core.runs.config import resolve_config
-from npo_core.runs.folder import RunFolder, append_line, project_folder, read_lines, runs_folder, write_json
+from npo_core.runs.folder import RunFolder, project_folder, runs_folder
 
 CONFIG = resolve_config("grpo", "smoke", 1)
 
@@ -78,33 +76,6 @@ def test_the_place_of_all_runs(monkeypatch, tmp_path):
     assert RunFolder(CONFIG).path == tmp_path / CONFIG.run_name
 
 
-@given(cut=st.integers(1, 40))
-def test_a_kill_at_any_byte_loses_the_last_line_at_most(tmp_path_factory, cut):
-    path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    lines = [{"step": step, "text": "née"} for step in range(3)]
-    for line in lines:
-        append_line(path, line)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])
-    kept = list(read_lines(path))
-    assert kept == lines[: len(kept)]
-    assert len(kept) == whole[:-cut].count(b"\n") + (whole[:-cut].endswith(b"}"))
-    append_line(path, {"step": "resume"})
-    append_line(path, {"step": "on"})
-    assert list(read_lines(path)) == [*kept, {"step": "resume"}, {"step": "on"}]
-
-
-def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
-        list(read_lines(path))
-
-
-def test_no_file_has_no_lines(tmp_path):
-    assert list(read_lines(tmp_path / "none.jsonl")) == []
-
-
 def test_metrics_past_a_step_are_dropped_and_the_others_stay(run):
     lines = [{"compute_step": step, "npo/reward": step / 10} for step in range(1, 6)]
     for line in lines:
@@ -171,24 +142,6 @@ def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_log_as_it_wa
     assert run.events() == []
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
-
-    # killed between the writing and the renaming: a reader still sees the old file
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(path), "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
 def test_a_finished_run_says_what_it_was_and_keeps_its_environment(run, tmp_path):
     assert run.result() is None
     written = run.finish({"compute_steps": 20})
@@ -201,16 +154,6 @@ def test_a_finished_run_says_what_it_was_and_keeps_its_environment(run, tmp_path
     assert RunFolder(CONFIG, tmp_path).result() == written
     assert json.loads(environment.read_text()) == {"device": "where it ran"}
     assert hidden(run.path) == []
-
-
-def test_the_marker_of_a_writer_names_its_process(tmp_path, monkeypatch):
-    # two processes that write the same file must not share the unfinished one
-    names = []
-    monkeypatch.setattr(type(tmp_path), "replace", lambda self, target: names.append(self.name))
-    write_json(tmp_path / "x.json", 1)
-    monkeypatch.setattr(os, "getpid", lambda: 12345)
-    write_json(tmp_path / "x.json", 1)
-    assert len(set(names)) == 2
 
 
 def test_a_decision_that_was_logged_twice_counts_once(run):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from npo_core.guidance.trajectories import write_rollouts
+from npo_core.files import write_table
 from npo_core.method.curve import COSTS, ESTIMATES, MEASURED_COSTS, PROXY_COSTS, QUALITIES, SIGNALS, SUMS, PairSums
 from npo_core.runs.measurement import (
     PROXIES,
@@ -236,7 +236,7 @@ def test_pairs_are_read_from_their_files(tmp_path):
     (tmp_path / "pairs").mkdir()
     pair, numbers = Pair(7, "000027", 20), sums(20, tokens=np.arange(1.0, 7.0))
     rows = [{"uid": str(place), **{name: float(getattr(numbers, name)[place]) for name in SUMS}} for place in range(6)]
-    write_rollouts(tmp_path / "pairs" / pair.file, rows)
+    write_table(tmp_path / "pairs" / pair.file, rows)
     ((found, read),) = read_pairs(tmp_path, [pair]).items()
     assert found == pair
     assert all(np.array_equal(getattr(read, name), getattr(numbers, name)) for name in SUMS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from worlds import world
 
-from npo_core.guidance.trajectories import read_rollouts
+from npo_core.files import read_table
 from npo_core.guidance.verifiers import Verdict
 from npo_core.method.curve import MEASURED_COSTS, PROXY_COSTS, squared_deviations
 from npo_core.method.signal import signal_quality, variance_cost
@@ -106,7 +106,7 @@ def measured(policies, tmp_path_factory):
 
 def samples(folder, name, key):
     """A column of a policy's rollouts, by prompt."""
-    flat = [row[key] for row in read_rollouts(folder / "samples" / f"{name}.parquet")]
+    flat = [row[key] for row in read_table(folder / "samples" / f"{name}.parquet")]
     return [flat[start : start + SETTINGS.rollouts] for start in range(0, len(flat), SETTINGS.rollouts)]
 
 
@@ -309,11 +309,11 @@ def test_what_a_policy_samples_does_not_hang_on_the_pairs_beside_it(policies, me
     # so pairs can be added later
     few = plan_pairs([10, 20], [10])
     measurement(policies, tmp_path, pairs=few).run()
-    found = {path.name: read_rollouts(path) for path in tmp_path.glob("samples/*")}
+    found = {path.name: read_table(path) for path in tmp_path.glob("samples/*")}
     assert set(found) == {"000010.parquet", "000010-resample.parquet", "000020.parquet"}
-    assert all(read_rollouts(measured[0] / "samples" / name) == rows for name, rows in found.items())
+    assert all(read_table(measured[0] / "samples" / name) == rows for name, rows in found.items())
     for pair in few:
-        assert read_rollouts(tmp_path / "pairs" / pair.file) == read_rollouts(measured[0] / "pairs" / pair.file)
+        assert read_table(tmp_path / "pairs" / pair.file) == read_table(measured[0] / "pairs" / pair.file)
 
 
 # What is refused

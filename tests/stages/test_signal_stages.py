@@ -14,7 +14,7 @@ from PIL.Image import Image
 from worlds import world
 
 from npo_core.__main__ import main
-from npo_core.guidance.trajectories import read_rollouts
+from npo_core.files import read_table
 from npo_core.guidance.verifiers import BoxedVerifier, Verdict
 from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import SignalSettings
@@ -107,7 +107,7 @@ def test_a_folder_of_checkpoints_is_measured(run, tmp_path, module, data, verifi
     table = pd.read_parquet(out / "table.parquet")
     assert table["kind"].tolist() == ["resample", "future"]
     assert table["second_moment_policy"].tolist() == [pytest.approx(1.0, abs=1e-4), pytest.approx(5.0, abs=4.0)]
-    samples = read_rollouts(out / "samples" / "000001.parquet")
+    samples = read_table(out / "samples" / "000001.parquet")
     assert [row["uid"] for row in samples] == [f"sum-{n}" for n in (0, 0, 1, 1, 2, 2, 3, 3)]
     judge = find_verifier(verifier)
     rows = {row["uid"]: row for row in ROWS}

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
+from npo_core.files import append_line
 from npo_core.runs.config import resolve_config
-from npo_core.runs.folder import RunFolder, append_line
+from npo_core.runs.folder import RunFolder
 from npo_core.study import findings
 from npo_core.study import first as study
 from npo_core.study.gain import GainPlan

@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 # Shapes in the signatures of the maths are checked at run time, in tests only. The hook works on modules that are not
 # imported yet, hence here.
-CHECKED = ("groups", "ratios", "signal", "stats", "curve")
+CHECKED = ("groups", "ratios", "signal", "stats", "curve", "premise")
 install_import_hook([f"npo_core.method.{name}" for name in CHECKED], "beartype.beartype")
 
 # A deadline per example measures the machine's other load; a fixed choice of examples makes a failure repeatable.

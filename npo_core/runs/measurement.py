@@ -27,6 +27,8 @@ from ..method.curve import (
     rank_agreement,
     signal_curve,
 )
+from ..method.premise import Premise, premise
+from ..method.stats import Estimate
 
 PROXIES = ("token_kl", "token_kl_policy", *PROXY_COSTS[2:])
 """What is ranked against a measured variance; KL itself, which no c and no floor touches, in the place of e^(c·KL)."""
@@ -194,6 +196,22 @@ def curves(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[int
     }  # fmt: skip
 
 
+def premises(pairs: Mapping[Pair, PairSums], origin: int, settings: SignalSettings) -> list[Premise]:
+    """Who solves what the policy at `origin` fails, by distance; none where resample or later policies are missing."""
+    here = {pair.distance: sums for pair, sums in pairs.items() if pair.origin == origin and pair.distance is not None}
+    later = {distance: sums.shown for distance, sums in here.items() if distance > 0}
+    if 0 not in here or not later:
+        return []
+    rng = np.random.default_rng([settings.seed, origin, 1])
+    return premise(here[0].failed, here[0].shown, later, rng, settings.resamples)
+
+
+def read_premise(record: Mapping[str, Any]) -> Premise:
+    """A record of `signal.json` as it was written."""
+    estimates = {name: Estimate(**record[name]) for name in ("shown", "own", "gain")}
+    return Premise(**{**record, **estimates})
+
+
 def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[str, Any]:
     """Estimates of all pairs, fits and Δ* of all origins, rank agreement of the proxies, calibrated c.
 
@@ -213,6 +231,7 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
                 cost: {proxy: asdict(rank_agreement(curve, proxy, cost)) for proxy in PROXIES}
                 for cost in MEASURED_COSTS
             }
+        entry["premise"] = [asdict(one) for one in premises(pairs, origin, settings)]
         summary["origins"][str(origin)] = entry
     if measured:
         summary["c"] = {

@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset, Image
 
 from ..guidance.verifiers import BoxedVerifier
+from ..method.premise import in_words
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.measurement import Pair, SignalSettings, plan_pairs
+from ..runs.measurement import Pair, SignalSettings, plan_pairs, read_premise
 from ..trainer.trainer import Verifier
 from ..world.data import read_rows
 from ..world.policies import load_policy, load_processor
@@ -177,8 +178,19 @@ def default_origins(config: RunConfig) -> list[int]:
 
 
 def describe(measured: MeasuredSignal) -> str:
-    """Δ* of each origin in words, for a terminal."""
-    lines = [f"{'policy step':>11}  {'S':<24} {'Δ*':>6}  95 % over prompts"]
+    """The premise and Δ* of each origin in words, for a terminal."""
+    lines = []
+    for origin, entry in measured.summary["origins"].items():
+        if found := [read_premise(one) for one in entry["premise"]]:
+            lines.append(f"From policy step {origin}: {in_words(found, measured.summary['settings']['rollouts'])}")
+            lines.append(f"{'Δ':>11}  {'later policy':<22} {'own resample':<22} {'difference':<25} p (Holm)")
+            for one in found:
+                shown, own, gain = (
+                    f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (one.shown, one.own, one.gain)
+                )
+                lines.append(f"{one.distance:>11}  {shown:<22} {own:<22} {gain:<25} {one.p_holm:.2g}")
+            lines.append("")
+    lines += [f"{'policy step':>11}  {'S':<24} {'Δ*':>6}  95 % over prompts"]
     for origin, entry in measured.summary["origins"].items():
         for name in ("signal_kl", "signal_gradient_exact", "signal_1_kl", "signal_1_gradient_exact"):
             if name in entry["optimum"]:

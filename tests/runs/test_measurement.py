@@ -20,6 +20,7 @@ from npo_core.runs.measurement import (
     distance_grid,
     plan_pairs,
     read_pairs,
+    read_premise,
     summarise,
 )
 
@@ -187,6 +188,26 @@ def test_the_summary_holds_the_best_distance_fits_agreement_and_c(summary):
     assert entry["agreement"]["gradient_exact"]["second_moment"]["value"] is None  # it is constant here
     for kl in ("token_kl", "token_kl_policy"):
         assert summary["c"][kl]["gradient_exact"]["value"] == pytest.approx(2.0)
+
+
+def test_the_summary_holds_the_premise_of_each_origin():
+    shown = {0: [0, 1, 0, 0, 0, 0], 10: [1, 1, 0, 0, 0, 0], 20: [1, 1, 1, 1, 0, 0]}
+    planted = {
+        Pair(7, f"{7 + d:06d}" if d else RESAMPLE, d): sums(d, shown=np.array(row, dtype=float))
+        for d, row in shown.items()
+    }
+    planted[Pair(7, "000002", -5)] = sums(30)
+    [entry] = summarise(planted, SETTINGS)["origins"].values()
+    assert [(one["distance"], one["shown"]["value"], one["own"]["value"]) for one in entry["premise"]] == [
+        (10, pytest.approx(2 / 6), pytest.approx(1 / 6)),
+        (20, pytest.approx(4 / 6), pytest.approx(1 / 6)),
+    ]
+    assert [asdict(read_premise(one)) for one in entry["premise"]] == entry["premise"]
+
+
+def test_without_a_resample_there_is_no_premise(pairs):
+    later = {pair: found for pair, found in pairs.items() if pair.distance}
+    assert summarise(later, SETTINGS)["origins"]["7"]["premise"] == []
 
 
 def test_the_summary_is_json_without_nan(summary):

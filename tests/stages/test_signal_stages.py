@@ -203,12 +203,24 @@ def test_settings_of_our_own_run_are_the_run_s_and_no_more_prompts_than_it_has()
 def test_the_best_distances_in_words():
     best = {"distance": 20.0, "signal": 0.3, "at_edge": False, "low": 10.0, "high": 40.0}
     edge = {"distance": 80.0, "signal": 0.3, "at_edge": True, "low": 80.0, "high": 80.0}
-    summary = {
-        "origins": {"10": {"optimum": {"signal_kl": best, "signal_1_gradient_exact": edge, "signal_sequence": best}}}
-    }
+    optimum = {"signal_kl": best, "signal_1_gradient_exact": edge, "signal_sequence": best}
+    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": optimum, "premise": []}}}
     _, first, second = describe(MeasuredSignal(Path(), [], summary)).splitlines()
     assert first.split() == ["10", "signal_kl", "20", "10", "to", "40"]
     assert second.split() == ["10", "signal_1_gradient_exact", "80", "80", "to", "80,", "at", "the", "edge"]
+
+
+def test_the_premise_comes_first():
+    share = {"value": 0.25, "low": 0.15, "high": 0.35, "n": 60}
+    own = {"value": 0.05, "low": 0.02, "high": 0.1, "n": 60}
+    record = {"distance": 40, "shown": share, "own": own, "gain": {**share, "value": 0.2}, "p_holm": 0.001}
+    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": {}, "premise": [record]}}}
+    first, _, row, *_ = describe(MeasuredSignal(Path(), [], summary)).splitlines()
+    assert first == (
+        "From policy step 10: Guides from Δ = 40 solve 0.25 (0.15 to 0.35) of the 60 prompts that the policy fails in "
+        "8 rollouts, its own resample 0.05 (0.02 to 0.10): the premise holds."
+    )
+    assert " ".join(row.split()) == "40 0.250 (0.150 to 0.350) 0.050 (0.020 to 0.100) 0.200 (0.150 to 0.350) 0.001"
 
 
 # Data

@@ -1,34 +1,18 @@
 r"""Verification of answers by our own rules: the last balanced \boxed{…} against the reference.
 
-Standard library only, linear in the completion's length, and no completion can make it raise or hang: nothing is
-evaluated, so an expression that is not a plain number (5^(5^(5^5)), 1/2004!) is compared as text. That is stricter than
-a computer algebra system: equal expressions in other forms count as wrong. The paper does not publish its verifier, so
-all rules are ours.
+Standard library only, linear in the completion's length, and no completion can make it raise or hang. When two answers
+are the same stands in `answers`. The paper does not publish its verifier, so all rules are ours.
 """
 
 import enum
 import functools
 import re
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
-RELATIVE_TOLERANCE = Fraction(1, 10**6)
-"""Largest relative error of a number that is not an integer."""
-
-MAX_NUMBER_LENGTH = 64
-"""Longer texts are not read as numbers."""
-
-_MAX_NESTED_WRAPPERS = 8
+from .answers import normalise_answer, same_answer
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox)\{([^{}]*)\}")
-_MATH_DELIMITERS_AND_SPACING = re.compile(r"\\[()\[\],;:! ]|~|\\(?:quad|qquad)(?![a-zA-Z])")
-_SPACE_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])\s+(?=[0-9])")
-_OPTION = re.compile(r"\(([a-z])\)|([a-z])[):]")
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?"
-_DECIMAL = re.compile(rf"(?=[0-9.])({_PLAIN})(?:e([+-]?[0-9]{{1,3}}))?")
-_RATIO = re.compile(rf"\\[dt]?frac\{{([+-]?{_PLAIN})\}}\{{([+-]?{_PLAIN})\}}|({_PLAIN})/([+-]?{_PLAIN})")
 
 
 class Verdict(enum.Enum):
@@ -97,38 +81,11 @@ def extract_answer(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-def normalise_answer(answer: str) -> str:
-    r"""The form in which two answers are compared as text (ours).
-
-    Lower case; no white space, except one space between two digits ("1 2" is a list and not 12); without math
-    delimiters, LaTeX spacing, `\text{…}` and its kin, surrounding `$`, trailing periods. (A), A., A) and A: become a.
-
-    Args:
-        answer: content of a box, or a reference answer.
-
-    Returns:
-        Normalised text, possibly empty.
-    """
-    text = answer.replace("\u2212", "-").replace("{,}", ",").replace("\\%", "%").replace("\\$", "$").casefold()
-    text = _MATH_DELIMITERS_AND_SPACING.sub("", text)
-    # A control character marks the spaces that carry meaning while the others are removed.
-    text = "".join(_SPACE_BETWEEN_DIGITS.sub("\0", text.replace("\0", "")).split()).replace("\0", " ")
-    for _ in range(_MAX_NESTED_WRAPPERS):
-        unwrapped = _WRAPPER.sub(r"\1", text)
-        if unwrapped == text:
-            break
-        text = unwrapped
-    text = text.lstrip("$").rstrip("$.")
-    option = _OPTION.fullmatch(text)
-    return (option.group(1) or option.group(2)) if option else text
-
-
 def verify(completion_text: str, answer: str) -> Verdict:
     r"""Compare a completion's last boxed answer with the reference (ours); verdicts are kept, as rollouts repeat.
 
-    Correct when both are equal after `normalise_answer`, or both are plain numbers of equal value: integers, decimals,
-    exponents (1e-3), thousands separators, fractions (a/b, `\frac{a}{b}`), percentages (50% is 0.5, not 50). Two
-    integers must be equal; otherwise the relative error may be 1e-6.
+    Correct when both are the same after `normalise_answer`, see `same_answer` and docs/verification.md: as text, as
+    lists, or as numbers of equal value (50% is 0.5, and 50 only where the reference has the sign).
 
     Args:
         completion_text: the whole response; any text is fine.
@@ -157,15 +114,7 @@ def _verdict(completion_text: str, answer: str) -> Verdict:
     given = None if boxed is None else normalise_answer(boxed)
     if not given:
         return Verdict.UNPARSEABLE
-    if given == reference:
-        return Verdict.CORRECT
-    given_number, reference_number = _number(given), _number(reference)
-    if given_number is None or reference_number is None:
-        return Verdict.WRONG
-    if given_number.denominator == reference_number.denominator == 1:
-        return Verdict.CORRECT if given_number == reference_number else Verdict.WRONG
-    close = abs(given_number - reference_number) <= RELATIVE_TOLERANCE * abs(reference_number)
-    return Verdict.CORRECT if close else Verdict.WRONG
+    return Verdict.CORRECT if same_answer(given, reference) else Verdict.WRONG
 
 
 class BoxedVerifier:
@@ -251,28 +200,3 @@ def _content_text(content: object) -> str:
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         return "".join(part["text"] for part in content if part.get("type") == "text")
     raise TypeError(f"a message's content is text, None or a list of parts; got {type(content).__name__}.")
-
-
-def _number(text: str) -> Fraction | None:
-    """The value of a plain number in normalised text, or None."""
-    if len(text) > MAX_NUMBER_LENGTH:
-        return None
-    unsigned = text[1:] if text.startswith(("-", "+")) else text
-    percent = unsigned.endswith("%")
-    body = unsigned.removesuffix("%")
-    ratio = _RATIO.fullmatch(body)
-    if ratio:
-        top, bottom = (_plain(part) for part in ratio.groups() if part is not None)
-        value = None if top is None or not bottom else top / bottom
-    else:
-        decimal = _DECIMAL.fullmatch(body)
-        plain = _plain(decimal.group(1)) if decimal else None
-        value = None if decimal is None or plain is None else plain * Fraction(10) ** int(decimal.group(2) or 0)
-    if value is None:
-        return None
-    return (-value if text.startswith("-") else value) / (100 if percent else 1)
-
-
-def _plain(text: str) -> Fraction | None:
-    digits = text.replace(",", "")
-    return Fraction(digits) if digits.strip("+-") else None

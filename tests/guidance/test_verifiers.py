@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,23 @@ from npo_core.guidance.verifiers import (
     verifier_reward,
     verify,
 )
+
+PUBLISHED = Path(__file__).parents[2] / "docs" / "verification.md"
+
+
+def published(title: str) -> list[tuple[str, str]]:
+    """References and boxed answers of a table in the documentation."""
+    section = PUBLISHED.read_text(encoding="utf-8").partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \| `(.+?)` \|", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("title", "verdict", "rows"), [("The same", Verdict.CORRECT, 50), ("Not the same", Verdict.WRONG, 30)]
+)
+def test_the_published_tables_are_those_of_the_code(title, verdict, rows):
+    table = published(title)
+    assert len(table) >= rows
+    assert {row: verify(rf"\boxed{{{row[1]}}}", row[0]) for row in table} == dict.fromkeys(table, verdict)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +108,7 @@ def test_extract_answer(text, answer):
         (r"12.5\%", "12.5%"),
         (r"\$5", "5"),
         ("0.3333333", "1/3"),
-        ("3.1415926", "3.14159265"),
+        ("3.14159265", "3.1415926"),
         ("0", "-0.0"),
         ("1 2", "1  2"),
         ("5^(5^(5^5))", "5^(5^(5^5))"),
@@ -172,17 +190,65 @@ def test_reference_that_is_no_text_is_refused(answer):
         r"\boxed{" + r"\text{" * 20_000 + "}" * 20_001,
         r"\boxed{" + "1," * 50_000 + "}",
         r"\boxed{" + "1 " * 50_000 + "}",
+        r"\boxed{" + "1,111" + ",111" * 50_000 + ",}",
+        r"\boxed{" + "(" * 50_000 + "1," * 50_000 + "}",
+        r"\boxed{" + "^" * 50_000 + "x" * 50_000 + "}",
+        r"\boxed{" + "x^{" * 20_000 + "}" * 20_001,
+        r"\boxed{" + r"\frac" * 50_000 + "}",
+        r"\boxed{" + r"\, " * 50_000 + "}",
+        r"\boxed{" + r"\{" + "1, " * 50_000 + r"\}}",
     ],
-    ids=["opened", "spaces", "wrapped", "commas", "digits"],
+    ids=[
+        "opened",
+        "spaces",
+        "wrapped",
+        "commas",
+        "digits",
+        "thousands",
+        "brackets",
+        "powers",
+        "deep",
+        "fractions",
+        "thin",
+        "set",
+    ],
 )
 def test_long_hostile_text_takes_no_time(text):
     start = time.perf_counter()
     assert verify(text, "3") is not Verdict.CORRECT
+    assert verify(r"\boxed{3}", text.removeprefix(r"\boxed{")) is not Verdict.CORRECT
     assert time.perf_counter() - start < 5
 
 
 PIECES = st.sampled_from(
-    [*"{}$%/-+.,e()A0−^\\ \n\0", "\\boxed", "\\boxed{", "\\{", "\\frac{", "\\text{", "\\%", "\\,", "yes", "12"]
+    [
+        *"{}$%/-+.,e()A0−^\\ \n\0",
+        "\\boxed",
+        "\\boxed{",
+        "\\{",
+        "\\frac{",
+        "\\text{",
+        "\\%",
+        "\\,",
+        "yes",
+        "12",
+        "\\left",
+        "\\sqrt",
+        "^{",
+        "_",
+        "×",
+        "½",
+        "δ",
+        "Co",
+        "\u2009",
+        "（",
+        "(",
+        ")",
+        "[",
+        "\\begin{bmatrix}",
+        "\\!",
+        "\1",
+    ]
 )
 
 

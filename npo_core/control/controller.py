@@ -29,7 +29,8 @@ from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..trainer.sampling import Generate, Lazily, end_tokens, shared_logps, shared_rollouts
+from ..trainer.inputs import end_tokens
+from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
 from ..trainer.trainer import NPOTrainer, Verifier
 from ..trainer.vllm import place, trainer_generate
 from ..world.data import image_digest

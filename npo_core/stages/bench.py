@@ -37,7 +37,8 @@ from ..method.groups import group_advantages
 from ..runs.checkpoints import checkpoint_folder, mark_complete
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
-from ..trainer.sampling import completion_logps, encode_prompts
+from ..trainer.inputs import encode_prompts
+from ..trainer.sampling import completion_logps
 from ..world.policies import (
     keep_freed_memory,
     load_policy,

@@ -30,7 +30,8 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 from ..runs.measurement import RESAMPLE, Pair
 from ..stages import run as stages
-from ..trainer.sampling import end_tokens, sample_rollouts
+from ..trainer.inputs import end_tokens
+from ..trainer.sampling import sample_rollouts
 from ..world.policies import load_policy, quiet_transformers, tokenizer_digest
 from ..world.warmstart import teacher_folder
 

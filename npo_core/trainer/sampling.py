@@ -5,18 +5,20 @@ temperature of their own (1 unless it is given), so that they are those of the p
 sampling distribution. What will guide is scored at the temperature of training: TRL divides its logits by it.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from trl.data_utils import prepare_multimodal_messages
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ..guidance.trajectories import Trajectory
 from ..guidance.verifiers import Verifier, is_correct
 from ..processes import process_count, process_number, shared
 from ..world.policies import tokenizer_of
+from .inputs import Sampling, encode_prompts, end_tokens, padding_token
 
 ROLLOUT_BATCH = 512
 """Rollouts in one `generate` call."""
@@ -28,7 +30,7 @@ ENGINE_PROMPTS = 512
 class Generate(Protocol):
     """Samples token ids otherwise than by transformers: k responses per row, those of a row together.
 
-    `sampling` holds temperature, top_p and top_k.
+    `sampling` holds temperature, top_p, top_k, min_p and repetition_penalty.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], k: int, sampling: Mapping[str, Any]) -> list[list[int]]: ...
@@ -52,58 +54,6 @@ class Lazily(Sequence):
         return [self.read(key) for key in self.keys[place]] if isinstance(place, slice) else self.read(self.keys[place])
 
 
-def pictures_of(row: Mapping[str, Any]) -> list[Any]:
-    """Pictures of a row: its `images`, or its `image` alone, or none."""
-    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
-
-
-def encode_prompts(
-    processor, rows: Sequence[Mapping[str, Any]], chat_template_kwargs: Mapping[str, Any] | None = None
-) -> dict[str, torch.Tensor]:
-    """Model inputs of data set rows, left-padded, as TRL makes them.
-
-    Chat messages go through the chat template, `image` or `images` in the first user message; a prompt that is a plain
-    string is tokenised as it is.
-
-    Args:
-        processor: Processor or tokenizer.
-        rows: Data set rows with prompt and, for visual tasks, image or images.
-        chat_template_kwargs: What TRL's argument of this name is in training, such as `{"enable_thinking": False}`.
-
-    Raises:
-        ValueError: Plain strings among chat messages, or with pictures.
-    """
-    plain = [isinstance(row["prompt"], str) for row in rows]
-    if any(plain):
-        if not all(plain) or any(pictures_of(row) for row in rows):
-            raise ValueError(
-                "A prompt is a plain string, and others are chat messages or have pictures; write every prompt as chat "
-                'messages: [{"role": "user", "content": …}].'
-            )
-        texts = [row["prompt"] for row in rows]
-        return dict(processor(text=texts, return_tensors="pt", padding=True, padding_side="left"))
-    messages = []
-    for row in rows:
-        pictures = pictures_of(row)
-        messages.append(prepare_multimodal_messages(row["prompt"], images=pictures) if pictures else row["prompt"])
-    padding = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
-    extra = padding if tokenizer_of(processor) is processor else {"processor_kwargs": padding}
-    template = dict(chat_template_kwargs or {})
-    return dict(
-        processor.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=True, **extra, **template
-        )
-    )
-
-
-def end_tokens(model: PreTrainedModel, processor) -> list[int]:
-    """Token ids that end a response, as TRL has them: the tokenizer's, and all that the model's generation names."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    own = tokenizer_of(processor).eos_token_id
-    return ids if own in ids else [own, *ids]
-
-
 def sample_rollouts(
     model: PreTrainedModel,
     processor,
@@ -117,6 +67,9 @@ def sample_rollouts(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generation_kwargs: Mapping[str, Any] | None = None,
     score: bool = True,
     batch: int = ROLLOUT_BATCH,
     score_batch: int = ROLLOUT_BATCH,
@@ -127,7 +80,8 @@ def sample_rollouts(
 ) -> list[list[Trajectory]]:
     """Sample k verified responses per row. Training state and the global random state are left as they were.
 
-    A response ends where it would in training: at any end of sequence of tokenizer or model (`end_tokens`).
+    A response is drawn and ends as it would be in training: by the settings that TRL gives to `generate`, up to any end
+    of sequence of tokenizer or model (`inputs`).
 
     Args:
         model: Policy; put into evaluation mode while sampling.
@@ -141,6 +95,9 @@ def sample_rollouts(
         temperature: Sampling temperature.
         top_p: Nucleus; 1 switches it off.
         top_k: Number of likeliest tokens; 0 switches it off.
+        min_p: Least probability as a share of the likeliest token's, or None.
+        repetition_penalty: 1 switches it off.
+        generation_kwargs: Further settings, as TRL's argument of this name; not for `generate`.
         score: Compute log-probs (at `score_temperature`, untruncated); without it `logps` is empty.
         batch: Responses that are sampled at a time.
         score_batch: Responses that are scored at a time.
@@ -157,17 +114,8 @@ def sample_rollouts(
         raise ValueError(f"k is {k}; sample at least one response per row.")
     tokenizer = tokenizer_of(processor)
     ends = end_tokens(model, processor)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        # as TRL does: an image token in a response stands for no picture, and the next forward pass would fail
-        suppress_tokens=[model.config.image_token_id] if hasattr(model.config, "image_token_id") else None,
-    )
+    drawn = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs or {})
+    settings = drawn.settings(model, processor, max_new_tokens) if generate is None else None
     was_training = model.training
     out: list[list[Trajectory]] = []
     model.eval()
@@ -185,7 +133,7 @@ def sample_rollouts(
                     ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
                     ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
                 else:
-                    ids = generate(part, k, {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+                    ids = generate(part, k, drawn.of_engine)
                 completions = [_until_end(row, ends) for row in ids]
                 logps = (
                     completion_logps(
@@ -355,23 +303,33 @@ def _forced(
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the whole vocabulary at each place of given responses, and their padded token ids."""
-    tokenizer = tokenizer_of(processor)
     encoded = encode_prompts(processor, rows, chat_template_kwargs)
     inputs = {name: value.to(model.device) for name, value in encoded.items()}
     width = max(map(len, completions))
-    ids = torch.full((len(completions), width), tokenizer.pad_token_id, device=model.device)
+    ids = torch.full((len(completions), width), padding_token(processor), device=model.device)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(completions):
         ids[index, : len(row)] = torch.tensor(row, device=model.device)
         mask[index, : len(row)] = 1
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+    if _counts_places(model):
+        # as `generate` has them: a policy of absolute places would else depend on how far its prompt is padded
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
     if temperature != 1.0:
         logits = logits / temperature
     return logits.log_softmax(dim=-1), ids
+
+
+def _counts_places(model: PreTrainedModel) -> bool:
+    """Whether a model takes the places of its tokens as they are; one with a vision tower makes its own of the mask."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    text_only = inner.config.get_text_config() is inner.config
+    return text_only and "position_ids" in inspect.signature(inner.forward).parameters
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -21,7 +21,8 @@ from trl.generation import vllm_generation
 from trl.models import prepare_fsdp
 
 from .fsdp import reshard
-from .sampling import Generate, encode_prompts, pictures_of
+from .inputs import pictures_of, prompt_tokens
+from .sampling import Generate
 
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
@@ -139,12 +140,8 @@ def trainer_generate(trainer: GRPOTrainer) -> Generate | None:
         reshard(trainer.model)  # it may have scored since it was trained
         engine.sync_weights()
         trainer._last_loaded_step = trainer.state.global_step
-        encoded = encode_prompts(processor, rows, trainer.chat_template_kwargs)
-        prompt_ids = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-            for _ in range(k)
-        ]
+        asked, _ = prompt_tokens(processor, rows, trainer.chat_template_kwargs)
+        prompt_ids = [ids for ids in asked for _ in range(k)]
         shown = [pictures_of(row) or None for row in rows for _ in range(k)]
         images = shown if any(shown) else None
         if images is not None and trainer.vllm_mode == "colocate":

@@ -8,7 +8,8 @@ from worlds import VERIFIER, world
 
 from npo_core.trainer import gradients
 from npo_core.trainer.gradients import SourceGradients, both_sided, own_gram, selected_parameters, source_gradients
-from npo_core.trainer.sampling import encode_prompts, sample_rollouts
+from npo_core.trainer.inputs import encode_prompts
+from npo_core.trainer.sampling import sample_rollouts
 
 
 @pytest.fixture(scope="module", params=["text", "pictures"])

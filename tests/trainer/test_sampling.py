@@ -11,12 +11,11 @@ from npo_core.control.controller import Controller
 from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
+from npo_core.trainer.inputs import encode_prompts, end_tokens
 from npo_core.trainer.sampling import (
     Lazily,
     completion_entropies,
     completion_logps,
-    encode_prompts,
-    end_tokens,
     sample_rollouts,
     shared_logps,
     shared_rollouts,
@@ -334,7 +333,9 @@ def test_another_sampler_takes_the_place_of_the_model(model, processor, rows, sa
 
     settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     groups = sample(k=2, batch=4, generate=generate, rows=rows[:3], **settings)
-    assert asked == [(3, 2, settings)], "it is sent the weights each time, so it gets as much as fits"
+    assert asked == [(3, 2, {**settings, "min_p": None, "repetition_penalty": 1.0})], (
+        "it is sent the weights each time, so it gets as much as fits"
+    )
     for group, row in zip(groups, rows[:3], strict=True):
         assert [trajectory.token_ids for trajectory in group] == [(*solution, eos)] * 2
         assert group[0].logps == pytest.approx(alone(model, processor, row, (*solution, eos)), abs=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from trl.generation import vllm_generation
 from worlds import world
 
-from npo_core.trainer.sampling import encode_prompts
+from npo_core.trainer.inputs import encode_prompts
 from npo_core.trainer.vllm import (
     NEVER,
     collapse_pictures,

@@ -254,7 +254,7 @@ from trl.generation import vllm_generation
 from vllm import SamplingParams
 from npo_core.trainer.vllm import collapse_pictures
 from npo_core.world.policies import load_processor
-from npo_core.trainer.sampling import encode_prompts
+from npo_core.trainer.inputs import encode_prompts
 from npo_core.world.tasks import make_dataset, sample_problems
 processor, row = load_processor(sys.argv[1]), make_dataset(sample_problems("train", 2, 0, ["mathvista"]))[0]
 ids = encode_prompts(processor, [row])["input_ids"].tolist()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile
 from worlds import TinyWorld, trainer_of, world
 
-from npo_core.trainer.sampling import encode_prompts
+from npo_core.trainer.inputs import encode_prompts
 from npo_core.world import data as datafiles
 from npo_core.world.data import (
     MMFINEREASON,

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from npo_core.trainer.sampling import encode_prompts
+from npo_core.trainer.inputs import encode_prompts
 from npo_core.world.policies import (
     SPECIAL_TOKENS,
     TinyPolicySpec,

@@ -20,7 +20,8 @@ from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadM
 from transformers.cache_utils import DynamicLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-from npo_core.trainer.sampling import completion_logps, encode_prompts
+from npo_core.trainer.inputs import encode_prompts
+from npo_core.trainer.sampling import completion_logps
 from npo_core.world.policies import TinyPolicySpec, build_processor, build_tiny_policy, load_policy, save_policy
 from npo_core.world.speed import prompts, sharing
 from npo_core.world.speed.sharing import WORTHWHILE, RoomyLayer, cheapest_sharing, share_work

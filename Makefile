@@ -25,7 +25,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal signal-study study map corner claims figures bench plan base lab test test-vllm lint clean
+.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base lab test test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,9 +64,6 @@ npo: setup ## Run notebooks/02_npo.ipynb: manual interventions beside GRPO (PRES
 signal: setup ## Run notebooks/04_signal.ipynb: Q, V and S over distance (PRESET, SEED)
 	@mkdir -p $(RUNS)
 	$(THREADS) $(BIN)/papermill notebooks/04_signal.ipynb $(RUNS)/04_signal.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
-
-signal-study: setup ## Make data/results/ anew: interventions, signal and gain over five seeds (hours)
-	$(THREADS) $(BIN)/python -m npo_core signal-study --preset $(PRESET) $(ARGS)
 
 study: setup ## Run the evidence study, arms x seeds, and write data/results/ (hours; resumable)
 	$(BIN)/python -m npo_core study --preset $(PRESET) $(ARGS)

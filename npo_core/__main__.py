@@ -62,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     _signal_parser(stages)
     _gain_parser(stages)
-    _study_parser(stages)
     whole = stages.add_parser("merge", help="Write a checkpoint with adapters as a policy of its own.")
     whole.set_defaults(stage=_merge)
     whole.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
@@ -141,19 +140,6 @@ def _gain_parser(stages) -> None:
     stage.add_argument("--modes", nargs="+", help="ratio modes of the guide slot")
     stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     stage.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _study_parser(stages) -> None:
-    text = "The signal study over seeds: make or load all its runs, and write data/results/ (hours on two cores)."
-    stage = stages.add_parser("signal-study", help=text, description=text)
-    stage.set_defaults(stage=_study)
-    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
-    stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds (default: 0 to 4)")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
-    stage.add_argument("--quiet", action="store_true", help="no progress bars")
-    parts = ("interventions", "signal", "gain")
-    stage.add_argument("--parts", nargs="+", choices=parts, default=parts, help="gain needs signal")
 
 
 def _evidence_parser(stages) -> None:
@@ -353,13 +339,6 @@ def _gain(options: argparse.Namespace) -> int:
         print(
             f"{record['origin']:>5} {record['source']:<10} {record['mode'] or '':<9} {record['final']['average']:.3f}"
         )
-    return 0
-
-
-def _study(options: argparse.Namespace) -> int:
-    from .study import first as study
-
-    study.write(options.preset, options.seeds, options.parts, root=options.root, out=options.out, quiet=options.quiet)
     return 0
 
 

@@ -12,7 +12,6 @@ from .grids import gain_map, suite_table
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
-from .study import final_differences, gain_against_signal, gain_over_distance, learning_curves, speed_up
 from .style import save_figure
 
 __all__ = [
@@ -21,20 +20,15 @@ __all__ = [
     "controls",
     "correction_ablation",
     "draw_study",
-    "final_differences",
-    "gain_against_signal",
     "gain_map",
-    "gain_over_distance",
     "group_before_after",
     "intervention_signals",
-    "learning_curves",
     "plateau",
     "proxy_agreement",
     "quality_stability",
     "sample_gallery",
     "save_figure",
     "signal_curves",
-    "speed_up",
     "suite_pass_rates",
     "suite_table",
     "training_curves",

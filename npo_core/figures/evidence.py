@@ -20,8 +20,7 @@ from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
 from .estimates import difference_text, interval, quoted, require_arms
 from .record import AVERAGE_WEIGHT, RunRecord
-from .study import MEAN, SEED
-from .style import COLORS, GREY, WIDTH, canvas, settle, style
+from .style import COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, style
 
 GROUPS = {"baseline": "Baselines", "npo": "NPO", "control": "Controls"}
 """Titles of the kinds of arms."""

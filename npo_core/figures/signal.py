@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..method.curve import COSTS, MEASURED_COSTS, QUALITIES
@@ -240,23 +240,11 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
     return settle(figure)
 
 
-def log_axis(axis: Axis, linear_below: float | None = None) -> None:
-    """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font.
-
-    Args:
-        axis: Axis whose data is drawn already.
-        linear_below: Number > 0 below which the scale is linear and ends a little under 0, for data that holds a 0.
-    """
+def log_axis(axis: Axis) -> None:
+    """Logarithmic scale with plain numbers: raised exponents would be smaller than the smallest font."""
     axes, name = axis.axes, axis.axis_name
-    if linear_below is None:
-        getattr(axes, f"set_{name}scale")("log")
-        numbers = _round_numbers(*getattr(axes, f"get_{name}lim")())
-    else:
-        getattr(axes, f"set_{name}scale")("symlog", linthresh=linear_below)
-        getattr(axes, f"set_{name}lim")(-0.3 * linear_below, None)
-        numbers = [0.0, *_round_numbers(linear_below, getattr(axes, f"get_{name}lim")()[1])]
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_locator(FixedLocator(numbers))
+    getattr(axes, f"set_{name}scale")("log")
+    axis.set_major_locator(FixedLocator(_round_numbers(*getattr(axes, f"get_{name}lim")())))
     axis.set_major_formatter(lambda value, place: _short(value))
     axis.set_minor_formatter(NullFormatter())
 

@@ -19,6 +19,10 @@ FONT = 8.0
 """Smallest font size in points."""
 COLORS = seaborn.color_palette("colorblind").as_hex()
 GREY = "0.35"
+SEED = {"ls": "", "ms": 4, "alpha": 0.8, "mec": "white", "mew": 0.5, "zorder": 3.5}
+"""Look of a single seed."""
+MEAN = {"ls": "", "mec": "black", "mew": 0.7, "zorder": 4}
+"""Look of a mean over seeds."""
 LAYOUT_PASSES = 2
 """Layouts of a figure until it is fixed; the second knows the sizes that the first gave."""
 

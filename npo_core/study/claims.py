@@ -58,18 +58,17 @@ def claims(evidence: Evidence, signal: Mapping[str, Any] | None = None) -> list[
 
     Args:
         evidence: Results of the study.
-        signal: Content of `signal.json`, or None: then the claims about S, Q and V are left out.
+        signal: Content of `signal.json`, or None: then the claims about S, Q and V are "not measured".
 
     Raises:
         ValueError: An arm that a claim needs is not part of the results.
     """
     if missing := lacking(evidence):
         raise ValueError(f"The results lack the arms {', '.join(missing)}; `python -m npo_core study` runs all.")
-    about_signal = [] if signal is None else [interior_peak(signal), shapes(signal)]
     decide: list[Callable[[Evidence], Claim]] = [
         _early_speed_up, _late_breakthrough, _table, _ordering, _entropy, _correction, _growing_gap, _overhead,
     ]  # fmt: skip
-    return [*about_signal, *(rule(evidence) for rule in decide)]
+    return [interior_peak(signal), shapes(signal), *(rule(evidence) for rule in decide)]
 
 
 def lacking(evidence: Evidence) -> list[str]:

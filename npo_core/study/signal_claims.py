@@ -1,10 +1,11 @@
-"""Verdicts on what the paper says of S, Q and V, from the measurement over seeds (`signal.json`)."""
+"""Verdicts on what the paper says of S, Q and V, from a measurement over seeds (`signal.json`), where there is one."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, Claim
+from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, UNMEASURED, Claim
 
 MOST = 0.8
 """Share of seeds that must show a shape for it to count."""
@@ -17,8 +18,28 @@ QUALITIES = {"quality": "8 rollouts", "quality_1": "1 rollout"}
 COSTS = {"gradient_current": "ratio current", "gradient_exact": "ratio exact"}
 
 
-def interior_peak(signal: Mapping[str, Any]) -> Claim:
+PEAK = Claim(
+    "interior peak",
+    "S(Δ) = Q/V has one interior maximum",
+    "Δ* ≈ 20 steps from the base, ≈ 70 from mid-training",
+    "–",
+    "a measurement, not a run",
+    UNMEASURED,
+    "the results hold no signal.json",
+    SIGNAL,
+)
+SHAPES = replace(
+    PEAK,
+    name="shapes",
+    claim="Q is concave and saturates, V grows exponentially",
+    paper="V ≲ e^(βΔ), figures 2b and 2c",
+)
+
+
+def interior_peak(signal: Mapping[str, Any] | None) -> Claim:
     """S has one interior maximum: seeds whose Δ* and its interval over prompts exclude both ends."""
+    if signal is None:
+        return PEAK
     names = {
         f"{quality.replace('quality', 'signal')}_{cost}": f"{rollouts}, {mode}"
         for quality, rollouts in QUALITIES.items()
@@ -34,27 +55,25 @@ def interior_peak(signal: Mapping[str, Any]) -> Claim:
             rows.append({"origin": origin, "signal": name, "interior": inside, "interval inside": sure})
     enough = {(row["origin"], row["signal"]): row["interval inside"] >= MOST * seeds for row in rows}
     everywhere = [name for name in names if all(enough[origin, name] for origin in signal["origins"])]
-    return Claim(
-        "interior peak",
-        "S(Δ) = Q/V has one interior maximum",
-        "Δ* ≈ 20 steps from the base, ≈ 70 from mid-training",
-        _by_origin(
+    return replace(
+        PEAK,
+        compute=_by_origin(
             rows,
             lambda row: (
                 f"{names[row['signal']]} {row['interval inside']}/{seeds} (maximum alone {row['interior']}/{seeds})"
             ),
         ),
-        "a measurement, not a run",
-        REPRODUCED if everywhere else PARTLY if any(enough.values()) else NOT,
-        f"seeds whose Δ* is interior with its 95 % interval over prompts; {MOST:.0%} of them needed, from every origin "
-        "for one definition of S",
-        SIGNAL,
-        rows,
+        verdict=REPRODUCED if everywhere else PARTLY if any(enough.values()) else NOT,
+        grounds=f"seeds whose Δ* is interior with its 95 % interval over prompts; {MOST:.0%} of them needed, from "
+        "every origin for one definition of S",
+        numbers=rows,
     )
 
 
-def shapes(signal: Mapping[str, Any]) -> Claim:
+def shapes(signal: Mapping[str, Any] | None) -> Claim:
     """Q rises and saturates within the distances, measured V grows like e^(βΔ): seeds for which the fit says so."""
+    if signal is None:
+        return SHAPES
     seeds, rows = len(signal["seeds"]), []
     for origin, entry in signal["origins"].items():
         grid = entry["distances"]
@@ -66,19 +85,16 @@ def shapes(signal: Mapping[str, Any]) -> Claim:
     whole = [
         any(all(enough[origin, name] for origin in signal["origins"]) for name in names) for names in (QUALITIES, COSTS)
     ]
-    return Claim(
-        "shapes",
-        "Q is concave and saturates, V grows exponentially",
-        "V ≲ e^(βΔ), figures 2b and 2c",
-        _by_origin(
+    return replace(
+        SHAPES,
+        compute=_by_origin(
             rows, lambda row: f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
         ),
-        "a measurement, not a run",
-        REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,
-        "seeds whose fit of Q∞(1 − e^(−Δ/τ)) has τ within the distances, or whose fit of e^(βΔ) at least doubles, with "
-        f"an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as measured",
-        SIGNAL,
-        rows,
+        verdict=REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,
+        grounds="seeds whose fit of Q∞(1 − e^(−Δ/τ)) has τ within the distances, or whose fit of e^(βΔ) at least "
+        f"doubles, with an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as "
+        "measured",
+        numbers=rows,
     )
 
 

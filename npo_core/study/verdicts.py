@@ -10,8 +10,9 @@ from typing import Any
 from .comparisons import Difference
 
 REPRODUCED, PARTLY, NOT, FEW = "reproduced", "partly", "not reproduced", "too few seeds"
+UNMEASURED = "not measured"
 
-STUDY, SIGNAL = "make study", "make signal-study"
+STUDY, SIGNAL = "make study", "python -m npo_core signal"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Claim:
         paper: Its figure.
         compute: Ours at equal compute, in words.
         policy: Ours at equal policy step, in words.
-        verdict: "reproduced", "partly", "not reproduced", "not testable here" or "too few seeds".
+        verdict: "reproduced", "partly", "not reproduced", "too few seeds" or "not measured".
         grounds: What decided it.
         command: What makes the numbers.
         numbers: The differences behind it.

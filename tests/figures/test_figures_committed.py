@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_committed_figure_of_the_study_is_drawn_from_the_committed_results(tmp_path):
     drawn = figures.draw_study(results_folder(), tmp_path)
-    assert len(drawn) == 16
+    assert len(drawn) == 7
     for path in drawn:
         assert path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file()
         assert (ROOT / "figures" / path.name).is_file(), "run make figures"
@@ -21,7 +21,7 @@ def test_every_committed_figure_of_the_study_is_drawn_from_the_committed_results
 
 def test_nothing_is_drawn_from_half_a_study(tmp_path):
     shutil.copytree(results_folder(), tmp_path / "results")
-    (tmp_path / "results" / "gain.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks gain.json; `python -m npo_core signal-study`"):
+    (tmp_path / "results" / "evidence.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks evidence.csv; `python -m npo_core study`"):
         figures.draw_study(tmp_path / "results", tmp_path / "figures")
     assert not (tmp_path / "figures").exists()

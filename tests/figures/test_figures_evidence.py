@@ -17,7 +17,6 @@ from matplotlib.patches import Rectangle
 from npo_core import figures
 from npo_core.figures import (
     arm_differences,
-    committed,
     controls,
     correction_ablation,
     gain_map,
@@ -456,12 +455,7 @@ def test_missing_arms_are_named_where_they_are_needed(paper):
         gain_map(cells()[:0])
 
 
-def test_the_committed_figures_include_those_of_the_evidence_where_it_is_there(evidence, tmp_path, monkeypatch):
-    # the other studies' figures have a test of their own, and take a minute
-    monkeypatch.setattr(committed, "FROM_FILE", {})
-    monkeypatch.setattr(committed, "FROM_MEASUREMENT", {})
-    (tmp_path / "signal-seed0").mkdir()
-    assert figures.draw_study(tmp_path, tmp_path / "figures") == []
+def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is_there(evidence, tmp_path):
     evidence.scores.to_csv(tmp_path / "evidence.csv", index=False)
     evidence.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
     (tmp_path / "evidence.json").write_text(json.dumps(evidence.about))

@@ -10,6 +10,7 @@ from npo_core.study.claims import NEEDED, claims, decide, markdown, signal_resul
 from npo_core.study.comparisons import difference, speed_up_bound
 from npo_core.study.verdicts import FEW, NOT, PARTLY, REPRODUCED, in_words, opposite_of, powers, verdict_of
 
+OF_THE_SIGNAL = ("interior peak", "shapes")
 UP, DOWN, FLAT = [0.05, 0.06, 0.07], [-0.05, -0.06, -0.07], [-0.05, 0.0, 0.05]
 
 
@@ -66,7 +67,8 @@ def test_powers_name_what_is_compared():
 
 def test_every_claim_of_the_issue_has_a_row():
     assert [claim.name for claim in claims(study())] == [
-        *("early speed-up", "plateau", "Table 1", "ordering", "entropy", "correction", "growing gap", "overhead")
+        *OF_THE_SIGNAL,
+        *("early speed-up", "plateau", "Table 1", "ordering", "entropy", "correction", "growing gap", "overhead"),
     ]
 
 
@@ -149,7 +151,7 @@ def test_the_speed_up_is_decided_with_the_scout_and_says_what_is_possible():
 def test_one_seed_decides_nothing():
     gains = {arm: [0.1] for arm in NEEDED if arm != "GRPO"}
     found = verdicts(evidence(gains, base=(0.4,), ends={"NPO": 20, "NPO early": 30}))
-    assert {found[name] for name in set(found) - {"early speed-up"}} == {FEW}
+    assert {found[name] for name in set(found) - {"early speed-up", *OF_THE_SIGNAL}} == {FEW}
 
 
 def test_without_the_arms_that_claims_need_there_are_no_verdicts_and_no_file(tmp_path):
@@ -163,6 +165,14 @@ def test_without_the_arms_that_claims_need_there_are_no_verdicts_and_no_file(tmp
 def test_arms_that_a_claim_needs_are_named():
     with pytest.raises(ValueError, match="lack the arms LUFFY, ExGRPO"):
         claims(evidence({"NPO": UP}))
+
+
+def test_claims_about_the_signal_without_its_file_are_not_measured_and_say_so(tmp_path):
+    write(study(), tmp_path)
+    kept = {row["name"]: row for row in json.loads((tmp_path / "claims.json").read_text())["claims"]}
+    assert len(kept) == 10 and {kept[name]["verdict"] for name in OF_THE_SIGNAL} == {"not measured"}
+    assert all("no signal.json" in kept[name]["grounds"] and not kept[name]["numbers"] for name in OF_THE_SIGNAL)
+    assert all(row["verdict"] != "not measured" for name, row in kept.items() if name not in OF_THE_SIGNAL)
 
 
 GRID = [0.0, 10.0, 40.0, 100.0]

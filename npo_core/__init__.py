@@ -28,8 +28,8 @@ _HOMES = {
     "measure_folder": "stages.signal",
     "resolve_config": "runs.config",
     "sample_rollouts": "trainer.sampling",
-    "tokenizer_digest": "world.policies",
-    "training_schedule": "world.tasks",
+    "tokenizer_digest": "guidance.fingerprints",
+    "training_schedule": "trainer.dataset",
     "verifier_reward": "guidance.verifiers",
 }
 

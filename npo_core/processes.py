@@ -1,4 +1,4 @@
-"""Several processes that are one run: how they are laid out, and how they agree.
+"""Several processes that are one run: how they join, agree, and share the work.
 
 One process writes the run folder and decides; the others are told. What is sampled or scored off line is shared between
 them. With one process every function here hands back what it was given.
@@ -6,85 +6,17 @@ them. With one process every function here hands back what it was given.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-import yaml
 from accelerate import PartialState
-
-from .runs.validation import nearest
 
 T = TypeVar("T")
 
 PATIENCE = 6
 """Hours that processes wait for one that downloads a policy, copies checkpoints or writes a large one."""
-
-RESUMABLE = {"NO", "MULTI_GPU", "FSDP"}
-"""Ways of distribution whose checkpoints this package resumes from and reads guides from."""
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """How processes are laid out.
-
-    Attributes:
-        processes: Processes, one per GPU.
-        machines: Nodes.
-        sharded: Weights, gradients and moments are spread over the processes (FSDP).
-        file: The accelerate configuration, or None for one process.
-    """
-
-    processes: int = 1
-    machines: int = 1
-    sharded: bool = False
-    file: Path | None = None
-
-
-def launcher_names() -> list[str]:
-    """Names of the accelerate configurations that ship with the package."""
-    folder = resources.files("npo_core.runs") / "launchers"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def read_launcher(name: str) -> Launcher:
-    """Layout of an accelerate configuration: one that ships, or a YAML file; the empty name is one process.
-
-    Raises:
-        ValueError: Neither, or a file that `accelerate config` would not write.
-    """
-    if not name:
-        return Launcher()
-    shipped = Path(str(resources.files("npo_core.runs") / "launchers" / f"{name}.yaml"))
-    file = shipped if name in launcher_names() else Path(name).expanduser()
-    if not file.is_file():
-        raise ValueError(
-            f"launcher is {name!r}{nearest(name, launcher_names())} Allowed: {', '.join(launcher_names())}, or a YAML "
-            "file that `accelerate config` wrote."
-        )
-    content = yaml.safe_load(file.read_text())
-    missing = [key for key in ("num_processes", "num_machines", "distributed_type") if key not in (content or {})]
-    if missing:
-        raise ValueError(f"{file} says nothing about {', '.join(missing)}; write it with `accelerate config`.")
-    kind, fsdp = content["distributed_type"], content.get("fsdp_config") or {}
-    if kind not in RESUMABLE or (
-        kind == "FSDP" and (fsdp.get("fsdp_version"), fsdp.get("fsdp_state_dict_type")) != (2, "FULL_STATE_DICT")
-    ):
-        raise ValueError(
-            f"{file} has distributed_type {kind}, fsdp_version {fsdp.get('fsdp_version')}, fsdp_state_dict_type "
-            f"{fsdp.get('fsdp_state_dict_type')}. Its checkpoints could not be rolled back to or read as guides; "
-            "allowed: NO, MULTI_GPU, and FSDP with version 2 and FULL_STATE_DICT."
-        )
-    return Launcher(
-        processes=content["num_processes"],
-        machines=content["num_machines"],
-        sharded=content["distributed_type"] == "FSDP",
-        file=file,
-    )
 
 
 def join() -> PartialState:

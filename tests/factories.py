@@ -15,6 +15,7 @@ from npo_core.guidance.verifiers import Verdict, verifier_reward
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.trainer.trainer import NPOTrainer
+from npo_core.world.policies import load_policy
 
 
 def even(text: str, row: Mapping[str, Any]) -> Verdict:
@@ -65,8 +66,8 @@ class Factory:
         self.made.append(trainer)
         return trainer
 
-    def policy(self) -> PreTrainedModel:
-        return self.tiny.build()
+    def policy(self, folder: Path | None = None) -> PreTrainedModel:
+        return self.tiny.build() if folder is None else load_policy(folder)
 
 
 def controller_of(factory: Factory, root: Path, kind: type[Controller] = AutoNPO) -> Controller:

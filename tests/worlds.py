@@ -13,17 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from npo_core.guidance.fingerprints import tokenizer_of
 from npo_core.guidance.trajectories import Trajectory
 from npo_core.guidance.verifiers import BoxedVerifier, verifier_reward
 from npo_core.trainer.trainer import NPOConfig, NPOTrainer
-from npo_core.world.policies import (
-    CHAT_TEMPLATE,
-    TinyPolicySpec,
-    build_processor,
-    build_tiny_policy,
-    build_tokenizer,
-    tokenizer_of,
-)
+from npo_core.world.policies import CHAT_TEMPLATE, TinyPolicySpec, build_processor, build_tiny_policy, build_tokenizer
 from npo_core.world.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
 
 VERIFIER = BoxedVerifier()

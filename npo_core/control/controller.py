@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.sources import GuidanceSource, GuidanceWindow
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..processes import agree, is_writer, join
@@ -33,8 +34,6 @@ from ..trainer.inputs import end_tokens
 from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
 from ..trainer.trainer import NPOTrainer, Verifier
 from ..trainer.vllm import place, trainer_generate
-from ..world.data import image_digest
-from ..world.policies import load_policy, tokenizer_digest
 from .agreement import keep_order, require_agreement
 from .fingerprint import require_same_factory
 from .watch import Segment, Watch
@@ -50,8 +49,8 @@ class TrainerFactory(Protocol):
         self, output_dir: Path, guidance: GuidanceSource | None, callbacks: Sequence[TrainerCallback]
     ) -> NPOTrainer: ...
 
-    def policy(self) -> PreTrainedModel:
-        """The base policy alone."""
+    def policy(self, folder: Path | None = None) -> PreTrainedModel:
+        """The policy of a folder, such as a checkpoint, adapters included; the base policy alone if None."""
         ...
 
 
@@ -61,7 +60,7 @@ class Controller:
     Args:
         make_trainer: Trainer factory. Its trainers must have `logging_steps=1`, `max_steps=config.compute_steps`,
             `save_steps=config.checkpoint_every`, and what else stands in both NPOConfig and RunConfig alike; see
-            `agreement`. They see the same data in the same order, best that of `tasks.training_schedule` with
+            `agreement`. They see the same data in the same order, best that of `training_schedule` with
             `shuffle_dataset=False`.
         config: Settings; trigger, probe, choice, cache, checkpoint and compute settings are used here.
         run: Run folder that the controller writes to and resumes from.
@@ -338,11 +337,7 @@ class Controller:
 
     def _learner(self, folder: Path | None) -> PreTrainedModel:
         """Policy of a checkpoint, in evaluation mode; None is the base policy."""
-        if folder is not None:
-            policy = load_policy(folder, dtype=self.config.dtype, attention=self.config.attention)
-        else:
-            policy = self.make_trainer.policy()
-        return policy.eval().to(join().device)
+        return self.make_trainer.policy(folder).eval().to(join().device)
 
 
 def _segment(event: Mapping[str, Any]) -> Segment:

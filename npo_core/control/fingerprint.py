@@ -17,10 +17,10 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..files import write_json
+from ..guidance.fingerprints import tokenizer_digest
 from ..processes import agree, process_count
 from ..runs.folder import RunFolder
 from ..trainer.trainer import NPOTrainer
-from ..world.policies import tokenizer_digest
 
 FILE = "factory.json"
 

@@ -98,7 +98,7 @@ class ScheduledNPO(Controller):
         if args.shuffle_dataset or order is None or len(order) < needed:
             found.append(
                 "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
-                f"train on tasks.training_schedule ({needed} rows or more) with shuffle_dataset=False"
+                f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
             )
         return found
 

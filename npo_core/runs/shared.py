@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..processes import agree, is_writer, process_count, read_launcher
+from ..processes import agree, is_writer, process_count
 from .config import RunConfig
 from .folder import RunFolder
+from .launchers import read_launcher
 
 
 class SharedRunFolder(RunFolder):

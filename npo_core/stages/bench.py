@@ -32,22 +32,17 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from ..files import write_json
+from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..method.groups import group_advantages
 from ..runs.checkpoints import checkpoint_folder, mark_complete
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
+from ..trainer.dataset import training_schedule
 from ..trainer.inputs import encode_prompts
 from ..trainer.sampling import completion_logps
-from ..world.policies import (
-    keep_freed_memory,
-    load_policy,
-    load_weights,
-    quiet_transformers,
-    tokenizer_digest,
-    tokenizer_of,
-)
-from ..world.tasks import make_dataset, parse_uid, training_schedule, write_response
+from ..world.policies import keep_freed_memory, load_policy, load_weights, quiet_transformers
+from ..world.tasks import make_dataset, parse_uid, write_response
 from . import run as stages
 
 TURNS, STEPS = 5, 4

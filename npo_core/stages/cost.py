@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from ..control.scheduled import planned_interventions
-from ..processes import Launcher, read_launcher
 from ..runs.checkpoints import ADAM_COPIES, retention_bytes
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
+from ..runs.launchers import Launcher, read_launcher
 from ..world.pretrained import PolicySize, policy_config, policy_size
 from ..world.warmstart import base_policy_folder
 from .factory import batch_shape

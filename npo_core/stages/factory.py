@@ -14,19 +14,23 @@ from PIL import Image
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..files import write_table
+from ..guidance.fingerprints import tokenizer_of
 from ..guidance.sources import GuidanceSource
 from ..guidance.verifiers import BoxedVerifier, verifier_reward
-from ..processes import collect, is_writer, join, process_count, read_launcher
+from ..processes import collect, is_writer, join, process_count
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder, runs_folder
+from ..runs.launchers import read_launcher
 from ..trainer.config import NPOConfig
+from ..trainer.dataset import training_schedule
 from ..trainer.fsdp import reduced_each_pass, train_sharded
+from ..trainer.pictures import never_sampled, picture_limits
 from ..trainer.trainer import NPOTrainer
-from ..trainer.vllm import engine_of, never_sampled, one_engine, picture_limits
+from ..trainer.vllm import engine_of, one_engine
 from ..world.data import DataSettings, RowsByUid, hold_out, image_policy, load_data
-from ..world.policies import load_policy, load_processor, quiet_transformers, tokenizer_of
+from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
-from ..world.tasks import make_dataset, sample_problems, training_schedule
+from ..world.tasks import make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
 
 TEST_SEED = 0
@@ -279,10 +283,12 @@ class TrainerMaker:
         self._engine = engine_of(trainer)
         return trainer
 
-    def policy(self) -> PreTrainedModel:
-        """The base policy as it is trained, without adapters."""
-        config, whole = self.config, not read_launcher(self.config.launcher).sharded
-        return load_policy(self.world.base, config.freeze_vision, config.dtype, config.attention, share=whole)
+    def policy(self, folder: Path | None = None) -> PreTrainedModel:
+        """The base policy as it is trained, without adapters (None), or the policy of a folder, whole, to compare."""
+        config = self.config
+        share = folder is not None or not read_launcher(config.launcher).sharded
+        folder = self.world.base if folder is None else folder
+        return load_policy(folder, config.freeze_vision, config.dtype, config.attention, share)
 
 
 class _Rows:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..processes import read_launcher
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
+from ..runs.launchers import read_launcher
 from . import run as stages
 
 LOOK_SECONDS = 1.0

@@ -24,6 +24,7 @@ import pandas as pd
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files import read_table, write_json, write_table
+from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
 from ..method.curve import MEASURED_COSTS, squared_deviations
 from ..progress import ProgressBar, progress
@@ -31,7 +32,7 @@ from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs, summa
 from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
 from ..trainer.trainer import Verifier
-from ..world.policies import load_policy, load_processor, tokenizer_digest
+from ..world.policies import load_policy, load_processor
 
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Entries of a model configuration that do not change the architecture."""

@@ -16,10 +16,10 @@ from ..method.premise import in_words
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
 from ..runs.measurement import Pair, SignalSettings, plan_pairs, read_premise
+from ..trainer.dataset import require_columns
 from ..trainer.trainer import Verifier
 from ..world.data import read_rows
 from ..world.policies import load_policy, load_processor
-from ..world.tasks import require_columns
 from ..world.warmstart import teacher_folder
 from . import run as stages
 from .measure import Measurement, find_checkpoints

@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..files import write_json
+from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.sources import GuidanceWindow
 from ..guidance.trajectories import GuidanceCache
 from ..progress import progress
@@ -32,7 +33,7 @@ from ..runs.measurement import RESAMPLE, Pair
 from ..stages import run as stages
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import sample_rollouts
-from ..world.policies import load_policy, quiet_transformers, tokenizer_digest
+from ..world.policies import load_policy, quiet_transformers
 from ..world.warmstart import teacher_folder
 
 TEACHER = "teacher"

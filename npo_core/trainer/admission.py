@@ -9,12 +9,11 @@ import logging
 
 from trl import GRPOTrainer
 
+from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verifiers import BoxedVerifier
-from ..world.data import image_digest
-from ..world.policies import tokenizer_digest
-from ..world.tasks import require_columns
+from .dataset import require_columns
 
 ALL_REFUSED = 8
 """Guides that are wrong at injection, and none right, after which training stops: then it is not the single guide."""

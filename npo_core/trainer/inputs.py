@@ -17,7 +17,8 @@ from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
-from ..world.policies import tokenizer_of
+from ..guidance.fingerprints import tokenizer_of
+from .pictures import pictures_of
 
 TAKEN = ("conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding")
 """Arguments of `apply_chat_template` that TRL gives itself; as `chat_template_kwargs` they would stand there twice."""
@@ -36,11 +37,6 @@ class _Asked:
     tools: tuple = ()
     chat_template: str | None = None
     environment_factories: None = None
-
-
-def pictures_of(row: Mapping[str, Any]) -> list[Any]:
-    """Pictures of a row: its `images`, or its `image` alone, or none."""
-    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
 
 
 def prompt_tokens(

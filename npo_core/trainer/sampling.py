@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
 from ..guidance.verifiers import Verifier, is_correct
 from ..processes import process_count, process_number, shared
-from ..world.policies import tokenizer_of
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token
 
 ROLLOUT_BATCH = 512

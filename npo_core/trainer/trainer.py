@@ -27,9 +27,8 @@ from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from ..processes import collect
 from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .config import NPOConfig
+from .pictures import collapse_pictures
 from .rollouts import RolloutTable, StepRollouts
-from .sampling import completion_entropies
-from .vllm import collapse_pictures
 
 
 class NPOTrainer(GRPOTrainer):
@@ -142,6 +141,8 @@ class NPOTrainer(GRPOTrainer):
         """The step's rows, some groups of which a replaying source has given another prompt."""
         if not isinstance(self.guidance, ReplaySource) or not self.model.training:
             return inputs
+        from .sampling import completion_entropies  # for a replaying source alone: others need not load it
+
         n = self.num_generations
         model = self.accelerator.unwrap_model(self.model)
         entropies = partial(

@@ -20,8 +20,8 @@ from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..files import write_whole
+from ..guidance.fingerprints import tokenizer_of
 from ..runs.validation import DATA_COLUMNS, nearest, require
-from .policies import tokenizer_of
 from .rows import RowCheck
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -46,10 +46,6 @@ LISTED = 10
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SPLITS = {"train", "validation", "test"}
 EDGES = ("shortest_edge", "longest_edge")
-PICTURE_SETTINGS = (
-    "size", "patch_size", "merge_size", "temporal_patch_size", "do_convert_rgb", "do_resize", "resample", "do_rescale",
-    "rescale_factor", "do_normalize", "image_mean", "image_std",
-)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +312,7 @@ def image_policy(processor, min_pixels: int = 0, max_pixels: int = 0) -> None:
     """Set the picture sizes of a Qwen-VL processor, for training, off-line sampling and evaluation alike (ours).
 
     Larger and smaller pictures are resized at their aspect ratio. vLLM reads its own processor from the policy's
-    folder and must be given the same limits, see `engine.picture_limits`.
+    folder and must be given the same limits, see `pictures.picture_limits`.
 
     Args:
         processor: Processor of the policy, changed in place.
@@ -334,18 +330,6 @@ def image_policy(processor, min_pixels: int = 0, max_pixels: int = 0) -> None:
     images.size = type(images.size)(**dict(zip(EDGES, (low, high), strict=True)))
     # pictures of the last call are remembered at their old size
     processor.__dict__.pop("_last_pictures", None)
-
-
-def image_digest(processor) -> str:
-    """Fingerprint of all settings that decide what a policy sees of a picture; empty for a tokenizer, which sees none.
-
-    Pictures give the same tokens where it is equal: size limits, patch and merge size, rescaling, mean and std.
-    """
-    if tokenizer_of(processor) is processor:
-        return ""
-    settings = processor.image_processor.to_dict()
-    known = {name: settings.get(name) for name in PICTURE_SETTINGS}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _limited(processor):

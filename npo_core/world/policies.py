@@ -6,7 +6,6 @@ word-level tokenizer, and a processor without a video part (that one needs torch
 """
 
 import ctypes
-import hashlib
 import json
 import platform
 import sys
@@ -294,20 +293,6 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"{path} belongs to another architecture: missing {sorted(missing)[:3]}, "
             f"unexpected {sorted(unexpected)[:3]}."
         )
-
-
-def tokenizer_of(processor):
-    """The tokenizer inside a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def tokenizer_digest(processor) -> str:
-    """Fingerprint of a tokenizer: token ids mean the same text where it is equal."""
-    tokenizer = tokenizer_of(processor)
-    # TRL pads with the end of sequence where a tokenizer has no padding: that makes it no other tokenizer
-    padding = None if tokenizer.pad_token == tokenizer.eos_token else tokenizer.pad_token
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, padding]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from transformers import (
     Qwen3VLConfig,
 )
 
+from ..guidance.fingerprints import tokenizer_of
 from ..runs.config import RunConfig
-from .policies import policy_folder, quiet_transformers, tokenizer_of
+from .policies import policy_folder, quiet_transformers
 
 _SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 _LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}

@@ -10,9 +10,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
+from ..guidance.fingerprints import tokenizer_of
 from ..guidance.verifiers import extract_answer, normalise_answer
 from ..runs.validation import DATA_COLUMNS
-from .policies import tokenizer_of
 
 PLACEHOLDER = "<image>"
 """Where a question shows a picture; taken out, as chat templates put the pictures in front of the text themselves."""

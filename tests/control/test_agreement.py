@@ -212,7 +212,7 @@ def test_scheduled_interventions_need_the_schedule(tmp_path):
     rows = world("text").dataset
     listed = []
     for factory in (Factory(config, shuffle_dataset=True), Factory(config, rows.select(range(10)))):
-        with pytest.raises(ValueError, match=r"train on tasks.training_schedule \(12 rows or more\)") as refused:
+        with pytest.raises(ValueError, match=r"train on npo_core.training_schedule \(12 rows or more\)") as refused:
             controller_of(factory, tmp_path, ScheduledNPO).run()
         listed.append(str(refused.value).count("\n  - "))
     assert listed == [1, 1]

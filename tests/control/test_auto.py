@@ -16,6 +16,7 @@ import npo_core.world.warmstart
 from npo_core.control.auto import AutoNPO
 from npo_core.control.watch import Segment, Watch
 from npo_core.files import append_line, read_table
+from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.method.trigger import PlateauTrigger, PlateauWarning, TriggerSettings
 from npo_core.runs.checkpoints import checkpoint_folder, complete_checkpoints
@@ -23,7 +24,7 @@ from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.trainer import NPOTrainer
-from npo_core.world.policies import load_processor, tokenizer_digest
+from npo_core.world.policies import load_processor
 from npo_core.world.tasks import sample_problems
 
 STEPS = 12

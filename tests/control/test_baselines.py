@@ -32,6 +32,7 @@ import npo_core.control.controller
 import npo_core.control.watch
 from npo_core.control.baselines import WHOLE_RUN, GuidedByOwnPast, GuidedByPolicy
 from npo_core.files import append_line, read_table
+from npo_core.guidance.fingerprints import tokenizer_digest, tokenizer_of
 from npo_core.guidance.replay import MEMORY_FILE, OwnPast, ReplayPool
 from npo_core.guidance.trajectories import GuidanceCache, Trajectory
 from npo_core.runs.checkpoints import checkpoint_folder
@@ -40,7 +41,6 @@ from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.sampling import completion_entropies
 from npo_core.trainer.trainer import NPOTrainer
-from npo_core.world.policies import tokenizer_digest, tokenizer_of
 
 SETTINGS = (
     "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "placement", "guides_per_group",

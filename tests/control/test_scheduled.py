@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 import npo_core.control.watch
 from npo_core.control.scheduled import Intervention, ScheduledNPO, planned_interventions, random_plan
 from npo_core.files import append_line, read_table
+from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.runs.checkpoints import checkpoint_folder
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
-from npo_core.world.policies import tokenizer_digest
 
 # smoke: scout of 4 steps and restart, guided for 4; at policy step 10 back to 6; 20 compute steps in all
 BOTH = resolve_config("npo", "smoke")

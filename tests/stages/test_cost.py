@@ -5,8 +5,8 @@ from collections import namedtuple
 
 import pytest
 
-from npo_core.processes import Launcher, read_launcher
 from npo_core.runs.config import preset_names, resolve_config
+from npo_core.runs.launchers import Launcher, read_launcher
 from npo_core.stages import cost as plan
 from npo_core.stages.cost import GIB, amount, checkpoint_bytes, fits, require_room, step_memory
 from npo_core.stages.factory import batch_shape

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+from npo_core.guidance.fingerprints import image_digest
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import runs_folder
 from npo_core.stages import run as stages
 from npo_core.stages.factory import HELD_OUT, TrainerMaker, _own_data, prepare, training_arguments
 from npo_core.trainer.config import NPOConfig
-from npo_core.world.data import RowsByUid, image_digest
+from npo_core.world.data import RowsByUid
 from npo_core.world.tasks import make_dataset, sample_problems
 
 SUITES = ["mathvista", "mmstar"]

@@ -5,12 +5,12 @@ import json
 import pytest
 
 import npo_core.study.gain
+from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import Pair
 from npo_core.stages import run as stages
 from npo_core.study.gain import GainPlan, GainStudy
-from npo_core.world.policies import tokenizer_digest
 
 CONFIG = resolve_config("grpo", "smoke", overrides={"compute_steps": 10, "checkpoint_keep": 0, "checkpoint_every": 2})
 PLAN = GainPlan(origins=(4,), distances=(0, 2), window=4, modes=("current", "exact"), teacher=True)

@@ -8,6 +8,7 @@ import pytest
 from trl.trainer import grpo_trainer
 from worlds import VERIFIER, WIDTH, Guides, TinyWorld, correct_in, responses, rig, trainer_of, world
 
+from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.replay import OwnPast
 from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused
@@ -15,7 +16,7 @@ from npo_core.guidance.verifiers import Verdict
 from npo_core.trainer.admission import ALL_REFUSED, RefusedGuides
 from npo_core.trainer.sampling import sample_rollouts
 from npo_core.trainer.trainer import NPOTrainer
-from npo_core.world.policies import build_tokenizer, tokenizer_digest
+from npo_core.world.policies import build_tokenizer
 from npo_core.world.tasks import vocabulary
 
 THINKS = "{% if think is defined %}0 0 0 {% endif %}"
@@ -42,16 +43,6 @@ def test_a_cache_of_another_tokenizer_is_refused_wherever_it_is(tmp_path):
             trainer_of(tiny, tmp_path, NPOTrainer, guidance=source)
     for digest in ("", tokenizer_digest(tiny.processor)):
         trainer_of(tiny, tmp_path, NPOTrainer, guidance=_cache(tiny, digest))
-
-
-def test_padding_with_the_end_of_sequence_makes_it_no_other_tokenizer():
-    """TRL sets it so on a tokenizer without padding, after a cache may have been made with it."""
-    tokenizer = build_tokenizer(vocabulary())
-    own = tokenizer_digest(tokenizer)
-    tokenizer.pad_token = None
-    without = tokenizer_digest(tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    assert tokenizer_digest(tokenizer) == without != own
 
 
 def test_a_cache_with_a_guide_that_is_too_long_is_refused_at_once(tmp_path):

@@ -33,13 +33,13 @@ from worlds import (
     world,
 )
 
+from npo_core.guidance.fingerprints import tokenizer_digest, tokenizer_of
 from npo_core.guidance.replay import OwnPast, ReplayPool
 from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from npo_core.guidance.verifiers import Verdict
 from npo_core.method.ratios import RATIO_MODES, diagnostics
 from npo_core.trainer.trainer import NPOConfig, NPOTrainer
-from npo_core.world.policies import tokenizer_digest, tokenizer_of
 
 EPSILON, EPSILON_HIGH, TRUNCATION, GAMMA = 0.2, 0.28, 2.0, 0.1
 CLIP = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}

@@ -252,7 +252,7 @@ import sys, cpu_vllm
 cpu_vllm.make_fit()
 from trl.generation import vllm_generation
 from vllm import SamplingParams
-from npo_core.trainer.vllm import collapse_pictures
+from npo_core.trainer.pictures import collapse_pictures
 from npo_core.world.policies import load_processor
 from npo_core.trainer.inputs import encode_prompts
 from npo_core.world.tasks import make_dataset, sample_problems

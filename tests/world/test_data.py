@@ -12,6 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 from worlds import TinyWorld, trainer_of, world
 
+from npo_core.guidance.fingerprints import image_digest
+from npo_core.trainer.dataset import require_columns
 from npo_core.trainer.inputs import encode_prompts
 from npo_core.world import data as datafiles
 from npo_core.world.data import (
@@ -19,14 +21,13 @@ from npo_core.world.data import (
     DataSettings,
     RowsByUid,
     hold_out,
-    image_digest,
     image_policy,
     load_data,
     read_rows,
     schema,
 )
 from npo_core.world.policies import build_processor, build_tokenizer
-from npo_core.world.tasks import make_dataset, require_columns, sample_problems, vocabulary
+from npo_core.world.tasks import make_dataset, sample_problems
 
 WORDS = ["What", "Which", "one", "is", "the", "area", "of", "figure", "?", "add", "1", "and", "2", "be", "brief"]
 
@@ -556,30 +557,6 @@ def test_a_processor_without_pixel_limits_is_refused(tmp_path, processor):
     source = parquet(tmp_path / "rows.parquet", [published(0)])
     with pytest.raises(ValueError, match="leave min_pixels, max_pixels and max_prompt_length at 0"):
         load_data(DataSettings(source, columns=MMFINEREASON, max_prompt_length=9), processor)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("size", {"shortest_edge": 256, "longest_edge": 512}),
-        ("patch_size", 4),
-        ("merge_size", 1),
-        ("image_mean", [0.5] * 3),
-        ("image_std", [0.5] * 3),
-        ("do_rescale", False),
-        ("rescale_factor", 1.0),
-        ("do_resize", False),
-    ],
-)
-def test_the_digest_tells_settings_apart_that_change_what_is_seen(processor, name, value):
-    same = build_processor(vocabulary())  # other words, the same pictures
-    assert image_digest(same) == image_digest(processor)
-    setattr(same.image_processor, name, value)
-    assert image_digest(same) != image_digest(processor)
-
-
-def test_a_tokenizer_sees_no_pictures():
-    assert image_digest(build_tokenizer(WORDS)) == ""
 
 
 # A missing picture in a data set that came another way

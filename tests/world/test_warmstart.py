@@ -9,10 +9,11 @@ import pytest
 import torch
 from otherwise import pair
 
+from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import project_folder
 from npo_core.world import warmstart
-from npo_core.world.policies import TinyQwen3VLProcessor, load_policy, load_processor, tokenizer_digest
+from npo_core.world.policies import TinyQwen3VLProcessor, load_policy, load_processor
 from npo_core.world.tasks import FAMILIES, Problem, all_facts, sample_problems, vocabulary
 from npo_core.world.warmstart import (
     WORLD_FIELDS,

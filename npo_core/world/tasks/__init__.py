@@ -1,6 +1,6 @@
 """Procedural visual tasks: eight families, one per benchmark suite, each with an exact solver and a picture."""
 
-from .dataset import conversation, make_dataset, require_columns, training_schedule
+from .dataset import conversation, make_dataset
 from .families import FAMILIES, SUITES, Family, all_facts, family_of
 from .problems import Problem, parse_uid, sample_problems, split_of, vocabulary, write_response
 
@@ -14,10 +14,8 @@ __all__ = [
     "family_of",
     "make_dataset",
     "parse_uid",
-    "require_columns",
     "sample_problems",
     "split_of",
-    "training_schedule",
     "vocabulary",
     "write_response",
 ]

@@ -1,0 +1,90 @@
+"""Data sets that can be trained on, and the order of their prompts."""
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_core.trainer.dataset import require_columns, training_schedule
+from npo_core.world.tasks import make_dataset, sample_problems
+
+
+def numbered(count: int) -> Dataset:
+    return Dataset.from_dict({"uid": [str(index) for index in range(count)]})
+
+
+@given(count=st.integers(9, 40), steps=st.integers(1, 12), more=st.integers(0, 12), batch=st.integers(1, 9))
+def test_a_longer_schedule_begins_with_the_shorter_one(count, steps, more, batch):
+    rows = numbered(count)
+    short = training_schedule(rows, steps, batch, seed=1)["uid"]
+    long = training_schedule(rows, steps + more, batch, seed=1)["uid"]
+    assert len(short) == steps * batch
+    assert list(long)[: len(short)] == list(short)
+    for start in range(0, len(long), batch):
+        assert len(set(long[start : start + batch])) == batch, "a prompt twice in a step"
+
+
+def test_a_step_of_more_prompts_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="9 distinct prompts, but the data set has 8"):
+        training_schedule(numbered(8), 1, 9, seed=0)
+
+
+@given(count=st.integers(1, 40), passes=st.integers(1, 4), seed=st.integers(0, 99))
+def test_every_pass_over_the_data_holds_each_row_once(count, passes, seed):
+    uids = list(training_schedule(numbered(count), passes * count, 1, seed)["uid"])
+    for start in range(0, len(uids), count):
+        assert sorted(uids[start : start + count], key=int) == [str(index) for index in range(count)]
+
+
+def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass():
+    rows = numbered(50)
+    one, other = (list(training_schedule(rows, 10, 10, seed)["uid"]) for seed in (0, 1))
+    assert one != other
+    assert one[:50] != one[50:]
+    assert one == list(training_schedule(rows, 10, 10, 0)["uid"])
+    # rows g·b … g·b + b − 1 are step g, so the step alone finds the place, whatever the batch
+    assert one == list(training_schedule(rows, 20, 5, 0)["uid"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"uid": ["a"], "prompt": ["p"]}, r"not \['answer'\]"),
+        ({"question": ["p"]}, r"not \['uid', 'prompt', 'answer'\]"),
+        ({"uid": ["a", ""], "prompt": ["p", "q"], "answer": ["1", "2"]}, "Row 1 has uid ''"),
+        ({"uid": ["a", None], "prompt": ["p", "q"], "answer": ["1", "2"]}, "Row 1 has uid None"),
+        ({"uid": [1], "prompt": ["p"], "answer": ["1"]}, "Row 0 has uid 1"),
+        ({"uid": ["a"], "prompt": ["p"], "answer": [" "]}, "has answer ' '"),
+        ({"uid": ["a"], "prompt": ["p"], "answer": [3]}, "has answer 3"),
+        ({"uid": ["a"], "prompt": [""], "answer": ["1"]}, "Row 0 .* has no prompt"),
+        ({"uid": ["a", "a"], "prompt": ["p", "p"], "answer": ["1", "2"]}, "Uid 'a' names two rows"),
+        ({"uid": ["a", "a"], "prompt": ["p", "q"], "answer": ["1", "1"]}, "Uid 'a' names two rows"),
+    ],
+)
+def test_rows_that_npo_cannot_use_are_refused(columns, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        require_columns(Dataset.from_dict(columns))
+
+
+def test_a_row_without_its_picture_is_refused():
+    rows = list(make_dataset(sample_problems("train", 2, 0)))
+    rows[1]["image"] = None
+    with pytest.raises(ValueError, match=r"Row 1 .* has no image"):
+        require_columns(Dataset.from_list(rows))
+
+
+def test_the_same_row_at_several_steps_is_fine():
+    rows = make_dataset(sample_problems("train", 4, 0))
+    require_columns(training_schedule(rows, 3, 4, 0))
+
+
+def test_the_answer_is_asked_for_on_behalf_of_our_verifier_only():
+    """One of the user's own may read any column, and lists in it."""
+    rows = {"uid": ["a", "b"], "prompt": ["p", "q"]}
+    for answers in ({}, {"answer": [["1", "2"], []]}, {"answer": [3, 4]}):
+        with pytest.raises(ValueError, match="answer"):
+            require_columns(Dataset.from_dict({**rows, **answers}))
+        assert require_columns(Dataset.from_dict({**rows, **answers}), answer=False) == {"a", "b"}
+    with pytest.raises(ValueError, match="Uid 'a' names two rows"):
+        twice = {"uid": ["a", "a"], "prompt": ["p", "p"], "answer": [1, 2]}
+        require_columns(Dataset.from_dict(twice), answer=False)

@@ -1,11 +1,14 @@
 """Files that are never half: written under another name, then renamed; and logs of JSON lines that a kill may tear."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,9 +31,33 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished.replace(path)
 
 
+def as_json(value: Any) -> Any:
+    """A value as strict JSON has it: null for NaN and infinity, numbers and lists for numpy's, text for keys.
+
+    What JSON does not know is left as it is, and refused when it is written.
+    """
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): as_json(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(content) for content in value]
+    if isinstance(value, np.ndarray | np.bool_):
+        return as_json(value.tolist())
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON line; a torn last line (a kill while writing) is cut off first."""
-    line = json.dumps(record, allow_nan=False) + "\n"
+    """Append one JSON line (`as_json`); a torn last line (a kill while writing) is cut off first.
+
+    Raises:
+        TypeError: The record holds what JSON does not know; the log stays as it was.
+    """
+    line = json.dumps(as_json(record), allow_nan=False) + "\n"
     with path.open("ab+") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)

@@ -3,11 +3,12 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_core.files import append_line, read_lines, read_table, write_json, write_table
+from npo_core.files import append_line, as_json, read_lines, read_table, write_json, write_table
 
 
 @given(cut=st.integers(1, 40))
@@ -31,6 +32,28 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
         list(read_lines(path))
+
+
+def test_strict_json_of_whatever_is_logged(tmp_path):
+    inf = float("inf")
+    given = {
+        1: np.float32(0.5), ("a", 2): np.int64(3), "b": np.bool_(True), "c": [inf, -inf, float("nan"), (1, np.inf)],
+        "d": np.array([[1.0, np.nan]]), "e": {2.5: np.float16("inf")}, "f": True, "g": None, "h": "inf", "i": 10**30,
+    }  # fmt: skip
+    append_line(tmp_path / "log.jsonl", given)
+    [line] = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "1": 0.5, "('a', 2)": 3, "b": True, "c": [None, None, None, [1, None]], "d": [[1.0, None]],
+        "e": {"2.5": None}, "f": True, "g": None, "h": "inf", "i": 10**30,
+    }  # fmt: skip
+    assert as_json(True) is True and type(as_json(np.int8(1))) is int
+
+
+def test_what_json_does_not_know_is_refused_and_the_log_stays_as_it_was(tmp_path):
+    append_line(tmp_path / "log.jsonl", {"a": 1})
+    with pytest.raises(TypeError, match="JSON"):
+        append_line(tmp_path / "log.jsonl", {"a": object()})
+    assert list(read_lines(tmp_path / "log.jsonl")) == [{"a": 1}]
 
 
 def test_no_file_has_no_lines(tmp_path):

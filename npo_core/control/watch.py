@@ -1,11 +1,13 @@
 """What is watched while a segment trains: metric lines, mistake pool, trigger, checkpoints' completion."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainerCallback, set_seed
 
 from ..guidance.sources import ReplaySource
@@ -17,6 +19,9 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 from ..trainer.trainer import NPOTrainer
 from .agreement import require_same_prompts
+
+CLOCKS = ("policy_step", "compute_step", "branch", "groups")
+"""Entries of a metric line that a trainer's own of these names do not replace."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ class Watch(TrainerCallback):
             if step == replay_end:
                 self.trigger.reset(step)
             return None
-        if not {"npo/reward", "npo/entropy"} <= line.keys():
-            return None  # no row of the policy was scored, or every response was masked: nothing to average
+        if not all(math.isfinite(line.get(name, math.nan)) for name in ("npo/reward", "npo/entropy")):
+            return None  # no row of the policy was scored, every response was masked, or the step diverged
         warning = self.trigger.update(step, line["npo/reward"], line["npo/entropy"])
         enough = len(self.segments) - 1 >= self.config.max_interventions
         return None if enough or not self.acts else warning
@@ -138,8 +143,8 @@ class Watch(TrainerCallback):
             "policy_step": state.global_step,
             "compute_step": self.compute_step,
             "branch": segment.branch,
-            **{name: value for name, value in logs.items() if isinstance(value, int | float)},
-            "groups": {uid: round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
+            **{name: value for name, value in numbers(logs).items() if name not in CLOCKS},
+            "groups": {str(uid): round(rate, 6) for uid, rate in self.trainer.group_pass_rates.items()},
         }
         line = agree(lambda: line)
         require_same_prompts(state.global_step, self._rolled_back.get(state.global_step, []), list(line["groups"]))
@@ -165,6 +170,19 @@ class Watch(TrainerCallback):
             mark_complete(checkpoint_folder(branch, state.global_step))
             retain(branch, state.global_step, self.config.checkpoint_keep)
         collect(None)
+
+
+def numbers(logs: Mapping[Any, Any]) -> dict[str, bool | int | float]:
+    """The numbers among what a trainer logs, those of numpy and tensors of one element too."""
+    values = {
+        str(name): value.item() if isinstance(value, np.generic) or _single(value) else value
+        for name, value in logs.items()
+    }
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _single(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1
 
 
 def _fields(warning: PlateauWarning) -> dict[str, float]:

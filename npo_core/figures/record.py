@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_lines
-from ..runs.folder import moving_average
+from ..runs.folder import metric_lines, moving_average
 
 AVERAGE_WEIGHT = 0.9
 """Weight of the past in the moving averages; the trigger's default."""
@@ -27,7 +27,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RunRecord":
-        lines = list(read_lines(Path(folder) / "metrics.jsonl"))
+        lines = metric_lines(Path(folder) / "metrics.jsonl")
         if not lines:
             raise ValueError(f"{folder} holds no metric lines; give the folder of a run that has made a step.")
         return cls(lines, effective_events(Path(folder)))

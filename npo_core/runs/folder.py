@@ -6,6 +6,7 @@ renamed; the two logs are append-only.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import append_line, read_lines, write_json, write_whole
+from ..files import append_line, as_json, read_lines, write_json, write_whole
 from .config import RunConfig
 
 NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
@@ -117,8 +118,8 @@ class RunFolder:
         return kept
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines in the order of `compute_step`."""
-        return list(read_lines(self.metrics_path))
+        """All metric lines in the order of `compute_step`; NaN where a metric was not finite."""
+        return metric_lines(self.metrics_path)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append the line of an executed step."""
@@ -129,7 +130,7 @@ class RunFolder:
         self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
 
     def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        text = "".join(json.dumps(as_json(record)) + "\n" for record in kept)
         write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text))
 
     def result(self) -> dict[str, Any] | None:
@@ -153,6 +154,11 @@ class RunFolder:
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in NAMELESS}
+
+
+def metric_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; NaN where a metric was not finite, which JSON has as null."""
+    return [{k: math.nan if v is None else v for k, v in line.items()} for line in read_lines(path)]
 
 
 def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:

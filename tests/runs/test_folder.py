@@ -1,12 +1,14 @@
 """The run folder: resume, logs that survive a kill, and files that are never half written."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from npo_core.files import append_line
 from npo_core.runs.config import resolve_config
-from npo_core.runs.folder import RunFolder, project_folder, runs_folder
+from npo_core.runs.folder import RunFolder, moving_average, project_folder, runs_folder
 
 CONFIG = resolve_config("grpo", "smoke", 1)
 
@@ -132,14 +134,17 @@ def test_two_restarts_from_ever_earlier_steps(run):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_log_as_it_was(run, value):
-    append_line(run.metrics_path, {"compute_step": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        append_line(run.metrics_path, {"compute_step": 2, "npo/entropy": value})
-    with pytest.raises(ValueError, match="JSON"):
-        run.event("warning", entropy=value)
-    assert run.metrics() == [{"compute_step": 1}]
-    assert run.events() == []
+def test_a_number_that_json_does_not_know_is_null_and_is_read_as_nan(run, value):
+    for step in (1, 2, 3):
+        run.append_metrics({"compute_step": step, "npo/entropy": value, "loss": 0.5})
+    run.event("warning", entropy=value)
+    run.drop_metrics_after(2)
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in run.metrics_path.read_text().splitlines()]
+    assert strict == [{"compute_step": step, "npo/entropy": None, "loss": 0.5} for step in (1, 2)]
+    assert [(line["loss"], math.isnan(line["npo/entropy"])) for line in run.metrics()] == [(0.5, True)] * 2
+    assert run.events()[0]["entropy"] is None
+    lines = [{**line, "policy_step": step, "branch": 0} for step, line in enumerate(run.metrics(), 1)]
+    assert np.isnan(moving_average(lines, "npo/entropy")).all()
 
 
 def test_a_finished_run_says_what_it_was_and_keeps_its_environment(run, tmp_path):

@@ -1,6 +1,7 @@
 """Command line: `python -m npo_core <stage>`; what make, scripts and background runs call."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,6 +14,9 @@ from .runs.config import RunConfig, preset_names, resolve_config, settings_markd
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; return the exit status. A bad setting ends with one line, not with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that has no Greek shows what it has not as \\u0394
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -1,6 +1,7 @@
 """The command line: one line for a bad setting, all settings listed, and nothing heavy loaded for a help text."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -65,6 +66,20 @@ def test_a_command_that_does_not_exist_shows_the_usage(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "usage: python -m npo_core" in capsys.readouterr().err
+
+
+def test_a_stream_without_greek_gets_all_that_is_printed():
+    printed = {}
+    for encoding in ("utf-8", "latin-1", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-m", "npo_core", "settings"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        printed[encoding] = done.stdout
+    text = printed["utf-8"].decode()
+    assert not text.isascii(), "nothing to be seen here"
+    for encoding, shown in printed.items():
+        assert shown == text.encode(encoding, "backslashreplace")
 
 
 def test_all_settings_are_listed(capsys):

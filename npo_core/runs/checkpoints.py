@@ -14,6 +14,9 @@ from ..files import write_whole
 
 MARKER = "complete.json"
 
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+"""Folders that transformers' Trainer writes; another name beside them, such as checkpoint-2-copy, is no checkpoint."""
+
 WEIGHTS = re.compile(
     r"model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
 )
@@ -47,8 +50,21 @@ def checkpoint_folder(branch: Path, step: int) -> Path:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Policy step of a checkpoint folder, from its name."""
-    return int(Path(folder).name.removeprefix("checkpoint-"))
+    """Policy step of a checkpoint folder, from its name.
+
+    Raises:
+        CheckpointError: It is not named checkpoint-<step>.
+    """
+    found = NAME.fullmatch(Path(folder).name)
+    if not found:
+        raise CheckpointError(f"{folder} is no checkpoint of a run: those are named checkpoint-<step>.")
+    return int(found.group(1))
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Folders named checkpoint-<step> by step, in order, whole or not; files and other names are passed over."""
+    found = {path: NAME.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*") if path.is_dir()}
+    return dict(sorted((int(name.group(1)), path) for path, name in found.items() if name))
 
 
 def mark_complete(folder: Path) -> None:
@@ -102,12 +118,12 @@ def require_complete(folder: str | Path, resumable: bool = True) -> Path:
 def complete_checkpoints(branch: Path, resumable: bool = True) -> dict[int, Path]:
     """Complete checkpoints of a branch by policy step, in order."""
     found = {}
-    for folder in Path(branch).glob("checkpoint-*"):
+    for step, folder in checkpoint_folders(branch).items():
         try:
-            found[checkpoint_step(folder)] = require_complete(folder, resumable)
+            found[step] = require_complete(folder, resumable)
         except CheckpointError:
             continue
-    return dict(sorted(found.items()))
+    return found
 
 
 def slim(folder: Path) -> None:

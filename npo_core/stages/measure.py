@@ -28,6 +28,7 @@ from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
 from ..method.curve import MEASURED_COSTS, squared_deviations
 from ..progress import ProgressBar, progress
+from ..runs.checkpoints import checkpoint_folders
 from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs, summarise
 from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
@@ -48,11 +49,9 @@ def find_checkpoints(folder: str | Path, base: str | Path | None = None) -> dict
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     found = {} if base is None else {0: Path(base)}
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        whole = (path / "config.json").is_file() and any(path.glob("model*.safetensors"))
-        if step.isdecimal() and whole:
-            found[int(step)] = path
+    for step, path in checkpoint_folders(folder).items():
+        if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+            found[step] = path
     if not set(found) - {0}:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint: folders named checkpoint-<step> with config.json and model*.safetensors "

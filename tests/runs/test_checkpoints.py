@@ -1,6 +1,7 @@
 """Checkpoints: what counts as complete, what stays when older ones are slimmed, and how much disk they take."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -83,6 +84,30 @@ def test_marking_again_after_a_change_makes_it_complete_again(tmp_path):
     mark_complete(folder)
     assert require_complete(folder) == folder
     assert MARKER not in json.loads((folder / MARKER).read_text())
+
+
+STRANGERS = (
+    "checkpoint-best", "checkpoint-2-copy", "checkpoint-2 (copy)", "checkpoint-02", "checkpoint-", "checkpoint-٣",
+    "checkpoint--1", "checkpoint-2.5", "checkpoint-1e3", "checkpoint-2\n",
+)  # fmt: skip
+
+
+def test_what_lies_beside_the_checkpoints_is_passed_over(tmp_path):
+    whole = write_checkpoint(tmp_path, 2)
+    for name in STRANGERS:
+        shutil.copytree(whole, tmp_path / name)
+    (tmp_path / "checkpoint-7").write_text("a file")
+    (tmp_path / "checkpoint-4").symlink_to(write_checkpoint(tmp_path / "other disk", 4))
+    (tmp_path / "checkpoint-6").symlink_to(tmp_path / "gone")
+    assert list(complete_checkpoints(tmp_path)) == [2, 4]
+    retain(tmp_path, newest=4, keep=1)
+    for name in STRANGERS:
+        assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in whole.iterdir()} | {
+            "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"
+        }  # fmt: skip
+        with pytest.raises(CheckpointError, match="named checkpoint-<step>"):
+            checkpoint_step(tmp_path / name)
+    assert list(complete_checkpoints(tmp_path)) == [4], "the older one was slimmed"
 
 
 LOADED = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",

@@ -396,7 +396,9 @@ def test_checkpoints_are_found_by_step(tmp_path):
     sharded = checkpoint(tmp_path / "checkpoint-30", weights="model-00001-of-00002.safetensors")
     checkpoint(tmp_path / "checkpoint-40", config=False)
     checkpoint(tmp_path / "checkpoint-50", weights="optimizer.pt")
-    checkpoint(tmp_path / "checkpoint-last")
+    for name in ("checkpoint-last", "checkpoint-2-copy", "checkpoint-7 (copy)", "checkpoint-007", "checkpoint-٣"):
+        checkpoint(tmp_path / name)
+    (tmp_path / "checkpoint-8").write_text("a file of this name")
     checkpoint(tmp_path / "other-60")
     found = find_checkpoints(tmp_path)
     assert list(found) == [2, 10, 30, 100]

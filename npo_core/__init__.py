@@ -4,10 +4,8 @@ The names below are the public face. They are loaded on first use, so `import np
 (`npo_core.method`) work without TRL.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AutoNPO": "control.auto",
@@ -39,6 +37,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name == "__version__":
+        return metadata.version(__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

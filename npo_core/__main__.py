@@ -11,6 +11,9 @@ from typing import Any
 
 from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown
 
+FIGURE_PACKAGES = ("matplotlib", "seaborn")
+"""What only the extra `study` brings."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; return the exit status. A bad setting ends with one line, not with a traceback."""
@@ -21,6 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.stage(options)
+    except ModuleNotFoundError as error:
+        if error.name not in FIGURE_PACKAGES:
+            raise
+        print(f"npo_core {options.name}: figures need {error.name}; pip install 'npo_core[study]'.", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError) as error:
         print(f"npo_core {options.name}: {error}", file=sys.stderr)
         return 2
@@ -33,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         ("grpo", _train, "Train plain GRPO and evaluate it."),
         ("npo", _train, "Train with manual interventions (scout and restart, plateau and roll-back) and evaluate it."),
         ("autonpo", _train, "Train with AutoNPO's own interventions and evaluate it."),
-        ("warmstart", _warmstart, "Make the base policy of a preset and keep it in data/base."),
+        (
+            "warmstart",
+            _warmstart,
+            "Make the base policy of a preset and keep it in data/base; an installed copy, in data/runs/base.",
+        ),
         ("luffy", _train, "Train the baseline LUFFY (external teacher) and evaluate it."),
         ("exgrpo", _train, "Train the baseline ExGRPO (own past successes) and evaluate it."),
         ("rlep", _train, "Train the baseline RLEP (replay of a converged run) and evaluate it."),
@@ -268,14 +280,14 @@ def _claims(options: argparse.Namespace) -> int:
 
 
 def _warmstart(options: argparse.Namespace) -> int:
-    from .runs.folder import project_folder
+    from .runs.folder import checkout, runs_folder, shipped_policies
     from .world.warmstart import base_digest, teacher_config, warm_start
 
     config = _config(options, "grpo")
     if options.teacher:
         config = teacher_config(config)
-    folder = project_folder() / "data" / "base" / f"tiny-{base_digest(config)}"
-    print(warm_start(config, folder, options.quiet))
+    kept = runs_folder() / "base" if checkout() is None else shipped_policies()
+    print(warm_start(config, kept / f"tiny-{base_digest(config)}", options.quiet))
     return 0
 
 

@@ -35,13 +35,27 @@ DECISIONS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rol
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
 
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def checkout() -> Path | None:
+    """Root of the checkout that this package is run from; None for an installed copy, which carries `base/`."""
+    return None if (PACKAGE / "base").is_dir() else PACKAGE.parent
+
+
 def project_folder() -> Path:
-    """Root of the checkout that this package is run from."""
-    return Path(__file__).resolve().parents[2]
+    """Where `data/` and `figures/` are: the root of the checkout, or for an installed copy the caller's folder."""
+    return checkout() or Path.cwd()
+
+
+def shipped_policies() -> Path:
+    """Folder of the base policies that come with the code; only read by an installed copy."""
+    root = checkout()
+    return PACKAGE / "base" if root is None else root / "data" / "base"
 
 
 def runs_folder() -> Path:
-    """Where runs are kept: `NPO_RUNS` if set, else `data/runs` of the checkout."""
+    """Where runs are kept: `NPO_RUNS` if set, else `data/runs` of the checkout, or of the caller's folder."""
     return Path(os.environ.get("NPO_RUNS", project_folder() / "data" / "runs"))
 
 
@@ -190,12 +204,13 @@ def environment() -> dict[str, Any]:
     """Versions, git revision and device, for `env.json`."""
     import torch
 
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=project_folder(), capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
+    revision, root = None, checkout()
+    if root is not None:  # an installed copy would name the revision of whatever folder it is called from
+        asked = ["git", "rev-parse", "HEAD"]
+        try:
+            revision = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            revision = None
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -20,7 +20,7 @@ import torch
 
 from ..progress import progress
 from ..runs.config import RunConfig
-from ..runs.folder import project_folder, runs_folder
+from ..runs.folder import runs_folder, shipped_policies
 from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
 from .pretrained import policy_folder
 from .speed.sharing import share_work
@@ -131,7 +131,7 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     if config.policy != "tiny":
         return policy_folder(config.policy)
     name = f"tiny-{base_digest(config)}"
-    for folder in (project_folder() / "data" / "base" / name, runs_folder() / "base" / name):
+    for folder in (shipped_policies() / name, runs_folder() / "base" / name):
         if (folder / "model.safetensors").is_file():
             return folder
     return warm_start(config, folder, quiet=quiet)

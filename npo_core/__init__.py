@@ -23,6 +23,7 @@ _HOMES = {
     "SignalSettings": "runs.measurement",
     "Trajectory": "guidance.trajectories",
     "Verdict": "guidance.verifiers",
+    "explore": "explore",
     "measure_folder": "stages.signal",
     "resolve_config": "runs.config",
     "sample_rollouts": "trainer.sampling",

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .explore.command import add_stage as add_explore
 from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
+    add_explore(stages)
     _signal_parser(stages)
     _gain_parser(stages)
     whole = stages.add_parser("merge", help="Write a checkpoint with adapters as a policy of its own.")

@@ -1,6 +1,8 @@
 """What holds for every test: set before torch is imported, which reads the thread settings once."""
 
 import os
+import shutil
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -19,3 +21,19 @@ install_import_hook([f"npo_core.method.{name}" for name in CHECKED], "beartype.b
 # A deadline per example measures the machine's other load; a fixed choice of examples makes a failure repeatable.
 settings.register_profile("npo", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("npo")
+
+NEEDED = {
+    "test_browser.py": ("NPO_BROWSER" in os.environ and find_spec("playwright"), "no browser: `make test-browser`"),
+    "test_maths.py": (shutil.which("node"), "no node (Node.js 20 or newer): the page's maths is not compared"),
+}
+"""Files of tests/explore that need a program from outside: whether it is here, and what to say if not."""
+
+
+def pytest_report_header():
+    return [f"left out: tests/explore/{name}, {words}" for name, (there, words) in NEEDED.items() if not there]
+
+
+def pytest_ignore_collect(collection_path):
+    if collection_path.parent.name == "explore" and collection_path.name in NEEDED:
+        return True if not NEEDED[collection_path.name][0] else None
+    return None

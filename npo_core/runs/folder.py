@@ -116,20 +116,8 @@ class RunFolder:
         return [record for record in read_lines(self.events_path) if kind in (None, record["event"])]
 
     def effective_events(self) -> list[dict[str, Any]]:
-        """Events as a reader of the run should see them.
-
-        Left out is what a restart after a kill did again: events past the point where the run went on, and the first
-        of two records of the same decision.
-        """
-        kept: list[dict[str, Any]] = []
-        for record in self.events():
-            if record["event"] == "resume":
-                kept = [e for e in kept if e.get("compute_step", e.get("compute_start", 0)) <= record["compute_step"]]
-            elif record["event"] in DECISIONS:
-                same = (record["event"], record["compute_step"])
-                kept = [e for e in kept if (e["event"], e.get("compute_step")) != same]
-            kept.append(record)
-        return kept
+        """Events as a reader of the run should see them; see `effective`."""
+        return effective(self.events())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All metric lines in the order of `compute_step`; NaN where a metric was not finite."""
@@ -164,6 +152,22 @@ class RunFolder:
         }
         write_json(self.path / "result.json", content)
         return content
+
+
+def effective(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Events of a log without what a restart after a kill did again.
+
+    Left out are events past the point where the run went on, and the first of two records of the same decision.
+    """
+    kept: list[dict[str, Any]] = []
+    for record in events:
+        if record["event"] == "resume":
+            kept = [e for e in kept if e.get("compute_step", e.get("compute_start", 0)) <= record["compute_step"]]
+        elif record["event"] in DECISIONS:
+            same = (record["event"], record["compute_step"])
+            kept = [e for e in kept if (e["event"], e.get("compute_step")) != same]
+        kept.append(dict(record))
+    return kept
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:

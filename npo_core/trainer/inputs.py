@@ -18,7 +18,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from ..guidance.fingerprints import tokenizer_of
-from .pictures import pictures_of
+from .pictures import pictures_of, prompt_as_seen
 
 TAKEN = ("conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding")
 """Arguments of `apply_chat_template` that TRL gives itself; as `chat_template_kwargs` they would stand there twice."""
@@ -67,7 +67,7 @@ def prompt_tokens(
             "A prompt is a plain string, and others are chat messages or have pictures; write every prompt as chat "
             'messages: [{"role": "user", "content": …}].'
         )
-    prompts = [row["prompt"] for row in rows]
+    prompts = [prompt_as_seen(row["prompt"]) for row in rows]
     if any(pictures):
         prompts = [prepare_multimodal_messages(*each) for each in zip(prompts, pictures, strict=True)]
     asked = _Asked(processor, template, isinstance(processor, ProcessorMixin))

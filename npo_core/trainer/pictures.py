@@ -1,16 +1,87 @@
-"""Pictures in prompts: those of a row, the tokens that stand for them, and how vLLM wants both."""
+"""Pictures in prompts: those of a row as a viewer shows them, the tokens that stand for them, and how vLLM wants both.
+
+Whatever a picture's file is like, a policy sees in training and off line what a person would see of it: the first
+frame, upright, in RGB of 8 bits, on white ground where it is transparent. Image processors take the colour of
+transparent pixels as it is, which is black in most drawings, and cut 16 bits off at 255 (ours).
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageOps
+
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
 
 
+ORIENTATION = 0x0112
+"""EXIF entry that says how a picture is turned; 1 is upright."""
+
+SIXTEEN_BITS = 2**16 - 1
+
+
+def as_seen(picture: Any) -> Any:
+    """A picture as a viewer shows it; an upright one in RGB, and what is no PIL picture, are given back as they are.
+
+    Raises:
+        ValueError: Numbers that have no agreed white: of floating point, or above 16 bits.
+    """
+    if not isinstance(picture, Image.Image):
+        return picture
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("picture of floating-point numbers, which have no agreed white: save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+            raise ValueError(
+                f"picture of numbers from {values.min()} to {values.max()}, which have no agreed white: save it with 8 "
+                "or 16 bits"
+            )
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite((picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA"))
+    return ground.convert("RGB")
+
+
 def pictures_of(row: Mapping[str, Any]) -> list[Any]:
-    """Pictures of a row: its `images`, or its `image` alone, or none."""
-    return list(row.get("images") or ([] if row.get("image") is None else [row["image"]]))
+    """Pictures of a row as they are seen: its `images`, or its `image` alone, or none."""
+    given = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    return [as_seen(picture) for picture in given]
+
+
+def prompt_as_seen(prompt: Any) -> Any:
+    """A prompt whose messages may hold pictures themselves, among the parts of their content, as they are seen."""
+    if isinstance(prompt, str) or not any(isinstance(message.get("content"), list) for message in prompt):
+        return prompt
+    return [
+        {**message, "content": [_part_as_seen(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
+def _part_as_seen(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**part, "image": as_seen(part["image"])} if isinstance(part.get("image"), Image.Image) else part
+
+
+def rows_as_seen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for TRL, whose pictures are as they are seen."""
+    shown = []
+    for row in rows:
+        seen = {"prompt": prompt_as_seen(row["prompt"])}
+        if row.get("images"):
+            seen["images"] = pictures_of(row)
+        elif row.get("image") is not None:
+            seen["image"] = as_seen(row["image"])
+        shown.append({**row, **seen})
+    return shown
 
 
 def picture_tokens(processor: Any) -> list[int]:

@@ -27,7 +27,7 @@ from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from ..processes import collect
 from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .config import NPOConfig
-from .pictures import collapse_pictures
+from .pictures import collapse_pictures, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts
 
 
@@ -110,7 +110,7 @@ class NPOTrainer(GRPOTrainer):
         return self.num_generations - (self.args.guides_per_group if self.args.placement == "append" else 0)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = self._with_replayed_prompts(inputs)
+        inputs = rows_as_seen(self._with_replayed_prompts(inputs))
         self._rollouts = step = StepRollouts(rows=inputs)
         output = super()._generate_and_score_completions(inputs)
         ids = output["completion_ids"]

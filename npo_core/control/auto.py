@@ -13,6 +13,7 @@ from ..method.signal import variance_cost
 from ..method.trigger import Candidate, Decision, Mistake, choose_distance
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import trainer_generate
+from .agreement import prompt_order
 from .controller import Controller
 from .watch import Segment, Watch
 
@@ -35,7 +36,8 @@ class AutoNPO(Controller):
         left = config.compute_steps - watch.compute_step
         # a replay that the budget would cut short is no candidate
         checkpoints = self._checkpoints(segments)
-        origins = {saved: folder for saved, folder in checkpoints.items() if saved < step <= saved + left}
+        farthest = min(left, config.max_distance or left)
+        origins = {saved: folder for saved, folder in checkpoints.items() if saved < step <= saved + farthest}
         mistakes = watch.pool.since(min(origins, default=step))
         if not mistakes:
             run.event(
@@ -55,6 +57,12 @@ class AutoNPO(Controller):
         if quality < config.confirm_quality:
             run.event("dismissed", **clocks, reason=f"the probe's pass rate {quality:.3f} is below confirm_quality")
             return None
+        known = [trajectory for group in probed for trajectory in group]
+        if not config.roll_back:
+            until = min(step + config.ahead_window, step + left)
+            window = slice(step * config.prompts_per_step, until * config.prompts_per_step)
+            ahead = list(dict.fromkeys(prompt_order(trainer)[window]))
+            return self._replay(trainer, watch, step, checkpoints[step], ahead, until, known)
         candidates = self._candidates(step, origins, mistakes, probed)
         decision = choose_distance(candidates, config.quality_floor)
         run.event("choice", **clocks, **_decision_record(decision))
@@ -63,7 +71,11 @@ class AutoNPO(Controller):
             return None
         origin = decision.chosen.policy_step
         replayed = [mistake for mistake in mistakes if mistake.step > origin]
-        return self._replay(trainer, watch, step, origins[origin], [mistake.uid for mistake in replayed], until=step)
+        uids = [mistake.uid for mistake in replayed]
+        return self._replay(trainer, watch, step, origins[origin], uids, step, known)
+
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        return [] if self.config.roll_back else self._order_complaints(trainer, self.config.compute_steps)
 
     def _probe(self, trainer: NPOTrainer, mistakes: Sequence[Mistake], step: int) -> list[list[Trajectory]]:
         """Rollouts of the current policy on a random subset of the pool, a list per prompt."""

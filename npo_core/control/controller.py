@@ -13,48 +13,33 @@ optimiser steps and never goes back.
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from transformers import PreTrainedModel, TrainerCallback
-
-from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.sources import GuidanceSource, GuidanceWindow
-from ..guidance.trajectories import GuidanceCache, Trajectory
-from ..processes import agree, is_writer, join
+from ..guidance.trajectories import Trajectory
+from ..processes import agree, is_writer
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..trainer.inputs import end_tokens
-from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
 from ..trainer.trainer import NPOTrainer, Verifier
 from ..trainer.vllm import place, trainer_generate
-from .agreement import keep_order, require_agreement
+from .agreement import keep_order, prompt_order, require_agreement
+from .factory import TrainerFactory
 from .fingerprint import require_same_factory
+from .offline import Offline
 from .watch import Segment, Watch
 
+UNSOLVED = "the guide solved none of the prompts to be replayed"
 
-class TrainerFactory(Protocol):
-    """Makes a fresh trainer of the same run: same base weights, data order and arguments every time.
-
-    It hands on `output_dir`, `guidance` and `callbacks` as it gets them. `docs/own_run.md` has an example.
-    """
-
-    def __call__(
-        self, output_dir: Path, guidance: GuidanceSource | None, callbacks: Sequence[TrainerCallback]
-    ) -> NPOTrainer: ...
-
-    def policy(self, folder: Path | None = None) -> PreTrainedModel:
-        """The policy of a folder, such as a checkpoint, adapters included; the base policy alone if None."""
-        ...
+RATE_SLACK = 1e-6
+"""Metric lines hold pass rates with six digits."""
 
 
-class Controller:
+class Controller(Offline):
     """Runs segments of training until the compute budget is spent; plain GRPO unless a subclass decides otherwise.
 
     Args:
@@ -87,14 +72,9 @@ class Controller:
         verifier: Verifier,
         quiet: bool = False,
     ):
-        self.make_trainer = make_trainer
-        self.config = config
+        super().__init__(make_trainer, config, rows, processor, verifier)
         self.run_folder = run
-        self.rows = rows
-        self.processor = processor
-        self.verifier = verifier
         self.quiet = quiet or not is_writer()
-        self.chat_template_kwargs: Mapping[str, Any] = {}
 
     def run(self) -> NPOTrainer:
         """Train until the compute budget is spent; return the trainer with the final policy."""
@@ -153,6 +133,20 @@ class Controller:
     def _complaints(self, trainer: NPOTrainer) -> list[str]:
         """What else keeps this controller from training with a trainer, a line each."""
         return []
+
+    def _order_complaints(self, trainer: NPOTrainer, steps: int) -> list[str]:
+        """What keeps this run from knowing the prompts of its first `steps` steps beforehand, a line each."""
+        args, per_step = trainer.args, self.config.prompts_per_step
+        order, needed, found = prompt_order(trainer), steps * per_step, []
+        if args.generation_batch_size != per_step * trainer.num_generations:
+            prompts = args.generation_batch_size // trainer.num_generations
+            found.append(f"a step has {prompts} prompts; it must have prompts_per_step = {per_step} of RunConfig")
+        if args.shuffle_dataset or order is None or len(order) < needed:
+            found.append(
+                "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
+                f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
+            )
+        return found
 
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         """Policy step at which the last segment stops for a decision, or None."""
@@ -213,55 +207,21 @@ class Controller:
             found |= agree(partial(complete_checkpoints, self._branch(segment)))
         return dict(sorted(found.items()))
 
-    # Off-line rollouts
-
-    def _sample(
-        self,
-        policy: PreTrainedModel,
-        uids: Sequence[str],
-        k: int,
-        step: int,
-        stream: int,
-        generate: Generate | None = None,
-    ) -> list[list[Trajectory]]:
-        return shared_rollouts(
-            policy,
-            self.processor,
-            Lazily(self.rows.__getitem__, uids),
-            k,
-            self.verifier,
-            seed=int(np.random.SeedSequence([self.config.seed, step, stream]).generate_state(1)[0]),
-            max_new_tokens=self.config.max_completion_length,
-            source_step=step,
-            temperature=self.config.temperature,
-            batch=self.config.rollout_batch,
-            score_batch=self.config.score_batch,
-            generate=generate,
-            chat_template_kwargs=self.chat_template_kwargs,
-            score_temperature=self.config.temperature,
-        )
-
-    def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        """Log-probs of trajectories under another policy, in nats, at the training's temperature."""
-        rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
-        tokens = [trajectory.token_ids for trajectory in trajectories]
-        # a trainer's policy computes in its mixed precision; one that is compared with it must too
-        mixed = self.config.mixed_precision == "bf16"
-        with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
-            return shared_logps(
-                policy,
-                self.processor,
-                rows,
-                tokens,
-                self.config.score_batch,
-                temperature=self.config.temperature,
-                chat_template_kwargs=self.chat_template_kwargs,
-            )
+    # Guides
 
     def _replay(
-        self, trainer: NPOTrainer, watch: Watch, step: int, origin: Path | None, uids: Sequence[str], until: int
+        self,
+        trainer: NPOTrainer,
+        watch: Watch,
+        step: int,
+        origin: Path | None,
+        uids: Sequence[str],
+        until: int,
+        known: Sequence[Trajectory] = (),
     ) -> Segment | None:
         """Fill a cache with guides, note the roll-back, and return the segment of the replay.
+
+        An origin at `step` itself is no roll-back: training goes on from there with guides for the prompts ahead.
 
         Args:
             trainer: Holds the current policy, the guide.
@@ -270,6 +230,7 @@ class Controller:
             origin: Checkpoint to roll back to; None is the base policy.
             uids: Prompts to sample guides for.
             until: Policy step at which guidance ends.
+            known: Rollouts of the guide that were sampled already, as by a probe.
 
         Returns:
             None when the guide solves none of the prompts; the cause is noted as an event.
@@ -282,15 +243,19 @@ class Controller:
             own = self.config.guide_from == "own"
             guide = self._learner(origin) if own else trainer.accelerator.unwrap_model(trainer.model)
             generate = None if own else trainer_generate(trainer)
-            cache = self._fill_cache(guide, uids, start if own else step, origin, generate)
+            cache, rollouts = self._fill_cache(
+                guide, uids, start if own else step, origin, generate, () if own else known
+            )
             if not len(cache):
-                run.event("dismissed", **clocks, reason="the guide solved none of the prompts to be replayed")
+                run.event("dismissed", **clocks, reason=UNSOLVED, rollouts=rollouts)
                 return None
             name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
             agree(lambda: cache.save(run.path / name))
-            rollouts = len(uids) * self.config.cache_rollouts
             run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
-        run.event("rollback", **clocks, to=start, distance=step - start)
+        if start == step:
+            run.event("ahead", **clocks, until=until)
+        else:
+            run.event("rollback", **clocks, to=start, distance=step - start)
         return Segment(
             branch=last.branch + 1,
             start=start,
@@ -301,43 +266,16 @@ class Controller:
             reseed=not guided,
         )
 
-    def _fill_cache(
-        self,
-        guide: PreTrainedModel,
-        uids: Sequence[str],
-        step: int,
-        learner_folder: Path | None,
-        generate: Generate | None = None,
-    ) -> GuidanceCache:
-        """Guides of a policy for some prompts."""
-        config = self.config
-        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3, generate)
-        flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
-        if config.cache_rule == "closest" and flat:
-            scores = self._score(self._learner(learner_folder), flat)
-            flat = [
-                replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
-            ]
-        cache = self._empty_cache(guide)
-        cache.fill(flat, config.cache_rule)
-        return cache
+    def _gated(self, uids: Sequence[str], segments: Sequence[Segment], start: int) -> list[str]:
+        """Those of the prompts that were gated when the steps after `start` first ran; all with `cache_prompts` all.
 
-    def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
-        return kind(
-            end_tokens(guide, self.processor),
-            self.config.max_completion_length,
-            tokenizer_digest(self.processor),
-            self.rows,
-            image_digest(self.processor),
-        )
-
-    def _load_cache(self, path: Path, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
-        """A cache of this run; refused when tokenizer or picture settings are others than those it was made with."""
-        return kind.load(path, tokenizer_digest(self.processor), self.rows, image_digest(self.processor))
-
-    def _learner(self, folder: Path | None) -> PreTrainedModel:
-        """Policy of a checkpoint, in evaluation mode; None is the base policy."""
-        return self.make_trainer.policy(folder).eval().to(join().device)
+        A prompt that has not come yet stays in.
+        """
+        if self.config.cache_prompts == "all":
+            return list(uids)
+        lines = [line for line in self._lineage(segments) if line["policy_step"] > start]
+        rates = {uid: rate for line in lines for uid, rate in line["groups"].items()}
+        return [uid for uid in uids if rates.get(uid, 0.0) <= self.config.tau_gate + RATE_SLACK]
 
 
 def _segment(event: Mapping[str, Any]) -> Segment:

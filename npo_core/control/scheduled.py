@@ -24,9 +24,9 @@ class Intervention:
     """One scheduled roll-back.
 
     Attributes:
-        stage: "early" or "late".
+        stage: "early", "late", "repeated" or "random".
         at: Policy step at which training stops; the policy there is the guide.
-        back_to: Policy step that is rolled back to; 0 is the base policy.
+        back_to: Policy step that is rolled back to; 0 is the base policy, `at` itself no roll-back.
         guide_until: Policy step at which guidance ends.
     """
 
@@ -39,8 +39,11 @@ class Intervention:
 def planned_interventions(config: RunConfig) -> tuple[Intervention, ...]:
     """Interventions of a configuration in the order they happen; a stage whose first setting is 0 is left out.
 
-    With `random_interventions` their steps are drawn from the run's seed instead, see `random_plan`.
+    With `repeat_every` they come again and again, see `repeated_plan`; with `random_interventions` their steps are
+    drawn from the run's seed, see `random_plan`.
     """
+    if config.repeat_every:
+        return repeated_plan(config)
     if config.random_interventions:
         return random_plan(config)
     plan = []
@@ -48,6 +51,24 @@ def planned_interventions(config: RunConfig) -> tuple[Intervention, ...]:
         plan.append(Intervention("early", config.scout_steps, 0, config.early_window))
     if config.late_step:
         plan.append(Intervention("late", config.late_step, config.late_start, config.late_step))
+    return tuple(plan)
+
+
+def repeated_plan(config: RunConfig) -> tuple[Intervention, ...]:
+    """Every `repeat_every` steps of the trajectory, back by `repeat_back` and guided up to there again (ours).
+
+    Without roll-back (`repeat_back` 0) the policy's own guides are sampled for the prompts ahead, up to the next
+    intervention: what a practitioner would try who has no way back. A replay that the budget would cut short is left
+    out.
+    """
+    every, back = config.repeat_every, config.repeat_back
+    plan = []
+    for turn in range(1, config.compute_steps // every + 1):
+        at = turn * every
+        left = config.compute_steps - at - (turn - 1) * back
+        if left < max(back, 1):
+            break
+        plan.append(Intervention("repeated", at, at - back, at if back else at + min(every, left)))
     return tuple(plan)
 
 
@@ -88,19 +109,8 @@ class ScheduledNPO(Controller):
         return dict(enumerate(planned_interventions(self.config))).get(len(segments) - 1 + len(dismissed))
 
     def _complaints(self, trainer: NPOTrainer) -> list[str]:
-        args, per_step = trainer.args, self.config.prompts_per_step
         plan = planned_interventions(self.config)
-        order, needed = prompt_order(trainer), max((each.guide_until for each in plan), default=0) * per_step
-        found = []
-        if args.generation_batch_size != per_step * trainer.num_generations:
-            prompts = args.generation_batch_size // trainer.num_generations
-            found.append(f"a step has {prompts} prompts; it must have prompts_per_step = {per_step} of RunConfig")
-        if args.shuffle_dataset or order is None or len(order) < needed:
-            found.append(
-                "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
-                f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
-            )
-        return found
+        return self._order_complaints(trainer, max((each.guide_until for each in plan), default=0))
 
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         intervention = self._next(segments)
@@ -109,14 +119,16 @@ class ScheduledNPO(Controller):
     def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
         intervention = self._next(segments)
         origin = None
-        if intervention.back_to:
+        if intervention.back_to == step:
+            origin = checkpoint_folder(self._branch(segments[-1]), step)
+        elif intervention.back_to:
             origin = self._checkpoints(segments).get(intervention.back_to)
             if origin is None:
                 # names what is wrong with it: missing, half written or slimmed
                 require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
         per_step = self.config.prompts_per_step
         window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
-        uids = list(dict.fromkeys(prompt_order(trainer)[window]))
+        uids = self._gated(list(dict.fromkeys(prompt_order(trainer)[window])), segments, intervention.back_to)
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
         self.run_folder.event(
             "planned", **clocks, stage=intervention.stage, to=intervention.back_to, guide_until=intervention.guide_until

@@ -52,7 +52,7 @@ class RunConfig(Settings):
             "pool_capacity", "pool_expiry", "probe_prompts", "probe_rollouts", "checkpoint_every",
             "eval_problems", "eval_rollouts", "guides_per_group", "rlep_source_steps", "replay_keep",
             "hidden", "layers", "heads", "vision_hidden", "vision_depth", "lora_alpha", "vllm_tensor_parallel",
-            "rollout_batch", "score_batch", "vllm_port",
+            "rollout_batch", "score_batch", "vllm_port", "ahead_window",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
@@ -65,10 +65,12 @@ class RunConfig(Settings):
             "epsilon_high", "trigger_warmup", "trigger_cooldown", "max_interventions", "checkpoint_keep",
             "rollout_every", "eval_top_k", "scout_steps", "early_window", "late_step", "late_start",
             "teacher_seed", "entropy_bonus", "random_interventions", "lora_rank", "min_pixels", "max_pixels",
-            "max_prompt_length",
+            "max_prompt_length", "repeat_every", "repeat_back", "max_distance",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        if self.method == "npo" and not self.random_interventions:
+        if self.method == "npo" and self.repeat_every:
+            self._check_repeats()
+        elif self.method == "npo" and not self.random_interventions:
             self._check_interventions()
         require(
             self.eval_problems >= 2 * len(self.suites),
@@ -122,11 +124,37 @@ class RunConfig(Settings):
             f"at least {needed}: what scout, roll-backs and replays take",
         )
 
+    def _check_repeats(self) -> None:
+        """Refuse repeated interventions that this run could not carry out."""
+        every, back, grid = self.repeat_every, self.repeat_back, self.checkpoint_every
+        require(not self.random_interventions, "random_interventions", self.random_interventions, "0 with repeat_every")
+        require(every % grid == 0, "repeat_every", every, f"a multiple of checkpoint_every = {grid}")
+        require(
+            back <= every and back % grid == 0,
+            "repeat_back",
+            back,
+            f"a multiple of checkpoint_every = {grid}, at most repeat_every = {every}",
+        )
+        kept = (self.checkpoint_keep - 1) * grid if self.checkpoint_keep else back
+        require(back <= kept, "repeat_back", back, f"at most {kept}: checkpoint_keep keeps no older one resumable")
+        require(
+            every + max(back, 1) <= self.compute_steps,
+            "compute_steps",
+            self.compute_steps,
+            f"at least {every + max(back, 1)}: what the first intervention takes",
+        )
+
     def _check_baselines(self) -> None:
         """Refuse settings of the baselines that contradict each other."""
         if self.placement == "replace":
             most = self.num_generations - 1
             require(self.guides_per_group <= most, "guides_per_group", self.guides_per_group, f"at most {most}")
+        require(
+            self.cache_rule == "first" or not self.cache_stop,
+            "cache_stop",
+            self.cache_stop,
+            f"false with cache_rule {self.cache_rule}, which chooses among all correct rollouts of a prompt",
+        )
         if self.guides_per_group > 1:
             require(self.method == "rlep", "method", self.method, '"rlep", the one with several guides for a prompt')
         require(

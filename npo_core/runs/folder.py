@@ -29,7 +29,7 @@ NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadat
 SCHEMA = 1
 """Version of `result.json`."""
 
-DECISIONS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rollback")
+DECISIONS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rollback", "ahead")
 """Events that a decision leaves, at most one of a kind at a compute step."""
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")

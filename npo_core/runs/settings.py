@@ -129,7 +129,11 @@ class Settings:
     random_interventions: int = _setting(
         0, "Roll-backs at random steps and distances in place of those planned (control)."
     )
-    cache_rollouts: int = _setting(8, "Off-line rollouts per prompt for the guidance cache.")
+    cache_rollouts: int = _setting(8, "Off-line rollouts per prompt for the guidance cache, at most.")
+    cache_prompts: Literal["gated", "all"] = _setting(
+        "all", "Prompts of a replayed window that get a guide: those gated when it first ran, or all."
+    )
+    cache_stop: bool = _setting(False, "Stop sampling a prompt's guides at its first correct rollout.")
     cache_rule: Literal["first", "shortest", "closest"] = _setting(
         "first", "Which correct rollout of a prompt is kept as its guide."
     )
@@ -146,7 +150,13 @@ class Settings:
     late_step: int = _setting(200, "Late stage: policy step past the plateau, whose policy is the guide; 0 for none.")
     late_start: int = _setting(100, "Late stage: policy step that is rolled back to, the start of the plateau.")
 
+    repeat_every: int = _setting(0, "Steps between repeated interventions, in place of both stages; 0 for none.")
+    repeat_back: int = _setting(20, "Repeated: steps rolled back each time; 0 guides the prompts ahead instead.")
+
     # Trigger and choice (AutoNPO)
+    roll_back: bool = _setting(True, "Interventions roll back; false guides the prompts ahead instead.")
+    ahead_window: int = _setting(40, "Guided steps of an intervention without roll-back.")
+    max_distance: int = _setting(0, "Longest roll-back that is a candidate; 0 for no limit.")
     trigger_ema: float = _setting(0.9, "Weight of the past in the averages of reward and entropy.")
     trigger_window: int = _setting(20, "Steps over which the averages must be flat and falling.")
     trigger_reward_tolerance: float = _setting(0.01, "Largest rise of the reward average over the window.")

@@ -191,17 +191,18 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
     }
     interventions = []
     for event in events:
-        if event["event"] != "rollback":
+        if event["event"] not in ("rollback", "ahead"):
             continue
-        when = event["compute_step"]
+        when, distance = event["compute_step"], event.get("distance", 0)
         interventions.append(
             {
-                **{name: event[name] for name in ("policy_step", "compute_step", "distance")},
+                **{name: event[name] for name in ("policy_step", "compute_step")},
+                "distance": distance,
                 "cached": found["cache"].get(when, {"cached": 0})["cached"],
-                **_grounds(event["distance"], found["choice"].get(when), found["planned"].get(when)),
+                **_grounds(distance, found["choice"].get(when), found["planned"].get(when)),
             }
         )
-    offline = sum(event["rollouts"] for event in events if event["event"] in ("probe", "cache"))
+    offline = sum(event.get("rollouts", 0) for event in events if event["event"] in ("probe", "cache", "dismissed"))
     return {
         "policy_steps": metrics[-1]["policy_step"],
         "compute_steps": metrics[-1]["compute_step"],
@@ -216,8 +217,9 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
 
 def _grounds(distance: int, choice: Mapping | None, planned: Mapping | None) -> dict[str, Any]:
     """Why a roll-back happened: the candidates of a choice, or the stage of a schedule, which measures no signal."""
-    if choice is None:
-        return {"stage": planned["stage"], **dict.fromkeys(("quality", "variance", "signal", "at_edge"))}
+    if choice is None:  # AutoNPO without roll-back has no plan and no candidates
+        stage = "ahead" if planned is None else planned["stage"]
+        return {"stage": stage, **dict.fromkeys(("quality", "variance", "signal", "at_edge"))}
     chosen = next(candidate for candidate in choice["candidates"] if candidate["distance"] == distance)
     return {
         **{name: chosen[name] for name in ("quality", "variance", "signal")},

@@ -28,7 +28,7 @@ from worlds import (
 )
 
 import npo_core.control.baselines
-import npo_core.control.controller
+import npo_core.control.offline
 import npo_core.control.watch
 from npo_core.control.baselines import WHOLE_RUN, GuidedByOwnPast, GuidedByPolicy
 from npo_core.files import append_line, read_table
@@ -491,7 +491,7 @@ def rollouts(monkeypatch):
     guide = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
     monkeypatch.setattr(GuidedByPolicy, "_learner", lambda self, folder: guide)
     monkeypatch.setattr(npo_core.control.baselines, "shared_rollouts", sample)
-    monkeypatch.setattr(npo_core.control.controller, "shared_logps", score)
+    monkeypatch.setattr(npo_core.control.offline, "shared_logps", score)
     return made, asked
 
 

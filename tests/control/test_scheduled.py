@@ -157,13 +157,14 @@ def test_guides_are_the_scouts_for_the_windows_prompts_and_only_in_the_window(bo
 
 
 def test_a_guide_that_solves_nothing_is_a_dismissal_and_training_goes_on(grpo, tmp_path, monkeypatch):
-    def nothing(self, trainer, uids, step, learner, generate):
-        return GuidanceCache([0], 1, "")
+    def nothing(self, trainer, uids, step, learner, generate, known):
+        return GuidanceCache([0], 1, ""), 16
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", nothing)
     run = stages.run(BOTH, tmp_path, quiet=True)
     assert [event["policy_step"] for event in run.events("dismissed")] == [4, 10]
     assert run.result()["interventions"] == []
+    assert run.result()["offline_rollouts"] == 32, "what was sampled in vain counts too"
     same = {"num_tokens"}
     assert [{k: v for k, v in line.items() if k not in same} for line in _lines(run)] == [
         {k: v for k, v in line.items() if k not in same} for line in _lines(grpo)
@@ -185,9 +186,9 @@ def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, mo
     filled = []
     fill = ScheduledNPO._fill_cache
 
-    def watched(self, guide, uids, step, learner, generate):
+    def watched(self, guide, uids, step, learner, generate, known):
         filled.append({name: value.clone() for name, value in guide.state_dict().items()})
-        return fill(self, guide, uids, step, learner, generate)
+        return fill(self, guide, uids, step, learner, generate, known)
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", watched)
     run = stages.run(_config(guide_from="own", **LATE), root, quiet=True)
@@ -206,9 +207,9 @@ def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, mo
 def test_guides_from_the_own_policy_at_a_restart_are_the_base_policys(grpo, root, monkeypatch):
     seen = []
 
-    def nothing(self, guide, uids, step, learner, generate):
+    def nothing(self, guide, uids, step, learner, generate, known):
         seen.append((step, learner, {name: value.clone() for name, value in guide.state_dict().items()}))
-        return GuidanceCache([0], 1, "")
+        return GuidanceCache([0], 1, ""), 0
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", nothing)
     run = stages.run(_config(guide_from="own", **{**EARLY, "learning_rate": 2e-4}), root, quiet=True)
@@ -293,3 +294,90 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
 def test_rule_closest_scores_guides_under_the_base_policy_at_the_restart(tmp_path):
     run = stages.run(_config(late_step=0, cache_rule="closest", compute_steps=8), tmp_path, quiet=True)
     assert run.result()["interventions"][0]["cached"] >= 1
+
+
+# Repeated interventions, with and without roll-back
+
+
+@pytest.mark.parametrize(
+    ("back", "steps", "plan"),
+    [
+        (2, 20, [(4, 2, 4), (8, 6, 8), (12, 10, 12)]),  # 4 + 2, 4 + 2, 4 + 2 spent; a fourth would end at 22
+        (2, 18, [(4, 2, 4), (8, 6, 8), (12, 10, 12)]),
+        (2, 17, [(4, 2, 4), (8, 6, 8)]),
+        (4, 20, [(4, 0, 4), (8, 4, 8)]),
+        (0, 10, [(4, 4, 8), (8, 8, 10)]),  # no way back: guides for the steps ahead, up to the end of the budget
+    ],
+)
+def test_repeated_interventions_fit_the_budget(back, steps, plan):
+    config = _config(repeat_every=4, repeat_back=back, compute_steps=steps)
+    assert planned_interventions(config) == tuple(Intervention("repeated", *one) for one in plan)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"repeat_every": 3}, "repeat_every is 3; it must be a multiple of checkpoint_every = 2"),
+        ({"repeat_every": 4, "repeat_back": 6}, "repeat_back is 6; .*at most repeat_every = 4"),
+        ({"repeat_every": 4, "repeat_back": 1}, "repeat_back is 1; it must be a multiple"),
+        ({"repeat_every": 8, "repeat_back": 4, "checkpoint_keep": 2}, "repeat_back is 4; it must be at most 2"),
+        ({"repeat_every": 20, "repeat_back": 2}, "compute_steps is 20; it must be at least 22"),
+        ({"repeat_every": 4, "repeat_back": 2, "random_interventions": 1}, "random_interventions is 1; it must be 0"),
+    ],
+)
+def test_repeats_that_cannot_be_carried_out_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        _config(**overrides)
+
+
+@pytest.fixture(scope="module")
+def ahead(root) -> RunFolder:
+    return stages.run(_config(repeat_every=12, repeat_back=0), root, quiet=True)
+
+
+def test_without_roll_back_training_goes_on_as_it_was_with_guides_for_the_prompts_ahead(ahead, grpo):
+    lines = ahead.metrics()
+    assert [line["policy_step"] for line in lines] == [line["compute_step"] for line in lines] == list(range(1, 21))
+    assert [line["branch"] for line in lines] == [0] * 12 + [1] * 8
+    assert _lines(ahead)[:12] == _lines(grpo)[:12]
+    assert lines[12]["groups"].keys() == grpo.metrics()[12]["groups"].keys(), "the data order goes on"
+    # the rollouts of the first guided step are those of GRPO: only what trains on them differs
+    assert lines[12]["npo/pass_rate"] == grpo.metrics()[12]["npo/pass_rate"]
+    replaced = [line["npo/replaced_slots"] for line in lines]
+    assert sum(replaced[:12]) == 0 < sum(replaced[12:])
+    [event] = ahead.events("ahead")
+    assert (event["policy_step"], event["compute_step"], event["until"]) == (12, 12, 20)
+    assert ahead.events("rollback") == []
+    [cache] = ahead.events("cache")
+    guides = read_table(ahead.path / cache["file"])
+    prompts = {uid for line in lines[12:] for uid in line["groups"]}
+    assert {row["uid"] for row in guides} <= prompts and cache["prompts"] == len(prompts)
+    assert {row["source_step"] for row in guides} == {12}
+    [intervention] = ahead.result()["interventions"]
+    assert (intervention["stage"], intervention["distance"]) == ("repeated", 0)
+
+
+# Cheaper guides
+
+
+@pytest.fixture(scope="module")
+def cheap(root) -> RunFolder:
+    return stages.run(_config(scout_steps=0, cache_stop=True, cache_prompts="gated", tau_gate=0.2), root, quiet=True)
+
+
+def test_only_prompts_that_were_gated_when_the_window_first_ran_get_a_guide(cheap):
+    [cache] = cheap.events("cache")
+    first = [line for line in cheap.metrics() if line["branch"] == 0 and 6 < line["policy_step"] <= 10]
+    rates = {uid: rate for line in first for uid, rate in line["groups"].items()}
+    gated = {uid for uid, rate in rates.items() if rate <= 0.2}
+    assert 0 < len(gated) < len(rates), "the window holds prompts of both kinds"
+    assert cache["prompts"] == len(gated)
+    guides = read_table(cheap.path / cache["file"])
+    assert {row["uid"] for row in guides} <= gated
+    assert len(gated) <= cache["rollouts"] <= len(gated) * BOTH.cache_rollouts
+    assert cheap.result()["offline_rollouts"] == cache["rollouts"]
+
+
+def test_stopping_and_choosing_among_all_rollouts_exclude_each_other():
+    with pytest.raises(ValueError, match="cache_stop is True; it must be false with cache_rule shortest"):
+        _config(cache_stop=True, cache_rule="shortest")

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-import npo_core.control.controller
+import npo_core.control.offline
 from npo_core.control.controller import Controller
 from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.runs.config import resolve_config
@@ -409,8 +409,8 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
 
         return call
 
-    monkeypatch.setattr(npo_core.control.controller, "shared_rollouts", record("sampled", []))
-    monkeypatch.setattr(npo_core.control.controller, "shared_logps", record("scored", []))
+    monkeypatch.setattr(npo_core.control.offline, "shared_rollouts", record("sampled", []))
+    monkeypatch.setattr(npo_core.control.offline, "shared_logps", record("scored", []))
 
     class Asking(Controller):
         def _stop_at(self, segments):

@@ -1,0 +1,158 @@
+"""What a controller samples and scores outside of training: probes, guides, their log-probs under other policies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..guidance.fingerprints import image_digest, tokenizer_digest
+from ..guidance.trajectories import GuidanceCache, Trajectory
+from ..processes import join
+from ..runs.config import RunConfig
+from ..trainer.inputs import end_tokens
+from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
+from ..trainer.trainer import Verifier
+from .factory import TrainerFactory
+
+
+class Offline:
+    """Off-line rollouts of a run, with the prompts, the length and the temperature of its training.
+
+    Args:
+        make_trainer: Trainer factory, for policies alone.
+        config: Settings.
+        rows: Data set rows by uid.
+        processor: Processor or tokenizer of the policy.
+        verifier: `verifier(text, row) -> Verdict`.
+    """
+
+    def __init__(
+        self,
+        make_trainer: TrainerFactory,
+        config: RunConfig,
+        rows: Mapping[str, Mapping[str, Any]],
+        processor: Any,
+        verifier: Verifier,
+    ):
+        self.make_trainer = make_trainer
+        self.config = config
+        self.rows = rows
+        self.processor = processor
+        self.verifier = verifier
+        self.chat_template_kwargs: Mapping[str, Any] = {}
+
+    def _sample(
+        self,
+        policy: PreTrainedModel,
+        uids: Sequence[str],
+        k: int,
+        step: int,
+        stream: int,
+        generate: Generate | None = None,
+        turn: int = 0,
+    ) -> list[list[Trajectory]]:
+        key = [stream, turn] if turn else [stream]
+        return shared_rollouts(
+            policy,
+            self.processor,
+            Lazily(self.rows.__getitem__, uids),
+            k,
+            self.verifier,
+            seed=int(np.random.SeedSequence([self.config.seed, step, *key]).generate_state(1)[0]),
+            max_new_tokens=self.config.max_completion_length,
+            source_step=step,
+            temperature=self.config.temperature,
+            batch=self.config.rollout_batch,
+            score_batch=self.config.score_batch,
+            generate=generate,
+            chat_template_kwargs=self.chat_template_kwargs,
+            score_temperature=self.config.temperature,
+        )
+
+    def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Log-probs of trajectories under another policy, in nats, at the training's temperature."""
+        rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
+        tokens = [trajectory.token_ids for trajectory in trajectories]
+        # a trainer's policy computes in its mixed precision; one that is compared with it must too
+        mixed = self.config.mixed_precision == "bf16"
+        with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
+            return shared_logps(
+                policy,
+                self.processor,
+                rows,
+                tokens,
+                self.config.score_batch,
+                temperature=self.config.temperature,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+
+    def _fill_cache(
+        self,
+        guide: PreTrainedModel,
+        uids: Sequence[str],
+        step: int,
+        learner_folder: Path | None,
+        generate: Generate | None = None,
+        known: Sequence[Trajectory] = (),
+    ) -> tuple[GuidanceCache, int]:
+        """Guides of a policy for some prompts, and the rollouts that were sampled for them."""
+        config = self.config
+        if config.cache_stop:
+            return self._sample_until_solved(guide, uids, step, generate, known)
+        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3, generate)
+        flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
+        if config.cache_rule == "closest" and flat:
+            scores = self._score(self._learner(learner_folder), flat)
+            flat = [
+                replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
+            ]
+        cache = self._empty_cache(guide)
+        cache.fill(flat, config.cache_rule)
+        return cache, len(uids) * config.cache_rollouts
+
+    def _sample_until_solved(
+        self,
+        guide: PreTrainedModel,
+        uids: Sequence[str],
+        step: int,
+        generate: Generate | None,
+        known: Sequence[Trajectory],
+    ) -> tuple[GuidanceCache, int]:
+        """Guides as `_fill_cache`, but a prompt is sampled no further than its first usable rollout (ours).
+
+        All open prompts are sampled together, in turns of 1, 1, 2, 4, … rollouts up to `cache_rollouts`. A prompt that
+        the guide was sampled on already has had its turns.
+        """
+        cache = self._empty_cache(guide)
+        cache.fill([trajectory for trajectory in known if trajectory.uid in set(uids)])
+        tried = {trajectory.uid for trajectory in known}
+        waiting = [uid for uid in uids if uid not in tried]
+        turn = done = spent = 0
+        while waiting and done < self.config.cache_rollouts:
+            k = min(max(1, done), self.config.cache_rollouts - done)
+            sampled = self._sample(guide, waiting, k, step, 3, generate, turn)
+            cache.fill([trajectory for group in sampled for trajectory in group])
+            turn, done, spent = turn + 1, done + k, spent + k * len(waiting)
+            waiting = [uid for uid in waiting if uid not in cache]
+        return cache, spent
+
+    def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        return kind(
+            end_tokens(guide, self.processor),
+            self.config.max_completion_length,
+            tokenizer_digest(self.processor),
+            self.rows,
+            image_digest(self.processor),
+        )
+
+    def _load_cache(self, path: Path, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+        """A cache of this run; refused when tokenizer or picture settings are others than those it was made with."""
+        return kind.load(path, tokenizer_digest(self.processor), self.rows, image_digest(self.processor))
+
+    def _learner(self, folder: Path | None) -> PreTrainedModel:
+        """Policy of a checkpoint, in evaluation mode; None is the base policy."""
+        return self.make_trainer.policy(folder).eval().to(join().device)

@@ -1,0 +1,72 @@
+"""Guides that cost no more rollouts than they need: turns, what a probe knows, and what is counted."""
+
+import pytest
+
+from npo_core.control.offline import Offline
+from npo_core.guidance.trajectories import GuidanceCache, Trajectory
+from npo_core.runs.config import resolve_config
+
+EOS = 9
+SOLVED_AT = {"a": 1, "b": 2, "c": 4, "d": 8, "never": 99, "cut": 1}
+"""Rollout of each prompt that is the first correct one; that of "cut" has no end of sequence."""
+
+
+class Scripted(Offline):
+    """Off-line work whose policy solves each prompt at a rollout known beforehand."""
+
+    def __init__(self, rollouts):
+        config = resolve_config("npo", "smoke", overrides={"cache_stop": True, "cache_rollouts": rollouts})
+        super().__init__(None, config, {uid: {} for uid in SOLVED_AT}, None, None)
+        self.asked, self.tried = [], dict.fromkeys(SOLVED_AT, 0)
+
+    def _empty_cache(self, guide, kind=GuidanceCache):
+        return kind([EOS], 4, "", self.rows)
+
+    def _sample(self, policy, uids, k, step, stream, generate=None, turn=0):
+        self.asked.append((list(uids), k, stream, turn))
+        groups = []
+        for uid in uids:
+            numbers = range(self.tried[uid] + 1, self.tried[uid] + k + 1)
+            self.tried[uid] += k
+            groups.append([rollout(uid, number, number >= SOLVED_AT[uid]) for number in numbers])
+        return groups
+
+
+def rollout(uid, number, correct):
+    tokens = (number,) if uid == "cut" else (number, EOS)
+    return Trajectory(uid, tokens, (-0.1,) * len(tokens), 7, correct, str(number))
+
+
+def test_a_prompt_is_sampled_in_growing_turns_and_no_further_than_its_first_correct_rollout():
+    work = Scripted(8)
+    cache, spent = work._fill_cache(None, list(SOLVED_AT), 7, None)
+    assert work.asked == [
+        (["a", "b", "c", "d", "never", "cut"], 1, 3, 0),
+        (["b", "c", "d", "never", "cut"], 1, 3, 1),
+        (["c", "d", "never", "cut"], 2, 3, 2),
+        (["d", "never", "cut"], 4, 3, 3),
+    ]
+    assert spent == 6 + 5 + 8 + 12 == sum(len(uids) * k for uids, k, *_ in work.asked)
+    assert {guide.uid: guide.token_ids[0] for guide in cache} == {"a": 1, "b": 2, "c": 4, "d": 8}
+
+
+@pytest.mark.parametrize(("rollouts", "turns"), [(1, [1]), (3, [1, 1, 1]), (5, [1, 1, 2, 1]), (6, [1, 1, 2, 2])])
+def test_turns_add_up_to_the_limit(rollouts, turns):
+    work = Scripted(rollouts)
+    work._fill_cache(None, ["never"], 7, None)
+    assert [k for _, k, *_ in work.asked] == turns
+
+
+def test_what_a_probe_sampled_is_not_sampled_again():
+    work = Scripted(8)
+    known = [rollout("a", 3, False), rollout("a", 4, True), rollout("c", 1, False), rollout("stranger", 1, True)]
+    cache, spent = work._fill_cache(None, ["a", "b", "c"], 7, None, known=known)
+    assert [uids for uids, *_ in work.asked] == [["b"], ["b"]]
+    assert spent == 2
+    assert {guide.uid: guide.token_ids[0] for guide in cache} == {"a": 4, "b": 2}
+
+
+def test_nothing_is_sampled_when_a_probe_knows_all():
+    work = Scripted(8)
+    cache, spent = work._fill_cache(None, ["a"], 7, None, known=[rollout("a", 1, True)])
+    assert (work.asked, spent, len(cache)) == ([], 0, 1)

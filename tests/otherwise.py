@@ -28,6 +28,7 @@ OTHER = {
     "loss_type": "dapo",
     "ratio_mode": "exact",
     "cache_rule": "shortest",
+    "cache_prompts": "gated",
     "variance_proxy": "sequence",
     "micro_batch": 128,
     "guide_behaviour": "one",

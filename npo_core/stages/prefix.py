@@ -21,13 +21,14 @@ SHARING = ("grpo", "npo")
 
 MAY_DIFFER = {
     "method", "compute_steps", "checkpoint_keep", "scout_steps", "early_window", "late_step", "late_start",
+    "repeat_every", "repeat_back",
     "random_interventions", "rlep_source_steps", "replay_share", "replay_start", "replay_keep",
 }  # fmt: skip
 """Settings without influence on training up to the first difference between two plans."""
 
 GUIDANCE = {
     "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "guide_from", "cache_rollouts",
-    "cache_rule",
+    "cache_rule", "cache_prompts", "cache_stop",
 }  # fmt: skip
 """Settings without influence on training up to the first intervention."""
 

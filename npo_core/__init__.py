@@ -20,7 +20,7 @@ _HOMES = {
     "RunConfig": "runs.config",
     "RunFolder": "runs.folder",
     "ScheduledNPO": "control.scheduled",
-    "SignalSettings": "runs.measurement",
+    "SignalSettings": "runs.settings",
     "Trajectory": "guidance.trajectories",
     "Verdict": "guidance.verifiers",
     "explore": "explore",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .explore.command import add_stage as add_explore
-from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown
+from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown, settings_text
+from .runs.settings import SignalSettings
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.set_defaults(stage=_figures)
     draw.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     draw.add_argument("--out", type=Path, help="folder of the figures (default: figures)")
-    settings = stages.add_parser("settings", help="List every setting with its default, source and meaning.")
+    settings = stages.add_parser("settings", help="List every setting by group: default, meaning, bounds, source.")
     settings.set_defaults(stage=_list_settings)
     settings.add_argument("--markdown", action="store_true", help="as the table in docs/implementation.md")
     bench = stages.add_parser("bench", help="Measure speed and memory; writes data/runs/bench.json.")
@@ -131,20 +132,10 @@ def _signal_parser(stages) -> None:
     how.add_argument("--origins", type=int, nargs="+", help="policy steps to measure from")
     how.add_argument("--distances", type=int, default=20, help="distances above 0 from each origin (default: 20)")
     how.add_argument("--also", type=int, nargs="+", default=[], help="distances beside that grid")
-    for name, kind, text in (
-        ("prompts", int, "prompts, the first of the data set"),
-        ("rollouts", int, "rollouts per prompt and policy"),
-        ("scored", int, "rollouts per prompt that are scored in each pair"),
-        ("gradients", int, "prompts with a measured gradient in each pair; 0 leaves the measured variance out"),
-        ("parameters", str, "regular expression of the parameters of the gradients"),
-        ("max-new-tokens", int, "longest response in tokens"),
-        ("c", float, "constant of the proxy e^(c·KL)"),
-        ("resamples", int, "bootstrap resamples"),
-        ("temperature", float, "must be 1"),
-        ("top-p", float, "must be 1"),
-        ("top-k", int, "must be 0"),
-    ):
-        how.add_argument(f"--{name}", type=kind, help=text)
+    for one in fields(SignalSettings):
+        if one.name != "seed":
+            text = one.metadata["help"].replace("%", "%%")
+            how.add_argument(f"--{one.name.replace('_', '-')}", type=one.type, metavar=one.name.upper(), help=text)
 
 
 def _gain_parser(stages) -> None:
@@ -304,7 +295,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _signal(options: argparse.Namespace) -> int:
     from . import figures
-    from .runs.measurement import SignalSettings
     from .stages import signal as signal_stages
 
     names = [field.name for field in fields(SignalSettings)]
@@ -386,11 +376,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _list_settings(options: argparse.Namespace) -> int:
-    if options.markdown:
-        print(settings_markdown())
-        return 0
-    for name, kind, default, source, text in RunConfig.describe():
-        print(f"{name:<26} {kind:<8} {default!s:<14} {source:<6} {text}")
+    print(settings_markdown() if options.markdown else settings_text())
     return 0
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from npo_core.__main__ import main
+from npo_core.declaration import declarations
 from npo_core.runs.config import RunConfig, resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -84,10 +85,15 @@ def test_a_stream_without_greek_gets_all_that_is_printed():
 
 def test_all_settings_are_listed(capsys):
     assert main(["settings"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [setting.name for setting in fields(RunConfig)]
-    for line, setting in zip(lines, fields(RunConfig), strict=True):
-        assert setting.metadata["help"] in line
+    blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]
+    listed = {line.split()[0]: (block[0], line) for block in blocks for line in block[1:]}
+    assert list(listed) == [setting.name for setting in fields(RunConfig)]
+    for name, setting in declarations(RunConfig).items():
+        group, line = listed[name]
+        assert group == setting.group and setting.help in line and line.endswith(f"; {setting.source}]"), name
+    assert "[a number from 0 to 1; paper]" in listed["tau_gate"][1]
+    assert "['replace', 'append'; paper]" in listed["placement"][1]
+    assert len(blocks) == len({setting.group for setting in declarations(RunConfig).values()})
 
 
 def test_the_list_of_settings_in_the_documentation_is_that_of_the_code(capsys):
@@ -96,7 +102,8 @@ def test_the_list_of_settings_in_the_documentation_is_that_of_the_code(capsys):
     documented = (ROOT / "docs" / "implementation.md").read_text()
     _, section = documented.split("## All settings\n")
     assert table in section, "`python -m npo_core settings --markdown` prints what belongs at the end of the document"
-    assert "| `tau_gate` | `0.6` | paper |" in table and table.count("\n") == 2 + len(fields(RunConfig))
+    assert "| `tau_gate` | `0.6` | a number from 0 to 1 | paper |" in table
+    assert "\n| **Guidance** | | | | |\n| `tau_gate` |" in table
 
 
 def test_help_and_settings_load_nothing_heavy():

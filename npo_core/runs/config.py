@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
+from ..declaration import allowed_text, check_declared, declarations, nearest, refuse_unknown, require
 from .settings import Settings
-from .validation import DATA_COLUMNS, check_suites, nearest, refuse_unknown, require, typed
+from .validation import DATA_COLUMNS, check_suites
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 """Trackers that a run may report to; each is a package of its own."""
@@ -34,40 +35,11 @@ METHOD_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """All settings of one run. `RunConfig.describe()` lists each field with its meaning and its source."""
+    """All settings of one run; `python -m npo_core settings` lists each with its bounds, source and meaning."""
 
     def __post_init__(self):
-        for setting in fields(self):
-            object.__setattr__(self, setting.name, typed(setting, getattr(self, setting.name)))
+        check_declared(self)
         check_suites(self.suites)
-        for name in (
-            "easy_share", "middling_share", "easy_error", "middling_error", "hard_error", "second_form_share",
-            "teacher_form_share", "tau_gate", "replay_share", "replay_start", "pool_cutoff",
-            "confirm_quality", "quality_floor", "eval_top_p", "vllm_memory", "lora_dropout",
-        ):  # fmt: skip
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        for name in (
-            "threads", "train_problems", "warmstart_steps", "warmstart_batch", "compute_steps",
-            "prompts_per_step", "micro_batch", "max_completion_length", "cache_rollouts", "trigger_window",
-            "pool_capacity", "pool_expiry", "probe_prompts", "probe_rollouts", "checkpoint_every",
-            "eval_problems", "eval_rollouts", "guides_per_group", "rlep_source_steps", "replay_keep",
-            "hidden", "layers", "heads", "vision_hidden", "vision_depth", "lora_alpha", "vllm_tensor_parallel",
-            "rollout_batch", "score_batch", "vllm_port", "ahead_window",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "learning_rate", "warmstart_learning_rate", "temperature", "eval_temperature", "variance_c",
-            "ratio_gamma", "ratio_truncation",
-        ):  # fmt: skip
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in (
-            "seed", "world_seed", "data_seed", "policy_seed", "weight_decay", "max_grad_norm", "epsilon",
-            "epsilon_high", "trigger_warmup", "trigger_cooldown", "max_interventions", "checkpoint_keep",
-            "rollout_every", "eval_top_k", "scout_steps", "early_window", "late_step", "late_start",
-            "teacher_seed", "entropy_bonus", "random_interventions", "lora_rank", "min_pixels", "max_pixels",
-            "max_prompt_length", "repeat_every", "repeat_back", "max_distance",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.method == "npo" and self.repeat_every:
             self._check_repeats()
         elif self.method == "npo" and not self.random_interventions:
@@ -78,7 +50,6 @@ class RunConfig(Settings):
             self.eval_problems,
             f"at least two for each of the {len(self.suites)} suites, for an interval",
         )
-        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
         require(
             self.easy_share + self.middling_share <= 1,
             "easy_share + middling_share",
@@ -201,7 +172,6 @@ class RunConfig(Settings):
             require(ours in DATA_COLUMNS, "columns", item, f"of our columns, one of {', '.join(DATA_COLUMNS)}")
         for tracker in self.report_to:
             require(tracker in TRACKERS, "report_to", tracker, f"one of {', '.join(TRACKERS)}")
-        require(self.gpu_memory >= 0, "gpu_memory", self.gpu_memory, "at least 0")
         if not self.data:
             for name in ("test_data", "columns", "instruction", "image_root", "skip_refused"):
                 require(not getattr(self, name), name, getattr(self, name), "empty without data, in the small world")
@@ -242,7 +212,7 @@ class RunConfig(Settings):
 
     def deciding(self) -> dict[str, Any]:
         """Settings that decide what the run computes; trackers and addresses are left out."""
-        return {s.name: getattr(self, s.name) for s in fields(self) if s.metadata["names_run"]}
+        return {name: getattr(self, name) for name, setting in declarations(self).items() if setting.names_run}
 
     def to_json(self) -> str:
         """Canonical JSON text of all settings."""
@@ -250,30 +220,40 @@ class RunConfig(Settings):
 
     def with_changes(self, **changes: Any) -> "RunConfig":
         """Copy with some settings changed; unknown names and wrong types are refused."""
-        refuse_unknown(changes, [s.name for s in fields(self)])
+        refuse_unknown(changes, type(self))
         return replace(self, **changes)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
         """Configuration from a mapping such as a run folder's `config.json`."""
-        refuse_unknown(values, [s.name for s in fields(cls)])
+        refuse_unknown(values, cls)
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
-    @classmethod
-    def describe(cls) -> list[tuple[str, str, Any, str, str]]:
-        """Rows (name, type, default, source, meaning) of all settings."""
-        return [
-            (s.name, getattr(s.type, "__name__", str(s.type)), s.default, s.metadata["source"], s.metadata["help"])
-            for s in fields(cls)
-        ]
+
+def settings_text() -> str:
+    """All settings for a terminal, group by group: default, what is allowed, source and meaning."""
+    lines, group = [], None
+    for one in fields(RunConfig):
+        setting = one.metadata["setting"]
+        if setting.group != group:
+            lines += [*([""] if lines else []), setting.group]
+            group = setting.group
+        shown = json.dumps(setting.default, ensure_ascii=False)
+        lines.append(f"  {one.name:<26} {shown:<14} {setting.help} [{allowed_text(one)}; {setting.source}]")
+    return "\n".join(lines)
 
 
 def settings_markdown() -> str:
-    """All settings as the Markdown table that ends docs/implementation.md."""
-    lines = ["| setting | default | source | meaning |", "|---|---|---|---|"]
-    for name, _, default, source, text in RunConfig.describe():
-        shown = json.dumps(default, ensure_ascii=False)
-        lines.append(f"| `{name}` | `{shown}` | {source} | {text} |")
+    """All settings as the Markdown table that ends docs/implementation.md, a row for each and one for each group."""
+    lines, group = ["| setting | default | allowed | source | meaning |", "|---|---|---|---|---|"], None
+    for one in fields(RunConfig):
+        setting = one.metadata["setting"]
+        if setting.group != group:
+            lines.append(f"| **{setting.group}** | | | | |")
+            group = setting.group
+        shown = json.dumps(setting.default, ensure_ascii=False)
+        allowed = allowed_text(one).replace("'", "`")
+        lines.append(f"| `{one.name}` | `{shown}` | {allowed} | {setting.source} | {setting.help} |")
     return "\n".join(lines)
 
 

@@ -13,17 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..declaration import declarations
 from ..files import append_line, as_json, read_lines, write_json, write_whole
 from .config import RunConfig
 
-NAMELESS = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
+NAMELESS = {name for name, setting in declarations(RunConfig).items() if not setting.names_run}
 """Settings that may differ from one sitting of a run to the next."""
 
 SCHEMA = 1

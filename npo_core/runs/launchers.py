@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from .validation import nearest
+from ..declaration import nearest
 
 RESUMABLE = {"NO", "MULTI_GPU", "FSDP"}
 """Ways of distribution whose checkpoints this package resumes from and reads guides from."""

@@ -1,4 +1,4 @@
-"""Records of a signal measurement: its settings, the pairs of policies it compares, and the summary of what it found.
+"""Records of a signal measurement: the pairs of policies it compares, and the summary of what it found.
 
 Nothing here runs a policy: a summary is made from the sums on disk in seconds, with other settings if need be.
 """
@@ -29,66 +29,13 @@ from ..method.curve import (
 )
 from ..method.premise import Premise, premise
 from ..method.stats import Estimate
+from .settings import SignalSettings
 
 PROXIES = ("token_kl", "token_kl_policy", *PROXY_COSTS[2:])
 """What is ranked against a measured variance; KL itself, which no c and no floor touches, in the place of e^(c·KL)."""
 
 RESAMPLE = "resample"
 """Name of an origin's second, independent sample: the source at distance 0."""
-
-
-@dataclass(frozen=True)
-class SignalSettings:
-    """How Q and V are measured; every choice is ours, the paper's are not public.
-
-    Attributes:
-        prompts: Prompts, the first of the data set.
-        rollouts: Rollouts per prompt and policy: Q counts a prompt as failed when all of them are wrong, and as shown
-            when one of the source's is correct.
-        scored: Rollouts per prompt that are scored in each pair, for KL and second moments.
-        gradients: Prompts with one measured gradient in each pair; 0 leaves the measured variance out.
-        parameters: Regular expression that selects the parameters of the gradients; "" takes all trainable ones.
-        max_new_tokens: Longest response in tokens.
-        c: Constant of the proxy e^(c·KL); 2 is that of log-normal weights per token. A fit to the measured variance is
-            reported beside it, where there is one.
-        resamples: Bootstrap resamples over prompts.
-        seed: Seed of sampling and resampling.
-        temperature: Sampling temperature; must be 1.
-        top_p: Nucleus; must be 1.
-        top_k: Number of likeliest tokens; must be 0.
-    """
-
-    prompts: int = 256
-    rollouts: int = 8
-    scored: int = 2
-    gradients: int = 64
-    parameters: str = ""
-    max_new_tokens: int = 512
-    c: float = 2.0
-    resamples: int = 1000
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self):
-        if self.temperature != 1 or self.top_p != 1 or self.top_k != 0:
-            raise ValueError(
-                f"Truncated or tempered sampling (temperature {self.temperature}, top_p {self.top_p}, top_k "
-                f"{self.top_k}) makes every importance ratio biased: tokens would come from another distribution than "
-                "the log-probs describe. Sample with temperature=1, top_p=1, top_k=0."
-            )
-        for name, least in (("prompts", 2), ("rollouts", 1), ("scored", 1), ("max_new_tokens", 1), ("resamples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.scored > self.rollouts:
-            raise ValueError(f"scored is {self.scored}; at most rollouts = {self.rollouts} can be scored.")
-        if self.gradients == 1 or not 0 <= self.gradients <= self.prompts:
-            raise ValueError(f"gradients is {self.gradients}; it must be 0 or from 2 to prompts = {self.prompts}.")
-
-    def of_rollouts(self) -> dict[str, Any]:
-        """Settings that decide what is on disk; c and the number of resamples only enter the summary."""
-        return {name: value for name, value in asdict(self).items() if name not in ("c", "resamples")}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from ..guidance.trajectories import Trajectory, as_row
 from ..method.curve import MEASURED_COSTS, squared_deviations
 from ..progress import ProgressBar, progress
 from ..runs.checkpoints import checkpoint_folders
-from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs, summarise
+from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
+from ..runs.settings import SignalSettings
 from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
 from ..trainer.trainer import Verifier

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from ..control.scheduled import Intervention, planned_interventions
+from ..declaration import declarations
 from ..files import append_line
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
@@ -18,19 +19,6 @@ from ..runs.folder import RunFolder
 
 SHARING = ("grpo", "npo")
 """Methods whose interventions are known beforehand, and that train as GRPO until the first."""
-
-MAY_DIFFER = {
-    "method", "compute_steps", "checkpoint_keep", "scout_steps", "early_window", "late_step", "late_start",
-    "repeat_every", "repeat_back",
-    "random_interventions", "rlep_source_steps", "replay_share", "replay_start", "replay_keep",
-}  # fmt: skip
-"""Settings without influence on training up to the first difference between two plans."""
-
-GUIDANCE = {
-    "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "guide_from", "cache_rollouts",
-    "cache_rule", "cache_prompts", "cache_stop",
-}  # fmt: skip
-"""Settings without influence on training up to the first intervention."""
 
 
 def shared_steps(config: RunConfig, other: RunConfig) -> int:
@@ -42,8 +30,9 @@ def shared_steps(config: RunConfig, other: RunConfig) -> int:
     if config.method not in SHARING or other.method not in SHARING:
         return 0
     ours, theirs = config.deciding(), other.deciding()
-    different = {name for name in ours if ours[name] != theirs[name]} - MAY_DIFFER
-    if different - GUIDANCE:
+    declared = declarations(RunConfig)
+    different = {declared[name].acts for name in ours if ours[name] != theirs[name]} - {"plan"}
+    if "start" in different:
         return 0
     length = min(config.compute_steps, other.compute_steps)
     if different:

@@ -15,7 +15,8 @@ from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.measurement import Pair, SignalSettings, plan_pairs, read_premise
+from ..runs.measurement import Pair, plan_pairs, read_premise
+from ..runs.settings import SignalSettings
 from ..trainer.dataset import require_columns
 from ..trainer.trainer import Verifier
 from ..world.data import read_rows

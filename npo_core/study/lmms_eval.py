@@ -10,8 +10,7 @@ holds (`jetson/results/`); how suites are measured and compared is ours.
   figures are multiples of 1/668, so of the 334 sub-questions, which lmms-eval does not ask: no comparison.
 - We-Math counts 525 problems, not rows: 1 if problem and steps are right, 1/2 if only the steps (`wemath_strict`).
 - MMBench is the share of right rows, circular copies included; MathVerse holds versions of one problem: rows that are
-  not independent, so these two intervals are too narrow. Two files define MMBench's task, with other system messages;
-  which one counts depends on the installation, and `prompt` in the settings says it.
+  not independent, so these two intervals are too narrow. `prompt` in the settings says the file of MMBench's task.
 - `doc_hash` is that of "null" for every row, so an item is known by task, `doc_id`, question and answer.
 - The judge is not written down; `command` puts it into an argument that is, and that these tasks do not use.
 - VLMEvalKit is not read: it keeps rows in spreadsheets, other columns for each dataset, and no verdicts on ZeroBench.
@@ -29,9 +28,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..declaration import require
 from ..files import read_lines
 from ..method.stats import Estimate, bootstrap_interval, detectable_difference, holm, mcnemar_exact, paired_difference
-from ..runs.validation import SUITES, check_suites, require
+from ..runs.validation import SUITES, check_suites
 
 
 @dataclass(frozen=True)

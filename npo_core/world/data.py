@@ -19,9 +19,10 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from ..declaration import nearest, require
 from ..files import write_whole
 from ..guidance.fingerprints import tokenizer_of
-from ..runs.validation import DATA_COLUMNS, nearest, require
+from ..runs.validation import DATA_COLUMNS
 from .rows import RowCheck
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..declaration import declarations
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder, shipped_policies
@@ -35,24 +36,7 @@ from .tasks import (
     write_response,
 )
 
-WORLD_FIELDS = [
-    "world_seed",
-    "easy_share",
-    "middling_share",
-    "easy_error",
-    "middling_error",
-    "hard_error",
-    "second_form_share",
-    "policy_seed",
-    "hidden",
-    "layers",
-    "heads",
-    "vision_hidden",
-    "vision_depth",
-    "warmstart_steps",
-    "warmstart_batch",
-    "warmstart_learning_rate",
-]
+WORLD_FIELDS = [name for name, setting in declarations(RunConfig).items() if setting.makes_base]
 """Settings that decide the base policy's weights."""
 
 WARMSTART_PROBLEMS = 1024

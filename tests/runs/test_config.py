@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from otherwise import pair
 
+from npo_core.declaration import declarations
 from npo_core.runs.config import (
     METHOD_SETTINGS,
     RunConfig,
@@ -214,12 +215,12 @@ def test_every_preset_resolves_under_its_own_name():
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
 def test_the_digest_changes_with_every_setting_that_decides(setting):
     config, changed = pair(setting)
-    assert (changed.digest != config.digest) == setting.metadata["names_run"]
-    assert (setting.name in config.deciding()) == setting.metadata["names_run"]
+    assert (changed.digest != config.digest) == setting.metadata["setting"].names_run
+    assert (setting.name in config.deciding()) == setting.metadata["setting"].names_run
 
 
 def test_trackers_and_addresses_decide_nothing():
-    nameless = {setting.name for setting in fields(RunConfig) if not setting.metadata["names_run"]}
+    nameless = {name for name, setting in declarations(RunConfig).items() if not setting.names_run}
     assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory"}
 
 
@@ -268,17 +269,6 @@ def test_changes_go_through_the_same_checks():
         config.with_changes(tau_gate="0.5")
     with pytest.raises(FrozenInstanceError):
         config.tau_gate = 0.5
-
-
-def test_every_setting_is_described():
-    rows = RunConfig.describe()
-    assert [row[0] for row in rows] == [setting.name for setting in fields(RunConfig)]
-    for name, kind, default, source, meaning in rows:
-        assert kind, name
-        assert default == getattr(RunConfig(), name)
-        assert source in ("paper", "ours"), name
-        assert len(meaning) > 10, name
-        assert meaning.endswith((".", ")")), name
 
 
 def test_the_suites_are_those_of_the_world():

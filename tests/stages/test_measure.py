@@ -15,7 +15,8 @@ from npo_core.files import read_table
 from npo_core.guidance.verifiers import Verdict
 from npo_core.method.curve import MEASURED_COSTS, PROXY_COSTS, squared_deviations
 from npo_core.method.signal import signal_quality, variance_cost
-from npo_core.runs.measurement import SignalSettings, plan_pairs
+from npo_core.runs.measurement import plan_pairs
+from npo_core.runs.settings import SignalSettings
 from npo_core.stages import measure
 from npo_core.stages.measure import Measurement, check_policies, find_checkpoints
 from npo_core.trainer.gradients import both_sided, own_gram, source_gradients

@@ -17,7 +17,7 @@ from npo_core.__main__ import main
 from npo_core.files import read_table
 from npo_core.guidance.verifiers import BoxedVerifier, Verdict
 from npo_core.runs.config import resolve_config
-from npo_core.runs.measurement import SignalSettings
+from npo_core.runs.settings import SignalSettings
 from npo_core.stages import run as stages
 from npo_core.stages import signal as signal_stages
 from npo_core.stages.signal import (

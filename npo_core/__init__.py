@@ -22,14 +22,14 @@ _HOMES = {
     "ScheduledNPO": "control.scheduled",
     "SignalSettings": "runs.settings",
     "Trajectory": "guidance.trajectories",
-    "Verdict": "guidance.verifiers",
+    "Verdict": "guidance.verdicts",
     "explore": "explore",
     "measure_folder": "stages.signal",
     "resolve_config": "runs.config",
     "sample_rollouts": "trainer.sampling",
     "tokenizer_digest": "guidance.fingerprints",
     "training_schedule": "trainer.dataset",
-    "verifier_reward": "guidance.verifiers",
+    "verifier_reward": "guidance.verdicts",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,7 +11,7 @@ from worlds import WIDTH, SpyTrainer, TinyWorld, trainer_of, world
 from npo_core.control.auto import AutoNPO
 from npo_core.control.controller import Controller
 from npo_core.guidance.sources import GuidanceSource
-from npo_core.guidance.verifiers import Verdict, verifier_reward
+from npo_core.guidance.verdicts import Verdict, verifier_reward
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.trainer.trainer import NPOTrainer

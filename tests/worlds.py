@@ -15,7 +15,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from npo_core.guidance.fingerprints import tokenizer_of
 from npo_core.guidance.trajectories import Trajectory
-from npo_core.guidance.verifiers import BoxedVerifier, verifier_reward
+from npo_core.guidance.verdicts import verifier_reward
+from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.trainer.trainer import NPOConfig, NPOTrainer
 from npo_core.world.policies import CHAT_TEMPLATE, TinyPolicySpec, build_processor, build_tiny_policy, build_tokenizer
 from npo_core.world.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response

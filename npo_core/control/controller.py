@@ -20,12 +20,13 @@ from typing import Any
 
 from ..guidance.sources import GuidanceSource, GuidanceWindow
 from ..guidance.trajectories import Trajectory
+from ..guidance.verdicts import Verifier
 from ..processes import agree, is_writer
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..trainer.trainer import NPOTrainer, Verifier
+from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import place, trainer_generate
 from .agreement import keep_order, prompt_order, require_agreement
 from .factory import TrainerFactory

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.trajectories import GuidanceCache, Trajectory
+from ..guidance.verdicts import Verifier
 from ..processes import join
 from ..runs.config import RunConfig
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
-from ..trainer.trainer import Verifier
 from .factory import TrainerFactory
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from ..guidance.verdicts import Verifier
 from ..method.stats import bootstrap_interval, pass_at_k
 from ..processes import process_count
 from ..progress import progress
 from ..trainer.sampling import ROLLOUT_BATCH, Generate, shared_rollouts
-from ..trainer.trainer import Verifier
 
 
 def evaluate(

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from ..files import write_table
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.sources import GuidanceSource
-from ..guidance.verifiers import BoxedVerifier, verifier_reward
+from ..guidance.verdicts import verifier_reward
+from ..guidance.verifiers import BoxedVerifier
 from ..processes import collect, is_writer, join, process_count
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder, runs_folder

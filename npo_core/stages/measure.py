@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..files import read_table, write_json, write_table
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
+from ..guidance.verdicts import Verifier
 from ..method.curve import MEASURED_COSTS, squared_deviations
 from ..progress import ProgressBar, progress
 from ..runs.checkpoints import checkpoint_folders
@@ -33,7 +34,6 @@ from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
 from ..runs.settings import SignalSettings
 from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
-from ..trainer.trainer import Verifier
 from ..world.policies import load_policy, load_processor
 
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}

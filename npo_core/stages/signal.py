@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image
 
+from ..guidance.verdicts import Verifier
 from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
 from ..runs.checkpoints import complete_checkpoints
@@ -18,7 +19,6 @@ from ..runs.config import RunConfig
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.dataset import require_columns
-from ..trainer.trainer import Verifier
 from ..world.data import read_rows
 from ..world.policies import load_policy, load_processor
 from ..world.warmstart import teacher_folder

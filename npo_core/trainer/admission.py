@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
-from ..guidance.verifiers import BoxedVerifier
+from ..guidance.verdicts import AnswerVerifier
 from .dataset import require_columns
 
 ALL_REFUSED = 8
@@ -35,7 +35,7 @@ def known_uids(trainer: GRPOTrainer) -> set[str] | None:
     dataset = trainer.train_dataset
     if not hasattr(dataset, "column_names") or dataset.column_names is None:
         return None
-    return require_columns(dataset, answer=isinstance(trainer.verifier, BoxedVerifier))
+    return require_columns(dataset, answer=isinstance(trainer.verifier, AnswerVerifier))
 
 
 def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:

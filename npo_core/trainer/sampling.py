@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
-from ..guidance.verifiers import Verifier, is_correct
+from ..guidance.verdicts import Verifier, is_correct
 from ..processes import process_count, process_number, shared
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token
 

@@ -17,14 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from ..guidance.sources import GuidanceSource, ReplaySource
 from ..guidance.trajectories import GuidanceCache, Trajectory
-from ..guidance.verifiers import Verifier, completion_text, is_correct
+from ..guidance.verdicts import Verifier, completion_text, is_correct
 from ..method.groups import gate, guide_rows, pass_rate
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
-from ..processes import collect
 from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .config import NPOConfig
 from .pictures import collapse_pictures, rows_as_seen
@@ -272,7 +272,7 @@ class NPOTrainer(GRPOTrainer):
             sums[4], sums[5] = rates.sum(), (rates == 0).sum()
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
-            self.group_pass_rates = {uid: rate for part in collect(own_rates) for uid, rate in part.items()}
+            self.group_pass_rates = {uid: rate for part in gather_object([own_rates]) for uid, rate in part.items()}
         totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()
         reward, rows, replaced, gated, rate, wrong, refused, advantage, groups = totals

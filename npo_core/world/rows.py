@@ -10,8 +10,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
+from ..guidance.answers import normalise_answer
 from ..guidance.fingerprints import tokenizer_of
-from ..guidance.verifiers import extract_answer, normalise_answer
+from ..guidance.verifiers import extract_answer
 from ..runs.validation import DATA_COLUMNS
 
 PLACEHOLDER = "<image>"

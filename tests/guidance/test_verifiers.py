@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_core.guidance.verifiers import (
-    BoxedVerifier,
-    Verdict,
-    completion_text,
-    extract_answer,
-    is_correct,
-    normalise_answer,
-    verifier_reward,
-    verify,
-)
+from npo_core.guidance.answers import normalise_answer
+from npo_core.guidance.verdicts import Verdict
+from npo_core.guidance.verifiers import BoxedVerifier, extract_answer, verify
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "verification.md"
 
@@ -283,62 +276,3 @@ def test_boxed_verifier_reads_the_row():
     assert verifier(r"\boxed{3}", {"answer": "3", "uid": "x"}) is Verdict.CORRECT
     with pytest.raises(ValueError, match=r"no 'answer' column; it has \['uid'\]"):
         verifier(r"\boxed{3}", {"uid": "x"})
-
-
-def test_reward_in_both_of_trls_forms():
-    reward = verifier_reward(BoxedVerifier())
-    assert reward.__name__ == "verified"
-    texts = [r"\boxed{3}", r"\boxed{4}", "none"]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    for completions in (texts, messages):
-        rewards = reward(completions=completions, answer=["3", "3", "3"], prompts=["p"] * 3, trainer_state=object())
-        assert rewards == [1.0, 0.0, 0.0]
-        assert all(type(value) is float for value in rewards)
-
-
-def test_reward_passes_each_row_its_own_columns_and_nothing_else():
-    rows = []
-
-    def verifier(completion, row):
-        rows.append((completion, dict(row)))
-        return Verdict.CORRECT
-
-    columns = {"uid": ["a", "b"], "answer": ["1", "2"]}
-    passed_along = {
-        "trainer_state": object(),
-        "log_extra": print,
-        "log_metric": print,
-        "other": [1, 2, 3],
-        "text": "ab",
-    }
-    verifier_reward(verifier)(["x", "y"], **columns, **passed_along)
-    assert rows == [("x", {"uid": "a", "answer": "1"}), ("y", {"uid": "b", "answer": "2"})]
-
-
-def test_completion_text():
-    assert completion_text("as is") == "as is"
-    parts = [{"type": "image"}, {"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    assert completion_text([{"role": "assistant", "content": parts}]) == "one two"
-    conversation = [
-        {"role": "assistant", "content": None},
-        {"role": "tool", "content": r"\boxed{9}"},
-        {"role": "assistant", "content": "done"},
-    ]
-    assert completion_text(conversation) == "\ndone"
-    for wrong in (3, None, ["text"], [{"role": "assistant", "content": 3}]):
-        with pytest.raises(TypeError):
-            completion_text(wrong)
-
-
-def test_a_verdict_may_be_a_bool():
-    assert [is_correct(verdict) for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE, True, False)] == [
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]
-    for unclear in (1.0, None, "correct"):
-        with pytest.raises(TypeError, match=re.escape(f"returned {unclear!r}; a Verdict or a bool")):
-            is_correct(unclear)
-    assert verifier_reward(lambda text, row: text == "x")(["x", "y"]) == [1.0, 0.0]

@@ -12,7 +12,7 @@ import torch
 from worlds import world
 
 from npo_core.files import read_table
-from npo_core.guidance.verifiers import Verdict
+from npo_core.guidance.verdicts import Verdict
 from npo_core.method.curve import MEASURED_COSTS, PROXY_COSTS, squared_deviations
 from npo_core.method.signal import signal_quality, variance_cost
 from npo_core.runs.measurement import plan_pairs

@@ -15,7 +15,8 @@ from worlds import world
 
 from npo_core.__main__ import main
 from npo_core.files import read_table
-from npo_core.guidance.verifiers import BoxedVerifier, Verdict
+from npo_core.guidance.verdicts import Verdict
+from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.runs.config import resolve_config
 from npo_core.runs.settings import SignalSettings
 from npo_core.stages import run as stages
@@ -37,7 +38,7 @@ SETTINGS = SignalSettings(prompts=4, rollouts=2, scored=1, gradients=2, max_new_
 ROWS = [{"uid": f"sum-{n}", "prompt": f"add 1 and {n}", "answer": str(n + 1)} for n in range(5)]
 
 VERIFIER = """
-from npo_core.guidance.verifiers import Verdict
+from npo_core.guidance.verdicts import Verdict
 
 RIGHT = Verdict.CORRECT
 

@@ -12,7 +12,7 @@ from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.replay import OwnPast
 from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused
-from npo_core.guidance.verifiers import Verdict
+from npo_core.guidance.verdicts import Verdict
 from npo_core.trainer.admission import ALL_REFUSED, RefusedGuides
 from npo_core.trainer.sampling import sample_rollouts
 from npo_core.trainer.trainer import NPOTrainer

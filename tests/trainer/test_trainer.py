@@ -37,7 +37,7 @@ from npo_core.guidance.fingerprints import tokenizer_digest, tokenizer_of
 from npo_core.guidance.replay import OwnPast, ReplayPool
 from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
-from npo_core.guidance.verifiers import Verdict
+from npo_core.guidance.verdicts import Verdict
 from npo_core.method.ratios import RATIO_MODES, diagnostics
 from npo_core.trainer.trainer import NPOConfig, NPOTrainer
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from npo_core.guidance.verifiers import BoxedVerifier, Verdict
+from npo_core.guidance.verdicts import Verdict
+from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.trainer.dataset import require_columns
 from npo_core.world.policies import build_processor
 from npo_core.world.tasks import (

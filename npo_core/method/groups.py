@@ -71,32 +71,58 @@ def gate(
     return (rate <= tau + _RATE_SLACK) & has_guide
 
 
-def guide_rows(gated: Bool[Tensor, " groups"], n: int, count: int = 1) -> Int[Tensor, " rows"]:
-    """Batch rows that guides take: the last slots of each gated group (paper: one slot, the last, `g * n + n - 1`).
+def place_guides(
+    gated: Bool[Tensor, " groups"], offered: Int[Tensor, " groups"], n: int, count: int = 1
+) -> Int[Tensor, "guides 2"]:
+    """Where guides go: guide i of a gated group takes the i-th of the group's last `count` slots.
+
+    With one guide that is the last slot, row `g * n + n - 1` (paper). A group with fewer guides than `count` keeps its
+    last slots as they are. The rule is the same for guides that replace rollouts and for guides that are appended to
+    them (RLEP): then the last `count` slots of all groups are kept for guides, see `empty_places`.
 
     Args:
         gated: `[groups]`, from `gate`.
+        offered: `[groups]`, number of guides that the source has for the prompt; what exceeds `count` is not used.
         n: rows per group, those of guides included.
-        count: guides per gated group (paper: 1; RLEP: 2).
+        count: guides that a group takes at most (paper: 1; RLEP: 2).
 
     Returns:
-        `[count * number of gated groups]`, int64, ascending row numbers into the flat `[groups * n]` batch.
+        `[guides, 2]`, int64: row in the flat `[groups * n]` batch, ascending, and index of the guide in its group's
+        offer. The group is `row // n`.
 
     Raises:
         ValueError: if `n` is below 2 or not above `count` (guides would leave no on-policy rollout to compare them
-            with), or if `gated` is not a one-dimensional boolean tensor.
+            with), or if the tensors are not one-dimensional and equally long, the first bool.
     """
     if not 1 <= count < n:
         raise ValueError(
             f"n is {n} and count {count}; a guided group needs 1 <= count < n, so that an on-policy rollout remains: "
             "raise num_generations."
         )
-    if gated.ndim != 1 or gated.dtype != torch.bool:
+    if gated.ndim != 1 or gated.dtype != torch.bool or gated.shape != offered.shape:
         raise ValueError(
-            f"gated has shape {tuple(gated.shape)} and dtype {gated.dtype}; a bool tensor [groups] is needed: use "
-            "groups.gate."
+            f"gated has shape {tuple(gated.shape)} and dtype {gated.dtype}, offered {tuple(offered.shape)}; a bool "
+            "tensor [groups] and a number for each group are needed: use groups.gate."
         )
-    return (gated.nonzero() * n + torch.arange(n - count, n, device=gated.device)).flatten()
+    filled = gated.unsqueeze(1) & (torch.arange(count, device=gated.device) < offered.unsqueeze(1))
+    group, guide = filled.nonzero(as_tuple=True)
+    return torch.stack([group * n + (n - count) + guide, guide], dim=1)
+
+
+def empty_places(guided: Int[Tensor, " guides"], groups: int, n: int, count: int) -> Int[Tensor, " rows"]:
+    """Rows that are kept for appended guides, the last `count` of every group, and that no guide takes (RLEP).
+
+    Args:
+        guided: `[guides]`, rows that guides take.
+        groups: groups in the batch.
+        n: rows per group, those kept for guides included.
+        count: rows of a group that are kept for guides; 0 where guides replace rollouts.
+
+    Returns:
+        `[rows]`, int64, ascending.
+    """
+    rows = torch.arange(groups * n, device=guided.device)
+    return rows[(rows % n >= n - count) & ~torch.isin(rows, guided)]
 
 
 def group_advantages(

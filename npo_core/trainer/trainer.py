@@ -23,7 +23,7 @@ from trl import GRPOTrainer
 from ..guidance.sources import GuidanceSource, ReplaySource
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier, completion_text, is_correct
-from ..method.groups import gate, guide_rows, pass_rate
+from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .config import NPOConfig
@@ -165,45 +165,41 @@ class NPOTrainer(GRPOTrainer):
         if self.model.training:
             if self.guidance is not None:
                 self._choose_guides(completion_ids)
-            self._empty_places()
-            fillings = {row: list(guide.token_ids) for row, guide in self._rollouts.guided.items()}
-            for row, tokens in {**dict.fromkeys(self._rollouts.void, self.eos_token_ids[:1]), **fillings}.items():
+            step, n = self._rollouts, self.num_generations
+            guided = torch.tensor(list(step.guided), dtype=torch.int64)
+            step.void = empty_places(guided, len(step.rows) // n, n, n - self._own_slots).tolist()
+            fillings = {row: list(guide.token_ids) for row, guide in step.guided.items()}
+            for row, tokens in {**dict.fromkeys(step.void, self.eos_token_ids[:1]), **fillings}.items():
                 completion_ids[row] = list(tokens)
                 if logprobs is not None:
                     # TRL reads None as "unknown" and sets the sampler-mismatch ratio of these tokens to exactly 1
                     logprobs[row] = [None] * len(tokens)
         return completion_ids, logprobs
 
-    def _empty_places(self) -> None:
-        """Note the places for appended guides that no guide takes."""
-        step, n = self._rollouts, self.num_generations
-        places = (row for row in range(len(step.rows)) if row % n >= self._own_slots)
-        step.void = [row for row in places if row not in step.guided]
-
     def _choose_guides(self, completion_ids: list[list[int]]) -> None:
         """Guides by row for the groups of this process: gated, and with a guide in the source."""
         step, n, count = self._rollouts, self.num_generations, self.args.guides_per_group
         guides = [self._guides_for(step.rows[row]["uid"], count) for row in range(0, len(step.rows), n)]
-        asked = [group for group, found in enumerate(guides) if found]
-        if not asked:
+        offered = torch.tensor([len(found) for found in guides])
+        asked = offered > 0
+        if not asked.any():
             return
         own = self._own_slots
-        rows = [group * n + slot for group in asked for slot in range(own)]
+        rows = [row for row in range(len(step.rows)) if asked[row // n] and row % n < own]
         step.verdicts = self._verify({row: completion_ids[row] for row in rows})
-        correct = torch.tensor(list(step.verdicts.values())).view(len(asked), own)
-        gated = gate(pass_rate(correct), torch.ones(len(asked), dtype=torch.bool), self.args.tau_gate)
+        rates = torch.zeros(len(guides))
+        rates[asked] = pass_rate(torch.tensor(list(step.verdicts.values())).view(-1, own))
+        gated = gate(rates, asked, self.args.tau_gate)
         step.gated = int(gated.sum())
-        offered: dict[int, Trajectory] = {}
-        for place in guide_rows(gated, n, count).tolist():
-            row, slot = asked[place // n] * n + place % n, place % n - (n - count)
-            if slot < len(guides[asked[place // n]]):
-                offered[row] = guides[asked[place // n]][slot]
-                check_guide(self, offered[row], step.rows[row]["uid"])
-        for row, right in self._verify({row: guide.token_ids for row, guide in offered.items()}).items():
+        placed: dict[int, Trajectory] = {}
+        for row, index in place_guides(gated, offered, n, count).tolist():
+            placed[row] = guides[row // n][index]
+            check_guide(self, placed[row], step.rows[row]["uid"])
+        for row, right in self._verify({row: guide.token_ids for row, guide in placed.items()}).items():
             if not right:
-                step.refused.append(offered[row])
+                step.refused.append(placed[row])
                 continue
-            step.guided[row] = offered[row]
+            step.guided[row] = placed[row]
             if row in step.verdicts:
                 step.overwritten[row] = (completion_ids[row], step.verdicts[row])
             step.verdicts[row] = True

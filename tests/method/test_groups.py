@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from npo_core.method.groups import gate, group_advantages, guide_rows, pass_rate
+from npo_core.method.groups import empty_places, gate, group_advantages, pass_rate, place_guides
 
 # Under the runtime shape checks, jaxtyping refuses a wrong shape or type before the function's own check does.
 REFUSED = (ValueError, TypeError)
@@ -59,35 +59,57 @@ def test_gate_refuses_to_broadcast():
         gate(torch.zeros(3), torch.ones(1, dtype=torch.bool))
 
 
-def test_guide_rows_are_the_last_slot_of_each_gated_group():
-    gated = torch.tensor([True, False, True, True])
-    rows = guide_rows(gated, 8)
-    assert rows.tolist() == [7, 23, 31]
-    slots = torch.zeros(32, dtype=torch.bool)
-    slots[rows] = True
-    assert torch.equal(slots.view(4, 8)[:, -1], gated) and not slots.view(4, 8)[:, :-1].any()
+# One line a case: gated groups, guides offered to each, n, count -> {row: guide}
+PLACED = [
+    ([1, 0, 1, 1], [1, 1, 1, 1], 8, 1, {7: 0, 23: 0, 31: 0}),  # the last slot of each gated group
+    ([1, 0, 1], [2, 2, 2], 10, 2, {8: 0, 9: 1, 28: 0, 29: 1}),  # two: the last two, in the order of the offer
+    ([1, 0, 1], [3, 3, 3], 4, 3, {1: 0, 2: 1, 3: 2, 9: 0, 10: 1, 11: 2}),
+    ([1, 1, 1], [1, 0, 2], 5, 2, {3: 0, 13: 0, 14: 1}),  # fewer guides than slots: the very last stays a rollout
+    ([1], [7], 4, 2, {2: 0, 3: 1}),  # more than fit: the first ones
+    ([0, 0], [1, 1], 4, 1, {}),
+    ([1, 1], [0, 0], 4, 1, {}),
+    ([], [], 4, 1, {}),
+    ([1], [1], 2, 1, {1: 0}),  # the smallest group
+]
 
 
-def test_no_gated_group_gives_no_row():
-    assert guide_rows(torch.zeros(3, dtype=torch.bool), 4).shape == (0,)
+@pytest.mark.parametrize(("gated", "offered", "n", "count", "placed"), PLACED)
+def test_guides_take_the_last_slots_of_gated_groups(gated, offered, n, count, placed):
+    found = place_guides(torch.tensor(gated, dtype=torch.bool), torch.tensor(offered, dtype=torch.int64), n, count)
+    assert found.shape == (len(placed), 2)
+    assert dict(found.tolist()) == placed
+    assert found[:, 0].tolist() == sorted(placed)
 
 
-def test_guide_rows_refuse_a_group_of_one():
-    with pytest.raises(ValueError, match="n is 1"):
-        guide_rows(torch.ones(2, dtype=torch.bool), 1)
+@pytest.mark.parametrize(
+    ("guided", "groups", "n", "count", "empty"),
+    [
+        ([], 2, 4, 0, []),  # guides replace rollouts: no row is kept
+        ([3], 2, 4, 0, []),
+        ([], 2, 4, 1, [3, 7]),  # appended, none taken: as without a source
+        ([7], 2, 4, 1, [3]),
+        ([8, 9], 2, 10, 2, [18, 19]),
+        ([8], 2, 10, 2, [9, 18, 19]),  # a second guide was refused, or there is one only
+        ([2], 1, 3, 1, []),
+        ([], 0, 4, 1, []),
+    ],
+)
+def test_places_for_appended_guides_that_none_takes_are_empty(guided, groups, n, count, empty):
+    assert empty_places(torch.tensor(guided, dtype=torch.int64), groups, n, count).tolist() == empty
 
 
-def test_several_guides_take_the_last_slots_of_each_gated_group():
-    gated = torch.tensor([True, False, True])
-    assert guide_rows(gated, 10, 2).tolist() == [8, 9, 28, 29]
-    assert guide_rows(gated, 4, 3).tolist() == [1, 2, 3, 9, 10, 11]
-    assert torch.equal(guide_rows(gated, 8, 1), guide_rows(gated, 8))
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (4, 0), (4, 4), (4, 5)])
+def test_guides_that_leave_no_rollout_or_are_none_are_refused(n, count):
+    with pytest.raises(ValueError, match=f"n is {n} and count {count}"):
+        place_guides(torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.int64), n, count)
 
 
-@pytest.mark.parametrize("count", [0, 4, 5])
-def test_guide_rows_refuse_more_guides_than_leave_a_rollout_or_none(count):
-    with pytest.raises(ValueError, match=f"n is 4 and count {count}"):
-        guide_rows(torch.ones(2, dtype=torch.bool), 4, count)
+@pytest.mark.parametrize(
+    ("gated", "offered"), [(torch.ones(2), torch.ones(2).long()), (torch.ones(2) > 0, torch.ones(3).long())]
+)
+def test_groups_that_do_not_match_are_refused(gated, offered):
+    with pytest.raises(REFUSED):
+        place_guides(gated, offered, 4)
 
 
 def test_two_guides_appended_to_an_all_wrong_group_of_eight():

@@ -296,14 +296,15 @@ def _plan(options: argparse.Namespace) -> int:
 def _signal(options: argparse.Namespace) -> int:
     from . import figures
     from .stages import signal as signal_stages
+    from .stages import signal_run
 
     names = [field.name for field in fields(SignalSettings)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     if options.checkpoints is None:
         config = _config(options, "grpo")
-        settings = signal_stages.settings_for(config, **given)
-        origins = options.origins or signal_stages.default_origins(config)
-        measured = signal_stages.measure_run(
+        settings = signal_run.settings_for(config, **given)
+        origins = options.origins or signal_run.default_origins(config)
+        measured = signal_run.measure_run(
             config,
             origins,
             settings,

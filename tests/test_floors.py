@@ -4,36 +4,62 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "npo_core"
 LONGEST = 400
 """Lines after which a file asks to be split."""
 
+MODULES, LINES = 18, 2800
+"""What `from npo_core import NPOTrainer` may load of the package."""
+
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = [path for path in FILES if path != PACKAGE / "__init__.py"]
 
 
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_no_file_is_too_long(path):
-    assert len(path.read_text().splitlines()) <= LONGEST
+def test_no_file_is_too_long():
+    lines = {named(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
 
 
 def test_no_file_is_called_utils():
     assert [named(path) for path in FILES if path.stem in {"utils", "util", "helpers", "common", "misc"}] == []
 
 
-@pytest.mark.parametrize("room", ["method", "figures"])
-def test_a_light_room_loads_without_trl_and_transformers(room):
-    # In a process of its own: what one import drags in shows only where nothing else was imported before.
-    modules = [named(path)[:-3].replace("/", ".") for path in FILES if path.parent.name == room]
-    code = f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))\n"
-    code += "print(*sorted({'trl', 'transformers'} & sys.modules.keys()))"
+def behind(line: str) -> dict[str, Path]:
+    """Modules that an import loads, with their files where they are ours; in a process that imported nothing else."""
+    code = f"import sys\n{line}\n"
+    code += "for name, module in sorted(sys.modules.items()): print(name, getattr(module, '__file__', None))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    return {name: Path(file) for name, file in (entry.split(" ", 1) for entry in done.stdout.splitlines())}
+
+
+def ours(loaded: dict[str, Path]) -> set[str]:
+    return {name for name in loaded if name.partition(".")[0] == "npo_core"}
+
+
+def test_the_package_alone_is_light():
+    loaded = behind("import npo_core")
+    assert ours(loaded) == {"npo_core"}
+    assert not {"torch", "trl", "transformers"} & loaded.keys()
+
+
+def test_the_front_door_is_small():
+    loaded = behind("from npo_core import NPOConfig, NPOTrainer, GuidanceCache")
+    lines = sum(len(loaded[name].read_text().splitlines()) for name in ours(loaded))
+    assert len(ours(loaded)) <= MODULES, sorted(ours(loaded))
+    assert lines <= LINES
+    assert {name.split(".")[1] for name in ours(loaded) if name.count(".") > 1} == {"guidance", "method", "trainer"}
+
+
+def test_a_measurement_of_anybodys_checkpoints_needs_no_study_figures_or_tasks():
+    loaded = ours(behind("from npo_core import measure_folder"))
+    assert not [name for name in loaded if name.startswith(("npo_core.study", "npo_core.figures"))]
+    assert [name for name in loaded if name.startswith("npo_core.world.tasks")] == []
+
+
+def test_figures_are_drawn_without_trl_and_transformers():
+    assert not {"trl", "transformers"} & behind("import npo_core.figures, npo_core.method.trigger").keys()

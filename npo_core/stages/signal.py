@@ -1,28 +1,21 @@
-"""Stages of a signal measurement: what a notebook or the command line calls, for our runs and for anybody's."""
+"""The signal in a folder of checkpoints, whoever trained them: what a script or the command line calls."""
 
-import hashlib
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Image
 
 from ..guidance.verdicts import Verifier
 from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
-from ..runs.checkpoints import complete_checkpoints
-from ..runs.config import RunConfig
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.dataset import require_columns
 from ..world.data import read_rows
-from ..world.policies import load_policy, load_processor
-from ..world.warmstart import teacher_folder
-from . import run as stages
+from ..world.policies import load_processor
 from .measure import Measurement, find_checkpoints
 
 TEACHER = "teacher"
@@ -42,62 +35,6 @@ class MeasuredSignal:
     folder: Path
     pairs: list[Pair]
     summary: dict[str, Any]
-
-
-def measure_run(
-    config: RunConfig,
-    origins: Sequence[int],
-    settings: SignalSettings,
-    *,
-    distances: int = 20,
-    also: Sequence[int] = (),
-    root: Path | None = None,
-    quiet: bool = False,
-) -> MeasuredSignal:
-    """Measure a GRPO run of ours; the run is made first if it is not there. The external teacher is a source too.
-
-    Args:
-        config: Settings of the run, method "grpo".
-        origins: Policy steps to measure from; 0 is the base policy.
-        settings: How to measure.
-        distances: Distances above 0 from each origin, at most.
-        also: Distances beside the grid, such as those of a `GainPlan`.
-        root: Folder of all runs; the project's `data/runs` if None.
-        quiet: Without progress bars.
-
-    Raises:
-        ValueError: Another method, or an origin without checkpoint.
-    """
-    if config.method != "grpo":
-        raise ValueError(
-            f"method is {config.method!r}; distances are measured along a run that never rolled back: grpo."
-        )
-    run = stages.run(config, root, quiet)
-    world = stages.prepare(config, quiet)
-    saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
-    policies = {f"{step:06d}": folder for step, folder in saved.items()}
-    if config.policy == "tiny":
-        policies[TEACHER] = teacher_folder(config, quiet)
-    pairs = plan_pairs(list(saved), origins, distances, others=[TEACHER] if TEACHER in policies else [], also=also)
-    digest = hashlib.sha256(json.dumps(settings.of_rollouts(), sort_keys=True).encode()).hexdigest()[:6]
-    measurement = Measurement(
-        run.path / f"signal-{digest}",
-        policies,
-        pairs,
-        world.processor,
-        list(world.train.select(range(min(settings.prompts, len(world.train))))),
-        world.verifier,
-        settings,
-        load=lambda folder: load_policy(folder, config.freeze_vision, config.dtype, config.attention),
-        quiet=quiet,
-    )
-    # as in training: at this size a second thread costs more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        return MeasuredSignal(measurement.folder, pairs, measurement.run())
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure_folder(
@@ -157,25 +94,6 @@ def measure_folder(
         quiet=quiet,
     )
     return MeasuredSignal(measurement.folder, pairs, measurement.run())
-
-
-def settings_for(config: RunConfig, **given: Any) -> SignalSettings:
-    """Settings of a measurement of one of our runs: its response length, seed and c, and no more prompts than it has.
-
-    Args:
-        config: Settings of the run.
-        given: Settings that take the place of those.
-    """
-    out = {"max_new_tokens": config.max_completion_length, "seed": config.seed, "c": config.variance_c, **given}
-    out["prompts"] = min(out.get("prompts", SignalSettings.prompts), config.train_problems)
-    out["gradients"] = min(out.get("gradients", SignalSettings.gradients), out["prompts"])
-    return SignalSettings(**out)
-
-
-def default_origins(config: RunConfig) -> list[int]:
-    """The base policy, the start of the plateau (`late_start`), and the middle of the run, each with a checkpoint."""
-    every = config.checkpoint_every
-    return sorted({0, config.late_start // every * every, config.compute_steps // 2 // every * every})
 
 
 def describe(measured: MeasuredSignal) -> str:

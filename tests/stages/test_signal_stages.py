@@ -21,16 +21,8 @@ from npo_core.runs.config import resolve_config
 from npo_core.runs.settings import SignalSettings
 from npo_core.stages import run as stages
 from npo_core.stages import signal as signal_stages
-from npo_core.stages.signal import (
-    MeasuredSignal,
-    default_origins,
-    describe,
-    find_verifier,
-    load_rows,
-    measure_folder,
-    measure_run,
-    settings_for,
-)
+from npo_core.stages.signal import MeasuredSignal, describe, find_verifier, load_rows, measure_folder
+from npo_core.stages.signal_run import default_origins, measure_run, settings_for
 from npo_core.world.policies import save_policy
 from npo_core.world.tasks import make_dataset, sample_problems
 

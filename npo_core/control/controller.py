@@ -78,7 +78,14 @@ class Controller(Offline):
         self.quiet = quiet or not is_writer()
 
     def run(self) -> NPOTrainer:
-        """Train until the compute budget is spent; return the trainer with the final policy."""
+        """Train until the compute budget is spent; return the trainer with the final policy.
+
+        Another process that writes the run folder is waited for, see `RunFolder.writing`.
+        """
+        with self.run_folder.writing(self.quiet):
+            return self._train()
+
+    def _train(self) -> NPOTrainer:
         segments = [_segment(event) for event in self.run_folder.effective_events() if event["event"] == "segment"]
         if not segments:
             segments.append(self._open(self._first_segment()))

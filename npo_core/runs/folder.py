@@ -2,9 +2,10 @@
 
 `data/runs/<method>-<preset>-s<seed>-<digest>/` holds `config.json`, `env.json`, `metrics.jsonl`, `events.jsonl`,
 `rollouts/`, `guidance/`, `branches/`, `figures/` and `result.json`. Files are written under another name first and then
-renamed; the two logs are append-only.
+renamed; the two logs are append-only. One process at a time writes it: `lock.json` names which.
 """
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,17 @@ from typing import Any
 import numpy as np
 
 from ..declaration import declarations
-from ..files import append_line, as_json, read_lines, write_json, write_whole
+from ..files import (
+    Lock,
+    append_line,
+    as_json,
+    read_lines,
+    remove_unfinished,
+    unfinished_name,
+    write_json,
+    write_whole,
+)
+from ..progress import ProgressBar, progress
 from .config import RunConfig
 
 NAMELESS = {name for name, setting in declarations(RunConfig).items() if not setting.names_run}
@@ -74,10 +86,28 @@ class RunFolder:
     def __init__(self, config: RunConfig, root: Path | None = None):
         self.config = config
         self.path = Path(runs_folder() if root is None else root) / config.run_name
+        self._lock = self._own_lock()
+        finished = self.result() is not None  # then the folder is only read, maybe on another machine
+        if not finished:
+            self._make()
+        saved = self.path / "config.json"
+        settings = json.loads(config.to_json())
+        found = json.loads(saved.read_text()) if saved.exists() else None
+        if found is not None and _deciding(found) != _deciding(settings):
+            raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
+        if found is None or (found != settings and not finished):
+            write_json(saved, settings)  # trackers and addresses may change between sittings
+        if not (self.path / "env.json").exists():
+            write_json(self.path / "env.json", environment())
+
+    def _own_lock(self) -> Lock:
+        return Lock(self.path / "lock.json", f"The run {self.path}")
+
+    def _make(self) -> None:
         try:
             for name in ("rollouts", "guidance", "branches", "figures"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable.{os.getpid()}"
+            probe = unfinished_name(self.path / "writable")
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -85,15 +115,42 @@ class RunFolder:
                 f"The run folder {self.path} cannot be written ({error.strerror}). "
                 "Give another root, or set NPO_RUNS to a folder that you may write to."
             ) from error
-        saved = self.path / "config.json"
-        settings = json.loads(config.to_json())
-        found = json.loads(saved.read_text()) if saved.exists() else None
-        if found is not None and _deciding(found) != _deciding(settings):
-            raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
-        if found is None or (found != settings and self.result() is None):
-            write_json(saved, settings)  # trackers and addresses may change between sittings
-        if self.result() is None:  # afterwards the folder is only read, maybe on another machine
-            write_json(self.path / "env.json", environment())
+
+    @contextmanager
+    def writing(self, quiet: bool = False) -> Iterator[None]:
+        """Be the one process that writes the run; wait for another that does. Within it, it may be asked for again.
+
+        What the run is afterwards has to be read anew: another process may have gone on with it, or finished it.
+
+        Args:
+            quiet: Without a progress bar while waiting; for whom is said all the same.
+
+        Raises:
+            Locked: The run is being written on another system, see `Lock`.
+        """
+        if self._lock.held:
+            yield
+            return
+        self._acquire(quiet)
+        try:
+            self._begin()
+            yield
+        finally:
+            self._release()
+
+    def _acquire(self, quiet: bool) -> None:
+        with ExitStack() as stack:
+            self._lock.acquire(_Waiting(self, quiet, stack))
+
+    def _release(self) -> None:
+        self._lock.release()
+
+    def _begin(self) -> None:
+        """What a sitting starts with; a finished run is only read."""
+        if (self.path / "result.json").exists():
+            return
+        remove_unfinished(self.path)  # of a process that was killed
+        write_json(self.path / "env.json", environment())
 
     @property
     def metrics_path(self) -> Path:
@@ -107,6 +164,7 @@ class RunFolder:
 
     def event(self, kind: str, **content: Any) -> dict[str, Any]:
         """Append an event and return it."""
+        self._lock.require()
         record = {"event": kind, "time": round(time.time(), 3), **content}
         append_line(self.events_path, record)
         return record
@@ -120,11 +178,16 @@ class RunFolder:
         return effective(self.events())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric lines in the order of `compute_step`; NaN where a metric was not finite."""
+        """All metric lines in the order of `compute_step`; NaN where a metric was not finite.
+
+        Raises:
+            ValueError: They are not in that order; two processes have written them.
+        """
         return metric_lines(self.metrics_path)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append the line of an executed step."""
+        self._lock.require()
         append_line(self.metrics_path, line)
 
     def drop_metrics_after(self, compute_step: int) -> None:
@@ -132,6 +195,7 @@ class RunFolder:
         self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
 
     def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        self._lock.require()
         text = "".join(json.dumps(as_json(record)) + "\n" for record in kept)
         write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text))
 
@@ -142,6 +206,7 @@ class RunFolder:
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write `result.json`; from then on the run is loaded, not run again."""
+        self._lock.require()
         content = {
             "schema": SCHEMA,
             "method": self.config.method,
@@ -152,6 +217,23 @@ class RunFolder:
         }
         write_json(self.path / "result.json", content)
         return content
+
+
+class _Waiting:
+    """A bar over the steps that another process makes of a run."""
+
+    def __init__(self, run: RunFolder, quiet: bool, stack: ExitStack):
+        self.run, self.quiet, self.stack = run, quiet, stack
+        self.bar: ProgressBar | None = None
+        self.seen = 0
+
+    def __call__(self) -> None:
+        if self.bar is None:
+            label = f"{self.run.config.method}, another process"
+            self.bar = self.stack.enter_context(progress(self.run.config.compute_steps, label, self.quiet))
+        reached = max((line["compute_step"] for line in metric_lines(self.run.metrics_path)), default=0)
+        self.bar.advance(reached - self.seen)
+        self.seen = reached
 
 
 def effective(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -175,8 +257,20 @@ def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; NaN where a metric was not finite, which JSON has as null."""
-    return [{k: math.nan if v is None else v for k, v in line.items()} for line in read_lines(path)]
+    """Lines of a `metrics.jsonl`; NaN where a metric was not finite, which JSON has as null.
+
+    Raises:
+        ValueError: They are not in the order of `compute_step`; two processes have written them.
+    """
+    lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in read_lines(path)]
+    for number, (before, line) in enumerate(itertools.pairwise(lines), start=2):
+        if line["compute_step"] <= before["compute_step"]:
+            raise ValueError(
+                f"{path}, line {number}: compute step {line['compute_step']} comes after {before['compute_step']}. Two "
+                "processes have written this run, and nothing in it can be trusted: delete or move away its folder, "
+                "and run again."
+            )
+    return lines
 
 
 def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The run folder of several processes: one writes it, and tells the others what it reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ class SharedRunFolder(RunFolder):
     def __init__(self, config: RunConfig, root: Path | None = None):
         self.config = config
         self.path = agree(lambda: RunFolder(config, root).path)
+        self._lock = self._own_lock()  # held by the writing process, for all
+
+    @contextmanager
+    def writing(self, quiet: bool = False) -> Iterator[None]:
+        if agree(lambda: self._lock.held):
+            yield
+            return
+        agree(lambda: self._acquire(quiet))
+        try:
+            agree(self._begin)
+            yield
+        finally:
+            if is_writer():
+                self._release()
 
     def event(self, kind: str, **content: Any) -> dict[str, Any]:
         # the others are not told: what they know of events they read

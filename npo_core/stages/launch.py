@@ -126,7 +126,7 @@ def start(config: RunConfig, root: Path | None = None) -> BackgroundRun:
     command = [*_launch_command(config, folder), "run", "--config", str(folder.path / "config.json"), "--quiet"]
     if root is not None:
         command += ["--root", str(root)]
-    with (folder.path / "process.log").open("w") as log:
+    with (folder.path / "process.log").open("a") as log:  # maybe another one waits for the first
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(config.threads)}
         )

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig, PreTrainedModel
 
-from ..files import read_table, write_json, write_table
+from ..files import Lock, read_table, write_json, write_table
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
@@ -150,7 +150,14 @@ class Measurement:
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._keep("settings.json", {"settings": settings.of_rollouts(), "uids": [row["uid"] for row in self.rows]})
+        self._lock = Lock(self.folder / "lock.json", f"The measurement {self.folder}")
+        with self._lock.holding():
+            self._keep_settings()
+
+    def _keep_settings(self) -> None:
+        """Note what is measured, or refuse a folder where something else was."""
+        uids = [row["uid"] for row in self.rows]
+        self._keep("settings.json", {"settings": self.settings.of_rollouts(), "uids": uids})
         # policies may be added later, but a name must go on standing for the same weights
         known = self._read("policies.json")
         found = {name: fingerprint(path) for name, path in self.policies.items()}
@@ -175,7 +182,11 @@ class Measurement:
         write_json(self.folder / name, about)
 
     def run(self) -> dict[str, Any]:
-        """Measure what is left to measure; return what `signal.json` holds."""
+        """Measure what is left to measure; return what `signal.json` holds. One process at a time does."""
+        with self._lock.holding():
+            return self._measure()
+
+    def _measure(self) -> dict[str, Any]:
         origins = list(dict.fromkeys(pair.origin for pair in self.pairs))
         names = [f"{origin:06d}" for origin in origins]
         samples = [*[(name, stream) for name in names for stream in (0, 1)]]

@@ -65,13 +65,25 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
         quiet: Without progress bars.
 
     Returns:
-        The run folder; `RunFolder.result()` holds the scores. A finished run is returned as it is.
+        The run folder; `RunFolder.result()` holds the scores. A finished run is returned as it is. While another
+        process writes the run, this one waits, and then has what that one made or goes on from there.
+
+    Raises:
+        Locked: The run is being written on another machine.
     """
     device = join().device
     folder = open_run(config, root)
     if folder.result() is not None:
         return folder
     quiet = quiet or not is_writer()
+    with folder.writing(quiet):
+        if folder.result() is None:  # while this process waited, another one may have finished the run
+            _sit(config, folder, root, quiet, device)
+    return folder
+
+
+def _sit(config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device) -> None:
+    """One sitting of a run, to its end."""
     shared = agree(lambda: take_prefix(folder))
     if shared and not quiet:
         print(f"{folder.path.name}: the first {shared} steps are those of a run on disk")
@@ -84,7 +96,6 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
         torch.set_num_threads(before)
         folder.event("sitting", seconds=round(time.monotonic() - started, 1))
     folder.finish(_result(folder, *scores))
-    return folder
 
 
 def _execute(

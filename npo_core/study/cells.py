@@ -103,7 +103,7 @@ def run_cells(
         processes: Processes at a time; the number of cores if None.
         quiet: Without a progress bar.
     """
-    waiting = [cell for cell in cells if not _finished(cell, root)]
+    waiting = [cell for cell in cells if not _finished(cell.folder(root))]
     for cell in waiting:
         (cell.folder(root).path / "failed.json").unlink(missing_ok=True)
     total = sum(cell.config.compute_steps for cell in cells)
@@ -152,8 +152,7 @@ def _note_end(cell: Cell, status: int, root: Path | None) -> None:
         write_json(folder / "failed.json", {"reason": reason, "log": tail})
 
 
-def _finished(cell: Cell, root: Path | None) -> bool:
-    run = cell.folder(root)
+def _finished(run: RunFolder) -> bool:
     return run.result() is not None and all(_score_file(run, *point).exists() for point in score_points(run))
 
 
@@ -210,11 +209,11 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
 def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
     """Train what is left of a run and score it; what a process of the study does."""
     run = stages.run(config, root, quiet=True)
-    points = [point for point in score_points(run) if not _score_file(run, *point).exists()]
-    if points:
-        world = stages.prepare(config, quiet=True)
-        for point in points:
-            score(run, *point, world)
+    if not _finished(run):
+        with run.writing(quiet=True):
+            world = stages.prepare(config, quiet=True)
+            for point in score_points(run):
+                score(run, *point, world)
     return run
 
 
@@ -243,7 +242,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         if (reason := cell.failure(root)) is not None
     ]
     lost = {(entry["arm"], entry["seed"]) for entry in failed}
-    used = [cell for cell in cells if (cell.arm, cell.seed) not in lost and _finished(cell, root)]
+    used = [cell for cell in cells if (cell.arm, cell.seed) not in lost and _finished(cell.folder(root))]
     ends = [_policy_end(cell.folder(root)) for cell in used]
     scores = pd.DataFrame(
         [row for cell in used for row in _score_rows(cell, cell.folder(root), ends)], columns=list(SCORE_COLUMNS)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..files import write_json
+from ..files import Lock, write_json
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.sources import GuidanceWindow
 from ..guidance.trajectories import GuidanceCache
@@ -119,7 +119,11 @@ class GainStudy:
         self.schedule: list[str] = []
 
     def run(self) -> list[dict[str, Any]]:
-        """Run the arms that are left; a record per arm, the unguided ones included."""
+        """Run the arms that are left; a record per arm, the unguided ones included. One process at a time does."""
+        with Lock(self.folder / "lock.json", f"The gain study {self.folder}").holding():
+            return self._run()
+
+    def _run(self) -> list[dict[str, Any]]:
         pairs = self.plan.pairs(self.config.compute_steps)
         arms = [(pair, mode) for pair in pairs for mode in self.plan.modes]
         with progress(len(arms) + len(self.plan.origins), "gain", self.quiet) as bar:

@@ -1,12 +1,12 @@
 """A checkpoint with adapters as a policy of its own, which any program can load: vLLM, lmms-eval, transformers."""
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
 
+from ..files import unfinished_name
 from .policies import load_policy, load_processor, save_policy
 from .pretrained import policy_config
 
@@ -39,7 +39,7 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
     policy = load_policy(checkpoint, dtype="float32", share=False).merge_and_unload()
     base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
     policy.to(policy_config(base).dtype or torch.float32)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished = unfinished_name(out)
     try:
         save_policy(policy, load_processor(checkpoint), unfinished)
         unfinished.replace(out)

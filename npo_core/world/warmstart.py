@@ -10,7 +10,6 @@ can be memorised but the facts' distribution.
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from ..declaration import declarations
+from ..files import Lock, unfinished_name
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder, shipped_policies
@@ -118,7 +118,11 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     for folder in (shipped_policies() / name, runs_folder() / "base" / name):
         if (folder / "model.safetensors").is_file():
             return folder
-    return warm_start(config, folder, quiet=quiet)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(folder.with_name(f"{name}.lock.json"), f"The policy {folder}").holding():  # side by side, runs want one
+        if (folder / "model.safetensors").is_file():
+            return folder
+        return warm_start(config, folder, quiet=quiet)
 
 
 def teacher_folder(config: RunConfig, quiet: bool = False) -> Path:
@@ -206,7 +210,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
             optimizer.step()
             bar.advance(loss=f"{loss.item():.3f}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = unfinished_name(folder)
     save_policy(model, processor, unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

@@ -28,7 +28,7 @@ _HOMES = {
     "resolve_config": "runs.config",
     "sample_rollouts": "trainer.sampling",
     "tokenizer_digest": "guidance.fingerprints",
-    "training_schedule": "trainer.schedule",
+    "training_schedule": "trainer.dataset",
     "verifier_reward": "guidance.verdicts",
 }
 

@@ -38,9 +38,9 @@ from ..method.groups import group_advantages
 from ..runs.checkpoints import checkpoint_folder, mark_complete
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
+from ..trainer.dataset import training_schedule
 from ..trainer.inputs import encode_prompts
 from ..trainer.sampling import completion_logps
-from ..trainer.schedule import training_schedule
 from ..world.policies import keep_freed_memory, load_policy, load_weights, quiet_transformers
 from ..world.tasks import make_dataset, parse_uid, write_response
 from . import run as stages

@@ -23,9 +23,9 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder, runs_folder
 from ..runs.launchers import read_launcher
 from ..trainer.config import NPOConfig
+from ..trainer.dataset import training_schedule
 from ..trainer.fsdp import reduced_each_pass, train_sharded
 from ..trainer.pictures import never_sampled, picture_limits
-from ..trainer.schedule import training_schedule
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import engine_of, one_engine
 from ..world.data import DataSettings, RowsByUid, hold_out, image_policy, load_data

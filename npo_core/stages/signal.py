@@ -13,7 +13,7 @@ from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
-from ..trainer.admission import require_columns
+from ..trainer.dataset import require_columns
 from ..world.data import read_rows
 from ..world.policies import load_processor
 from .measure import Measurement, find_checkpoints

@@ -1,4 +1,4 @@
-"""What a trainer takes: rows and a source when it is given one, each guide at injection, and how many may fail.
+"""Which guides a trainer takes: checks of a source when it is given, of each guide at injection, and of how many fail.
 
 A setting that spoils every guide (another tokenizer, another temperature, too long a response) is refused when the
 source is given. A single guide that is judged wrong at injection is left out and counted: a verifier that runs into a
@@ -7,21 +7,12 @@ timeout does not end a long run.
 
 import logging
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset
 from trl import GRPOTrainer
 
 from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier
-
-REQUIRED_COLUMNS = ("uid", "prompt", "answer")
-"""Columns that NPO needs; `answer` for the package's own verifier only, `image` for visual tasks only."""
-
-CHECKED_AT_ONCE = 1024
-"""Rows in memory at a time when a data set is checked."""
 
 ALL_REFUSED = 8
 """Guides that are wrong at injection, and none right, after which training stops: then it is not the single guide."""
@@ -40,6 +31,8 @@ def known_uids(trainer: GRPOTrainer) -> set[str] | None:
     Raises:
         ValueError: Rows that NPO cannot use.
     """
+    from .dataset import require_columns  # for guidance alone, as the rules for answers and pictures that it reads by
+
     dataset = trainer.train_dataset
     if not hasattr(dataset, "column_names") or dataset.column_names is None:
         return None
@@ -184,69 +177,3 @@ class RefusedGuides:
                 taken + refused,
                 such,
             )
-
-
-def require_columns(dataset: Dataset, answer: bool = True) -> set[str]:
-    """Refuse a data set whose rows NPO cannot use.
-
-    Args:
-        dataset: Rows.
-        answer: Every row needs a text under `answer`, as `BoxedVerifier` does; False for a verifier of one's own, which
-            may read any column.
-
-    Returns:
-        The uids.
-
-    Raises:
-        ValueError: A column is missing, a value is empty, an image is missing, or two different rows share a uid.
-    """
-    required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
-    missing = [name for name in required if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The data set has the columns {dataset.column_names}, but not {missing}. NPO needs "
-            f"{required} in every row: uid names the prompt in the guidance cache, answer is verified."
-        )
-    seen: dict[str, tuple[str, str]] = {}
-    # as stored: through a data set's own format or transform, each row would have its pictures decoded
-    read = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
-    stored = dataset.with_format("arrow").select_columns(read)
-    rows = (row for batch in stored.iter(CHECKED_AT_ONCE) for row in batch.to_pylist())
-    for index, row in enumerate(rows):
-        uid, wanted, prompt = row["uid"], row.get("answer"), row["prompt"]
-        if not isinstance(uid, str) or not uid:
-            raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
-        if answer and (not isinstance(wanted, str) or not wanted.strip()):
-            raise ValueError(
-                f"Row {index} (uid {uid!r}) has answer {wanted!r}; every row needs a non-empty string. (A verifier of "
-                "your own may read any column.)"
-            )
-        if not prompt:
-            raise ValueError(f"Row {index} (uid {uid!r}) has no prompt.")
-        content = (str(wanted), str(prompt))
-        if seen.setdefault(uid, content) != content:
-            raise ValueError(
-                f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {str(wanted)!r}; "
-                "make uids unique."
-            )
-    for name in {"image", "images"} & set(dataset.column_names):
-        index = _first_without(dataset, name)
-        if index is not None:
-            uid = stored[index]["uid"][0].as_py()
-            raise ValueError(f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column.")
-    return set(seen)
-
-
-def _first_without(dataset: Dataset, name: str) -> int | None:
-    """Index of the first row without a picture. None is read from disk: of the stored column, only what is null."""
-    missing: list[bool] = []
-    for chunk in dataset.data.column(name).chunks:
-        empty = chunk.is_null()
-        if pa.types.is_list(chunk.type):
-            empty = pc.or_(empty, pc.equal(pc.fill_null(pc.list_value_length(chunk), 0), 0))
-        missing += empty.to_pylist()
-    if not any(missing):
-        return None
-    # a selection of rows is a column of places in the stored table
-    order = dataset._indices.column(0).to_pylist() if dataset._indices is not None else range(len(missing))
-    return next((index for index, place in enumerate(order) if missing[place]), None)

@@ -1,4 +1,4 @@
-"""The order of the prompts, and rows that can be trained on."""
+"""Data sets that can be trained on, and the order of their prompts."""
 
 import pytest
 from datasets import Dataset
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_core.trainer.admission import require_columns
-from npo_core.trainer.schedule import training_schedule
+from npo_core.trainer.dataset import training_schedule
 from npo_core.world.tasks import make_dataset, sample_problems
 
 

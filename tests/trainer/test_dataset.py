@@ -5,8 +5,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_core.trainer.admission import require_columns
-from npo_core.trainer.dataset import training_schedule
+from npo_core.trainer.dataset import require_columns, training_schedule
 from npo_core.world.tasks import make_dataset, sample_problems
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from worlds import TinyWorld, trainer_of, world
 
 from npo_core.guidance.fingerprints import image_digest
-from npo_core.trainer.admission import require_columns
+from npo_core.trainer.dataset import require_columns
 from npo_core.trainer.inputs import encode_prompts
 from npo_core.world import data as datafiles
 from npo_core.world.data import (

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from npo_core.guidance.verdicts import Verdict
 from npo_core.guidance.verifiers import BoxedVerifier
-from npo_core.trainer.admission import require_columns
+from npo_core.trainer.dataset import require_columns
 from npo_core.world.policies import build_processor
 from npo_core.world.tasks import (
     FAMILIES,

@@ -210,10 +210,11 @@ def _visible(inputs_embeds, attention_mask, position_ids, visual_pos_masks, deep
     """
     rows, columns, size = inputs_embeds.shape
     weights = torch.arange(1, size + 1, device=inputs_embeds.device, dtype=torch.float64).cos()
-    key = inputs_embeds.double() @ weights
+    # not a matrix product: BLAS may add up equal places in different orders, by where they stand
+    key = (inputs_embeds.double() * weights).sum(dim=-1)
     if visual_pos_masks is not None:
         for number, layer in enumerate(deepstack_visual_embeds, start=2):
-            key[visual_pos_masks] += number * (layer.double() @ weights)
+            key[visual_pos_masks] += number * (layer.double() * weights).sum(dim=-1)
     parts = [key, attention_mask.double(), *position_ids.double()]
     number = torch.zeros(rows * columns, dtype=torch.int64, device=inputs_embeds.device)
     for part in parts:

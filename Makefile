@@ -27,7 +27,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-browser test-vllm lint clean
+.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-all test-browser test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -100,8 +100,13 @@ explore: setup ## Write a page to look at a run with (RUN=folder or name; severa
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)
 
-test: $(DEV_STAMP) ## Run the tests, JOBS files at a time (ARGS goes to pytest)
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test: $(DEV_STAMP) ## Run the tests but the long ones, JOBS files at a time (ARGS goes to pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(DEV_STAMP) ## Run all tests, the long ones too (ARGS goes to pytest)
+	$(PYTEST) $(ARGS)
 
 # vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):

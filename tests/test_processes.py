@@ -51,6 +51,7 @@ def both(tmp_path_factory):
     return launched(folder, ""), launched(folder, "two_cpu")
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_decisions_of_one(both):
     one, two = ([e for e in run.events() if e["event"] != "sitting"] for run in both)
     assert [event["event"] for event in one] == [event["event"] for event in two]
@@ -64,6 +65,7 @@ def test_two_processes_take_the_decisions_of_one(both):
         assert first == pytest.approx(second, abs=CLOSE)
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_all_processes(both):
     one, two = (run.metrics() for run in both)
     assert len(one) == len(two) == both[0].config.compute_steps
@@ -76,6 +78,7 @@ def test_metrics_are_those_of_all_processes(both):
     assert any(line["npo/replaced_slots"] for line in one), "no guide was used"
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_one_process(both):
     one, two = ({p.relative_to(run.path): p for p in run.path.glob("branches/*/*/model.safetensors")} for run in both)
     assert one.keys() == two.keys() and len({path.parts[1] for path in one}) == 2
@@ -88,6 +91,7 @@ def test_weights_are_those_of_one_process(both):
     assert max((base[name] - last[name]).abs().max() for name in base) > 100 * CLOSE, "the policy hardly moved"
 
 
+@pytest.mark.slow
 def test_scores_and_rollout_tables_hold_the_rows_of_all_processes(both):
     import pandas as pd
 
@@ -102,6 +106,7 @@ def test_scores_and_rollout_tables_hold_the_rows_of_all_processes(both):
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_two_processes_is_not_run_by_one(both):
     with pytest.raises(ValueError, match=r"launcher is 'two_cpu', which is 2 process.*but 1 run"):
         open_run(both[1].config, both[1].path.parent)

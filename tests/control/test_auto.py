@@ -379,7 +379,11 @@ def _assert_as_if_nothing_had_happened(run: RunFolder, reference: RunFolder) -> 
     "kills",
     [
         pytest.param([_kill_after_line(7)], id="after a line, before its checkpoint"),
-        pytest.param([_kill_before_line(1), _kill_in_checkpoint(0, 6)], id="in the first step, then in a checkpoint"),
+        pytest.param(
+            [_kill_before_line(1), _kill_in_checkpoint(0, 6)],
+            id="in the first step, then in a checkpoint",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_killed_grpo_run_ends_as_if_nothing_had_happened(base, grpo, tmp_path, kills):
@@ -390,10 +394,10 @@ def test_a_killed_grpo_run_ends_as_if_nothing_had_happened(base, grpo, tmp_path,
 @pytest.mark.parametrize(
     "where",
     [
-        "while the cache is filled",
-        "between roll-back and new segment",
+        pytest.param("while the cache is filled", marks=pytest.mark.slow),
+        pytest.param("between roll-back and new segment", marks=pytest.mark.slow),
         "in the first step after the roll-back",
-        "three times",
+        pytest.param("three times", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_autonpo_run_ends_as_if_nothing_had_happened(base, autonpo, tmp_path, where):
@@ -462,6 +466,7 @@ def test_without_interventions_to_spend_a_run_is_plain_grpo(base, grpo, tmp_path
     assert _same_bits(_weights(run), _weights(grpo, 8))
 
 
+@pytest.mark.slow
 def test_a_run_stops_intervening_at_max_interventions(base, autonpo, tmp_path):
     """Two runs that differ in the limit alone: the second intervention is where they part."""
     once, twice = (

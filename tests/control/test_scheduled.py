@@ -274,7 +274,14 @@ class Killed(BaseException):
     """Stands in for a kill: nothing in the package catches it."""
 
 
-@pytest.mark.parametrize("compute_step", [5, 14, 15], ids=["after the restart", "before the late one", "after it"])
+@pytest.mark.parametrize(
+    "compute_step",
+    [
+        pytest.param(5, id="after the restart"),
+        pytest.param(14, id="before the late one", marks=pytest.mark.slow),
+        pytest.param(15, id="after it", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_step):
     def append(path, record):
         if record.get("compute_step") == compute_step:

@@ -11,6 +11,7 @@ from npo_core.study.findings import results_folder
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_every_committed_figure_of_the_study_is_drawn_from_the_committed_results(tmp_path):
     drawn = figures.draw_study(results_folder(), tmp_path)
     assert len(drawn) == 7

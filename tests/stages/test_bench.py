@@ -69,6 +69,7 @@ def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sample
         assert own["grad_norm"] > CONFIG.max_grad_norm
 
 
+@pytest.mark.slow
 def test_rows_of_the_table(world, monkeypatch):
     monkeypatch.setattr(bench, "TURNS", 1)
     monkeypatch.setattr(bench, "STEPS", 2)

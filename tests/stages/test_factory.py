@@ -60,6 +60,7 @@ def own(there, tmp_path, monkeypatch):
     return settings
 
 
+@pytest.mark.slow
 def test_a_run_on_data_of_ones_own(own, tmp_path):
     """Trained, rolled back, guided and scored like the small world: data and policy are settings."""
     run = stages.run(own("npo", compute_steps=18), tmp_path, quiet=True)

@@ -21,6 +21,7 @@ def test_a_run_without_a_launcher_is_done_here(tmp_path, monkeypatch):
     assert asked == [(config(), tmp_path, True)]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_launcher_is_started_through_it_and_followed(tmp_path):
     """Two processes of the CPU, for real; the bar here ends where the run does."""
     settings = config(launcher="two_cpu", micro_batch=8)
@@ -40,6 +41,7 @@ def test_the_command_of_several_machines_is_said(tmp_path):
         launch.start(settings, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_its_process_says_why(tmp_path):
     settings = config(compute_steps=3)
     folder = RunFolder(settings, tmp_path)

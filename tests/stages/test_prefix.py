@@ -71,7 +71,10 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("shared")
 
 
-@pytest.mark.parametrize(("donor", "taker", "steps"), [(BOTH, EARLY, 14), (GRPO, LATE, 10)], ids=["early", "late"])
+@pytest.mark.parametrize(
+    ("donor", "taker", "steps"),
+    [pytest.param(BOTH, EARLY, 14, id="early"), pytest.param(GRPO, LATE, 10, id="late", marks=pytest.mark.slow)],
+)
 def test_a_run_with_a_shared_beginning_ends_as_one_that_did_every_step(root, tmp_path, donor, taker, steps):
     stages.run(donor, root, quiet=True)
     shared, alone = stages.run(taker, root, quiet=True), stages.run(taker, tmp_path, quiet=True)

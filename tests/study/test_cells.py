@@ -44,6 +44,7 @@ def test_cells_run_seed_by_seed_and_lenders_of_beginnings_first():
     assert [seed for _, seed in order] == [0] * 4 + [1] * 4
 
 
+@pytest.mark.slow
 def test_every_cell_is_scored_on_the_way_and_at_its_end_with_both_samplings(found):
     for arm in ARMS:
         for seed in (0, 1):
@@ -59,6 +60,7 @@ def test_every_cell_is_scored_on_the_way_and_at_its_end_with_both_samplings(foun
     assert set(found.scores[found.scores["arm"] == "NPO"]["interventions"]) == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_a_score_is_that_of_the_checkpoint(cells, root, found):
     run = cells[0].folder(root)
     branch, step, sampling = score_points(run)[-2]
@@ -67,6 +69,7 @@ def test_a_score_is_that_of_the_checkpoint(cells, root, found):
     )
 
 
+@pytest.mark.slow
 def test_the_training_table_has_a_row_per_executed_step(found):
     counts = found.training.groupby(["arm", "seed"]).size()
     assert set(counts) == {12}
@@ -74,17 +77,20 @@ def test_the_training_table_has_a_row_per_executed_step(found):
     assert npo["compute_step"].tolist() == list(range(1, 13)) and npo["branch"].max() == 2
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again(cells, root, monkeypatch):
     monkeypatch.setattr(study, "_begin", lambda *_: pytest.fail("a finished cell was started"))
     run_cells(cells, root, quiet=True)
 
 
+@pytest.mark.slow
 def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
     with pytest.raises(ResultsRefused, match=r"missing: GRPO, seed 2: paper/mathvista"):
         collect([*cells, *plan_cells("smoke", [2], ["GRPO"], SMALL)], root, tmp_path)
     assert not list(tmp_path.glob("*.csv"))
 
 
+@pytest.mark.slow
 def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_path):
     broken = Cell("GRPO", 2, arm_config("GRPO", "smoke", 2, {**SMALL, "policy": str(tmp_path / "nowhere")}))
     run_cells([broken], root, quiet=True)
@@ -100,6 +106,7 @@ def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_pa
     assert "nowhere" in json.loads((tmp_path / ABOUT).read_text())["failed"][0]["reason"]
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_a_number_makes_the_cell_a_failure(cells, root, monkeypatch):
     lines = cells[0].folder(root).metrics()
     lines[3] = {**lines[3], "npo/entropy": float("nan")}
@@ -107,6 +114,7 @@ def test_a_metric_that_is_not_a_number_makes_the_cell_a_failure(cells, root, mon
     assert cells[0].failure(root) == "npo/entropy is nan at compute step 4"
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_stopped(root, cells, tmp_path):
     """The whole tree of processes is killed in the middle; the second call ends with the bytes of an unbroken run."""
     command = [sys.executable, "-m", "npo_core", "study", "--preset", "smoke", "--seeds", "0", "--arms", "GRPO"]

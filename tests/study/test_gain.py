@@ -54,6 +54,7 @@ def test_an_origin_that_cannot_be_resumed_from_is_refused(tmp_path):
         GainStudy(config, PLAN, tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_every_arm_has_a_record_and_the_same_window(records):
     arms = [(record["source"], record["mode"]) for record in records]
     assert arms == [
@@ -70,6 +71,7 @@ def test_every_arm_has_a_record_and_the_same_window(records):
     assert len(by_mode[0]) == 1, "both modes are guided by the same cache"
 
 
+@pytest.mark.slow
 def test_the_unguided_arm_is_the_grpo_run(study, records):
     lines = [line for line in study.run_folder.metrics() if 4 < line["policy_step"] <= 8]
     unguided = records[0]
@@ -79,6 +81,7 @@ def test_the_unguided_arm_is_the_grpo_run(study, records):
     assert unguided["final"]["average"] == scores["average"]
 
 
+@pytest.mark.slow
 def test_an_arm_without_guides_ends_as_the_grpo_run(study, records, monkeypatch):
     """Same start, same prompts, same number of steps: what is left of an arm when its cache is empty is GRPO."""
     digest = tokenizer_digest(study.world.processor)
@@ -88,6 +91,7 @@ def test_an_arm_without_guides_ends_as_the_grpo_run(study, records, monkeypatch)
     assert record["pass_rate"] == records[0]["pass_rate"] and record["entropy"] == records[0]["entropy"]
 
 
+@pytest.mark.slow
 def test_guides_come_from_the_source_that_the_arm_names(study, records):
     digest = tokenizer_digest(study.world.processor)
     steps = {"resample": 4, "000006": 6, "000010": 10, "teacher": -1}
@@ -96,6 +100,7 @@ def test_guides_come_from_the_source_that_the_arm_names(study, records):
         assert {guide.source_step for guide in cache} == {step}
 
 
+@pytest.mark.slow
 def test_finished_arms_are_read_not_run_again(study, records, monkeypatch):
     monkeypatch.setattr(npo_core.study.gain.GainStudy, "_guided", lambda *_: pytest.fail("an arm was run again"))
     assert study.run() == records

@@ -95,6 +95,7 @@ def weights(run: RunFolder) -> dict[Path, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 def test_a_sharded_policy_is_trained_rolled_back_and_guided_as_a_whole_one(both):
     one, two = (weights(run) for run in both)
     assert one.keys() == two.keys() and len({place.parts[1] for place in one}) == 2
@@ -107,6 +108,7 @@ def test_a_sharded_policy_is_trained_rolled_back_and_guided_as_a_whole_one(both)
         assert (base[name] - one[max(one)][name]).abs().max() > 100 * CLOSE, f"{name} hardly moved"
 
 
+@pytest.mark.slow
 def test_a_sharded_run_decides_and_measures_as_a_whole_one(both):
     one, two = ([e["event"] for e in run.events()] for run in both)
     assert one == two and "rollback" in one
@@ -116,12 +118,14 @@ def test_a_sharded_run_decides_and_measures_as_a_whole_one(both):
     assert both[0].result()["final"] == both[1].result()["final"]
 
 
+@pytest.mark.slow
 def test_products_in_16_bits_leave_gradients_and_log_probs_in_32(both):
     found = json.loads((both[1].path.parent / "half.json").read_text())
     assert found["gradients"] == ["torch.float32"] and found["without"] == 0, "gradients were kept whole between passes"
     assert found["logps"] == ["torch.float32"]
 
 
+@pytest.mark.slow
 def test_the_weights_that_vllm_is_sent_after_a_scoring_pass_are_whole(both):
     found = json.loads((both[1].path.parent / "half.json").read_text())
     assert found["same"] and found["sent"] == len(load_file(both[0].path.parent / "policy" / "model.safetensors"))

@@ -78,7 +78,7 @@ def test_adapters_are_on_the_language_model_alone(folder):
     assert adapter_settings(config(folder, "grpo")) is None
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rollback_and_guidance_on_a_pretrained_policy(folder, tmp_path, rank):
     """Scout, restart, plateau, roll-back, replay: the whole method on a folder, with and without adapters."""
     run = stages.run(config(folder, lora_rank=rank), tmp_path, quiet=True)
@@ -95,6 +95,7 @@ def test_rollback_and_guidance_on_a_pretrained_policy(folder, tmp_path, rank):
     assert any((first[key] != later[key]).any() for key in first)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_bit_for_bit(folder, tmp_path):
     settings = config(folder, "grpo", lora_rank=4, compute_steps=6)
     whole = stages.run(settings, tmp_path / "whole", quiet=True)

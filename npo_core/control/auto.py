@@ -15,7 +15,11 @@ from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import trainer_generate
 from .agreement import prompt_order
 from .controller import Controller
+from .record import record_probe
 from .watch import Segment, Watch
+
+Weighed = tuple[Candidate, list[float], list[int]]
+"""A candidate, and by probed prompt the sum of log q − log π in nats and the tokens that it is over."""
 
 DIVERGENCE_ROLLOUTS = 128
 """Probe rollouts that the divergence of V̂ is measured on."""
@@ -55,16 +59,19 @@ class AutoNPO(Controller):
             pass_rate=quality,
         )
         if quality < config.confirm_quality:
+            self._note(watch, clocks, mistakes, probed, [])
             run.event("dismissed", **clocks, reason=f"the probe's pass rate {quality:.3f} is below confirm_quality")
             return None
         known = [trajectory for group in probed for trajectory in group]
         if not config.roll_back:
+            self._note(watch, clocks, mistakes, probed, [])
             until = min(step + config.ahead_window, step + left)
             window = slice(step * config.prompts_per_step, until * config.prompts_per_step)
             ahead = list(dict.fromkeys(prompt_order(trainer)[window]))
             return self._replay(trainer, watch, step, checkpoints[step], ahead, until, known)
-        candidates = self._candidates(step, origins, mistakes, probed)
-        decision = choose_distance(candidates, config.quality_floor)
+        weighed = self._candidates(step, origins, mistakes, probed)
+        self._note(watch, clocks, mistakes, probed, weighed)
+        decision = choose_distance([candidate for candidate, _, _ in weighed], config.quality_floor)
         run.event("choice", **clocks, **_decision_record(decision))
         if decision.chosen is None:
             run.event("dismissed", **clocks, reason=decision.reason)
@@ -91,8 +98,8 @@ class AutoNPO(Controller):
         origins: Mapping[int, Path],
         mistakes: Sequence[Mistake],
         probed: Sequence[Sequence[Trajectory]],
-    ) -> list[Candidate]:
-        """Q̂ and V̂ of every saved distance.
+    ) -> list[Weighed]:
+        """Q̂ and V̂ of every saved distance, with the divergence behind V̂ by probed prompt.
 
         Q̂(Δ): pass rate of the current policy on the probed failures since t−Δ (paper). V̂(Δ): the proxy between the
         current policy, which sampled the tokens and would be the guide, and the policy at t−Δ, which would learn from
@@ -103,7 +110,7 @@ class AutoNPO(Controller):
         keep = np.random.default_rng([self.config.seed, step, 2]).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
         judged = [flat[i] for i in sorted(keep)]
         guide_logps, mask = _padded([trajectory.logps for trajectory in judged])
-        candidates = []
+        candidates: list[Weighed] = []
         for origin, folder in origins.items():
             since = [group for group in probed if failed_at[group[0].uid] > origin]
             quality = float(np.mean([t.correct for group in since for t in group])) if since else 0.0
@@ -111,12 +118,35 @@ class AutoNPO(Controller):
             variance = variance_cost(
                 _padded(logps)[0], guide_logps, mask, self.config.variance_proxy, c=self.config.variance_c
             )
-            candidates.append(
-                Candidate(
-                    distance=step - origin, policy_step=origin, quality=quality, variance=variance, prompts=len(since)
-                )
+            candidate = Candidate(
+                distance=step - origin, policy_step=origin, quality=quality, variance=variance, prompts=len(since)
             )
+            candidates.append((candidate, *_by_prompt(probed, judged, logps)))
         return candidates
+
+    def _note(
+        self,
+        watch: Watch,
+        clocks: Mapping[str, int],
+        mistakes: Sequence[Mistake],
+        probed: Sequence[Sequence[Trajectory]],
+        weighed: Sequence[Weighed],
+    ) -> None:
+        if self.config.record_mib:
+            record_probe(self.run_folder, watch.segments[-1].branch, clocks, mistakes, probed, weighed)
+
+
+def _by_prompt(
+    probed: Sequence[Sequence[Trajectory]], judged: Sequence[Trajectory], logps: Sequence[Sequence[float]]
+) -> tuple[list[float], list[int]]:
+    """Sum of log q − log π (nats) and number of tokens of the judged rollouts of each probed prompt."""
+    places = {group[0].uid: place for place, group in enumerate(probed)}
+    sums, tokens = [0.0] * len(probed), [0] * len(probed)
+    for trajectory, learner in zip(judged, logps, strict=True):
+        place = places[trajectory.uid]
+        sums[place] += sum(trajectory.logps) - sum(learner)
+        tokens[place] += len(trajectory.logps)
+    return sums, tokens
 
 
 def _decision_record(decision: Decision) -> dict[str, Any]:

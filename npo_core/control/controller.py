@@ -32,6 +32,7 @@ from .agreement import keep_order, prompt_order, require_agreement
 from .factory import TrainerFactory
 from .fingerprint import require_same_factory
 from .offline import Offline
+from .record import GuidedGroups
 from .watch import Segment, Watch
 
 UNSOLVED = "the guide solved none of the prompts to be replayed"
@@ -101,6 +102,7 @@ class Controller(Offline):
                 guidance = self._guidance(segments[-1], resume_from)
                 trainer = self.make_trainer(self._branch(segments[-1]), guidance, [watch])
                 watch.trainer = trainer
+                trainer.guided_sink = self._record(segments[-1])
                 self._require_fit(trainer, watch, guidance)
                 self.chat_template_kwargs = trainer.chat_template_kwargs  # off line, prompts must be those of training
                 if resume_from is not None:
@@ -131,6 +133,11 @@ class Controller(Offline):
         further = self._complaints(trainer) if isinstance(trainer, NPOTrainer) else []
         require_agreement(trainer, self.config, folder, guidance, watch, list(self.rows), further)
         require_same_factory(self.run_folder, trainer)
+
+    def _record(self, segment: Segment) -> GuidedGroups | None:
+        """Where the guided groups of a segment go."""
+        limit = self.config.record_mib
+        return GuidedGroups(self.run_folder, segment.branch, self.rows, self.processor, limit) if limit else None
 
     # What a subclass decides
 

@@ -4,6 +4,7 @@ Nothing is written and nothing is trained here; a run that is still being writte
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def _notes(config: Mapping[str, Any], result: Mapping[str, Any], lines: Sequence
 def _line(line: Mapping[str, Any], prompts: Prompts) -> dict[str, Any]:
     shown: dict[str, Any] = {"s": line["policy_step"], "c": line["compute_step"], "b": line["branch"]}
     for short, name in METRICS.items():
-        if name in line:
-            shown[short] = round(line[name], 5)
+        value = line.get(name)
+        if value is not None and math.isfinite(value):
+            shown[short] = round(value, 5)
     shown["g"] = [[prompts.place(uid), rate] for uid, rate in line.get("groups", {}).items()]
     return shown
 

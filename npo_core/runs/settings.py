@@ -266,6 +266,12 @@ class Settings:
         20, "Newest checkpoints of a branch that stay resumable; 0 keeps all.", bounds=WHOLE, acts="plan"
     )
     rollout_every: int = _log(20, "Steps between rollout tables on disk; 0 for none.", bounds=WHOLE)
+    record_mib: float = _log(
+        64.0,
+        "MiB on disk for guided groups, refused guides and their pictures; 0 for none.",
+        names_run=False,
+        bounds=WHOLE,
+    )
 
     # Evaluation
     eval_problems: int = _evaluation(256, "Test prompts, the suites in turn.", bounds=COUNT)

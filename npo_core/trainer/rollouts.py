@@ -1,6 +1,6 @@
 """The table of a step's rollouts: filled while the loss goes over them, handed over when every row has been seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,12 @@ class RolloutTable:
         rollouts: The generation batch.
         output: TRL's tensors of that batch.
         n: Rows of a group.
-        texts: Decoded responses.
+        decode: Texts of responses, given their token ids.
         eos_token_ids: Token ids that end a response.
+        guided_only: Only the groups that hold a guide; none, where all guides were refused.
+
+    Attributes:
+        refused: Guides that were judged wrong in this step.
     """
 
     def __init__(
@@ -54,19 +58,26 @@ class RolloutTable:
         rollouts: StepRollouts,
         output: Mapping[str, Any],
         n: int,
-        texts: Sequence[str],
+        decode: Callable[[list[list[int]]], Sequence[str]],
         eos_token_ids: Sequence[int],
+        guided_only: bool = False,
     ):
-        self.step = step
+        self.step, self.refused = step, list(rollouts.refused)
         mask = output["completion_mask"].bool()
+        guided = {row // n for row in rollouts.guided}
+        kept = [
+            row
+            for row in range(len(rollouts.rows))
+            if row not in rollouts.void and (row // n in guided or not guided_only)
+        ]
+        ids = {row: output["completion_ids"][row][mask[row]].tolist() for row in kept}
+        texts = dict(zip(kept, decode(list(ids.values())), strict=True)) if kept else {}
         self.rows: list[dict[str, Any]] = []
         self._place: dict[int, dict[str, Any]] = {}
-        for row, data in enumerate(rollouts.rows):
-            if row in rollouts.void:
-                continue
+        for row in kept:
+            data, tokens = rollouts.rows[row], ids[row]
             guide = rollouts.guided.get(row)
             lost_ids, lost_correct = rollouts.overwritten.get(row, (None, None))
-            tokens = output["completion_ids"][row][mask[row]].tolist()
             record = {
                 "uid": data.get("uid"),
                 "group": row // n,
@@ -85,6 +96,11 @@ class RolloutTable:
             }
             self.rows.append(record)
             self._place[row] = record
+
+    def guided_rows(self) -> list[dict[str, Any]]:
+        """Rows of the groups that hold a guide."""
+        groups = {row["group"] for row in self.rows if row["source"] == "guide"}
+        return [row for row in self.rows if row["group"] in groups]
 
     def see(self, logps: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any]) -> bool:
         """Add log-probs and ratios of the rows of a loss call; True when no row is missing any more.

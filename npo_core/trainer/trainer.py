@@ -42,7 +42,9 @@ class NPOTrainer(GRPOTrainer):
             guide again before it is injected; a wrong one is left out and counted (`npo/refused_guides`). With a
             verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
         rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of the step's rollouts
-            while the attribute `record_rollouts` is True.
+            while the attribute `record_rollouts` is True. The attribute `guided_sink`, if set, is called as
+            `sink(policy_step, rows, refused)` after each step in which a guide was placed or refused, in each process
+            with its own: rows of the guided groups, and the refused guides.
         **kwargs: Arguments of `GRPOTrainer`. With guidance, `train_dataset` needs the columns uid and prompt, and
             answer where the verifier is `BoxedVerifier`.
 
@@ -70,6 +72,7 @@ class NPOTrainer(GRPOTrainer):
         self.verifier = verifier
         self.rollout_sink = rollout_sink
         self.record_rollouts = False
+        self.guided_sink: Callable[[int, list[dict[str, Any]], list[Trajectory]], None] | None = None
         self.group_pass_rates: dict[str, float] = {}
         self._rollouts: StepRollouts | None = None
         self._loss_inputs: dict[str, Any] | None = None
@@ -126,15 +129,12 @@ class NPOTrainer(GRPOTrainer):
         if self.model.training:
             self._log_groups(step, is_guide, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
-            if recorded or isinstance(self.guidance, ReplaySource):
+            whole = recorded or isinstance(self.guidance, ReplaySource)
+            if whole or (self.guided_sink is not None and (step.guided or step.refused)):
                 output["rollout_row"] = torch.arange(len(inputs), device=ids.device)
-                mask = output["completion_mask"].bool()
-                texts = self.processing_class.batch_decode(
-                    [tokens[kept].tolist() for tokens, kept in zip(ids, mask, strict=True)], skip_special_tokens=True
-                )
-                self._recording = RolloutTable(
-                    self.state.global_step + 1, step, output, self.num_generations, texts, self.eos_token_ids
-                )
+                decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
+                place = self.state.global_step + 1, step, output, self.num_generations
+                self._recording = RolloutTable(*place, decode, self.eos_token_ids, guided_only=not whole)
         return output
 
     def _with_replayed_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -367,3 +367,5 @@ class NPOTrainer(GRPOTrainer):
             self.guidance.observe(table.step, table.rows)
         if self.record_rollouts and self.rollout_sink is not None:
             self.rollout_sink(table.step, table.rows)
+        if self.guided_sink is not None and (table.refused or any(row["source"] == "guide" for row in table.rows)):
+            self.guided_sink(table.step, table.guided_rows(), table.refused)

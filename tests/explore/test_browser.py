@@ -124,8 +124,8 @@ def test_a_click_on_the_run_line_chooses_the_step(opened):
     box = opened.locator(".runline").bounding_box()
     opened.mouse.click(box["x"] + box["width"] - 16, box["y"] + box["height"] / 2)
     expect(opened.locator(".now")).to_contain_text("policy step 4 · compute 6")
-    opened.locator('[data-action="clock"]').click()
-    expect(opened.locator('[data-action="clock"]')).to_have_text("policy clock")
+    opened.locator('[data-clock="policy"]').click()
+    expect(opened.locator('[data-clock="policy"]')).to_have_attribute("aria-pressed", "true")
     expect(opened.locator(".runline")).to_have_attribute(
         "aria-label", "Pass rate and entropy of autonpo-cpu-s0-0123456789 over policy steps"
     )

@@ -12,8 +12,7 @@ EOS = 2
 GUIDE = Trajectory("q", (7, EOS), (-0.5, -1.0), 30, True, "seven")
 
 
-@pytest.fixture
-def table() -> RolloutTable:
+def batch() -> tuple[StepRollouts, dict]:
     """Two groups of three rows: the last of the first is void, that of the second a guide in a right one's place."""
     step = StepRollouts(
         rows=[{"uid": "p"}] * 3 + [{"uid": "q"}] * 3,
@@ -28,17 +27,27 @@ def table() -> RolloutTable:
         "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]]),
         "advantages": torch.tensor([0.5, -0.5, 0.0, -0.25, -0.25, 0.5]),
     }
-    return RolloutTable(4, step, output, 3, ["t0", "t1", "", "t3", "t4", "t5"], [EOS])
+    return step, output
+
+
+def written(ids):
+    """Token ids as a text, so that each row's text tells which row it is of."""
+    return [" ".join(map(str, row)) for row in ids]
+
+
+@pytest.fixture
+def table() -> RolloutTable:
+    return RolloutTable(4, *batch(), 3, written, [EOS])
 
 
 def test_every_row_but_the_void_ones_has_its_place_and_source(table):
     assert table.step == 4
     assert [(row["uid"], row["group"], row["slot"], row["source"], row["text"]) for row in table.rows] == [
-        ("p", 0, 0, "policy", "t0"),
-        ("p", 0, 1, "policy", "t1"),
-        ("q", 1, 0, "policy", "t3"),
-        ("q", 1, 1, "policy", "t4"),
-        ("q", 1, 2, "guide", "t5"),
+        ("p", 0, 0, "policy", "5 2"),
+        ("p", 0, 1, "policy", "5 6 7"),
+        ("q", 1, 0, "policy", "6 2"),
+        ("q", 1, 1, "policy", "4 4 2"),
+        ("q", 1, 2, "guide", "7 2"),
     ]
     assert [row["token_ids"] for row in table.rows] == [[5, EOS], [5, 6, 7], [6, EOS], [4, 4, EOS], [7, EOS]]
     assert [row["ended"] for row in table.rows] == [True, False, True, True, True]
@@ -93,5 +102,24 @@ def test_without_a_verifier_there_is_no_verdict():
         "completion_mask": torch.tensor([[0]]),
         "advantages": torch.zeros(1),
     }
-    (row,) = RolloutTable(1, step, output, 1, [""], [EOS]).rows
+    (row,) = RolloutTable(1, step, output, 1, written, [EOS]).rows
     assert (row["uid"], row["correct"], row["token_ids"], row["ended"]) == (None, None, [], False)
+
+
+def test_only_groups_with_a_guide_are_kept_where_nothing_else_is_asked_for():
+    step, output = batch()
+    step.refused = [GUIDE]
+    table = RolloutTable(4, step, output, 3, written, [EOS], guided_only=True)
+    assert [(row["group"], row["slot"], row["text"]) for row in table.rows] == [
+        (1, 0, "6 2"), (1, 1, "4 4 2"), (1, 2, "7 2"),
+    ]  # fmt: skip
+    assert table.guided_rows() == table.rows and table.refused == [GUIDE]
+    assert not seen(table, [0, 1, 3, 4], [[-1.0, -2.0, 0.0]] * 4)
+    assert seen(table, [5], [[-1.0, -2.0, 0.0]]), "rows of other groups are waited for by nobody"
+    step.guided = {}
+    assert seen(RolloutTable(4, step, output, 3, written, [EOS], guided_only=True), [0], [[-1.0, -2.0, 0.0]])
+
+
+def test_guided_rows_of_a_whole_table_are_those_of_the_groups_with_a_guide(table):
+    assert [row["group"] for row in table.rows] == [0, 0, 1, 1, 1]
+    assert [row["group"] for row in table.guided_rows()] == [1, 1, 1]

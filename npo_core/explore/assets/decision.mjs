@@ -136,11 +136,11 @@ function facts(decision, byPrompt) {
 
 function panel(name, candidates, key, at, decision, found, room, pick) {
   const width = Math.max(220, Math.floor(((room || 900) - 32) / (room && room < 700 ? 1 : 3)));
-  const [left, right_, top, high, bottom] = [44, 12, 22, 110, 26];
+  const [left, right_, top, high, bottom] = [44, 12, 22, 110, 36];
   const intervals = candidates.flatMap((each) => each[`${key}Interval`] ?? []);
   const values = [...candidates.map((each) => each[key]), ...intervals].filter(Number.isFinite);
   const low = key === "variance" ? 1 : 0;
-  const peak = Math.max(low + 1e-3, ...values);
+  const peak = Math.max(low + (key === "variance" ? 0.01 : 1e-3), ...values);
   const reach = low + (peak - low) * 1.08;
   const ends = [candidates[0].distance, candidates[candidates.length - 1].distance];
   const margin = Math.max((ends[1] - ends[0]) * 0.05, 0.5);
@@ -150,7 +150,7 @@ function panel(name, candidates, key, at, decision, found, room, pick) {
   svg.append(s("text", { x: left, y: 12, class: "label" }, name));
   for (const value of ticks(low, reach, 3)) svg.append(s("line", { x1: left, x2: width - right_, y1: y(value), y2: y(value), class: "grid" }), s("text", { x: left - 5, y: y(value) + 4, class: "tick end" }, figures(value)));
   for (const value of ticks(ends[0], ends[1], 4)) svg.append(s("text", { x: x(value), y: top + high + 15, class: "tick middle" }, figures(value)));
-  svg.append(s("text", { x: width - right_, y: top + high + 25, class: "label end" }, "Δ, policy steps"));
+  svg.append(s("text", { x: width - right_, y: top + high + 32, class: "label end" }, "Δ, policy steps"));
   if (at) svg.append(s("line", { x1: x(at.distance), x2: x(at.distance), y1: top, y2: top + high, class: "hand" }));
   svg.append(s("path", { d: path(candidates.map((each) => [x(each.distance), y(each[key])])), class: "curve thin" }));
   candidates.forEach((each, number_) => {

@@ -40,10 +40,12 @@ export function render({ model, el }) {
     const { line: _, promptGroup, ...rest } = change;
     Object.assign(state, rest);
     if (change.run !== undefined) settle();
+    if (change.group !== undefined && change.prompt === undefined) state.prompt = chosen()?.p ?? null;
     if (moved) {
       entries = line() ? groupsOf(run(), line()) : [];
       const kept = promptGroup !== undefined ? entries.find((entry) => entry.p === promptGroup) : visible(context()).find((entry) => entry.i === state.group);
       state.group = (kept ?? visible(context())[0] ?? entries[0])?.i ?? null;
+      state.prompt = chosen()?.p ?? state.prompt;
     }
     if (change.filter !== undefined || change.search !== undefined) {
       const shown = visible(context());
@@ -62,9 +64,9 @@ export function render({ model, el }) {
       view.markdown.setAttribute("aria-pressed", String(state.markdown));
     }
     if (change.run !== undefined || touches("decision", "delta", "c") && !moved) drawDecision(view.decision, context(), pick);
-    if (change.run !== undefined || only.some((name) => ["clock", "prompt", "poolSearch"].includes(name))) drawPool(view.pool, { ...context(), search: state.poolSearch }, pick);
-    if (change.run !== undefined || change.prompt !== undefined) drawPrompt(view.prompt, context(), pick);
-    if (change.clock !== undefined || change.run !== undefined) view.clock.textContent = `${state.clock} clock`;
+    if (change.run !== undefined || only.some((name) => ["clock", "prompt", "group", "place", "line", "poolSearch"].includes(name))) drawPool(view.pool, { ...context(), search: state.poolSearch }, pick);
+    if (moved || change.prompt !== undefined || change.group !== undefined) drawPrompt(view.prompt, context(), pick);
+    for (const [name, choice] of Object.entries(view.clocks)) choice.setAttribute("aria-pressed", String(name === state.clock));
     tell();
   }
 
@@ -180,7 +182,10 @@ export function render({ model, el }) {
     actions[event.key]();
     return undefined;
   });
-  view.clock.addEventListener("click", actions.c);
+  for (const [name, choice] of Object.entries(view.clocks)) choice.addEventListener("click", () => pick({ clock: name }));
+  view.earlier.addEventListener("click", () => stepBy(-1));
+  view.later.addEventListener("click", () => stepBy(1));
+  view.guided.addEventListener("click", nextGuided);
   view.theme.addEventListener("click", theme);
   view.helpButton.addEventListener("click", help);
   view.without.addEventListener("click", actions.w);
@@ -218,12 +223,19 @@ function runFacts(run) {
   return words;
 }
 
+function poolLegend() {
+  const key = (mark, text) => h("span", { class: "key" }, h("span", { class: "poolkey" }, mark), text);
+  return h("p", { class: "legend" }, key("×", "failed"), key("○", "solved above the cutoff"), h("span", { class: "key" }, h("i", { class: "sq guide" }), " guided"), h("span", { class: "key" }, h("i", { class: "swatch inthepool" }), "in the pool"));
+}
+
 function layout(el, runs) {
   const button = (text, title, attributes = {}) => h("button", { type: "button", title, ...attributes }, text);
   const view = {
     linked: /^(file|https?):$/.test(window.location.protocol) && window === window.top,
     facts: h("div", { class: "facts" }), notes: h("div", { class: "notes" }), legend: h("div"), now: h("output", { class: "now" }),
-    clock: button("compute clock", "Switch between compute steps and policy steps (c)", { "data-action": "clock" }), theme: button("theme", "Light or dark (t)", { "data-action": "theme" }), helpButton: button("?", "Keys (?)", { "aria-label": "Keys" }),
+    clocks: { compute: button("compute", "Steps that were executed (c)", { "data-clock": "compute" }), policy: button("policy", "Place on the trajectory; goes back at a roll-back (c)", { "data-clock": "policy" }) },
+    earlier: button("‹", "Step before (←)", { "aria-label": "Step before" }), later: button("›", "Next step (→)", { "aria-label": "Next step" }), guided: button("next guided", "Next guided group of the run (g)"),
+    theme: button("theme", "Light or dark (t)", { "data-action": "theme" }), helpButton: button("?", "Keys (?)", { "aria-label": "Keys" }),
     runline: h("div", { class: "runlinebox" }),
     search: h("input", { type: "search", placeholder: "search uid, suite, text", "aria-label": "Search groups" }),
     board: { filters: h("div", { class: "filters", role: "group", "aria-label": "Filter groups" }), list: h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "Groups of the step" }), summary: h("p", { class: "dim" }) },
@@ -234,7 +246,7 @@ function layout(el, runs) {
     prompt: h("div", { class: "promptbody" }), poolSearch: h("input", { type: "search", placeholder: "search prompts", "aria-label": "Search failed prompts" }),
     runs: runs.length > 1 ? h("select", { "aria-label": "Run that is shown" }) : null,
   };
-  view.pool = { summary: h("p", { class: "dim" }), window: h("div", { class: "poolwindow" }), spacer: h("div", { class: "poolspacer" }) };
+  view.pool = { axis: h("div", { class: "poolaxis" }), summary: h("p", { class: "dim" }), window: h("div", { class: "poolwindow" }), spacer: h("div", { class: "poolspacer" }) };
   view.pool.spacer.append(view.pool.window);
   view.pool.scroll = h("div", { class: "poolscroll", tabindex: 0, "aria-label": "Failed prompts over steps" }, view.pool.spacer);
   view.help = h("dialog", { class: "help" }, h("h2", {}, "Keys"), h("dl", {}, ...KEYS.flatMap(([key, text]) => [h("dt", {}, key), h("dd", {}, text)])), h("form", { method: "dialog" }, h("button", {}, "close")));
@@ -246,13 +258,13 @@ function layout(el, runs) {
       h("div", { class: "sliders" }, h("label", {}, "Δ", parts.distance, parts.distanceText), h("label", {}, "c", parts.constant, parts.constantText)), parts.plot, parts.facts);
   };
   view.root = h("div", { class: "npo-explorer", tabindex: -1 },
-    h("header", { class: "top" }, h("div", { class: "title" }, h("h1", {}, runs[0].name), view.facts), h("div", { class: "tools" }, view.runs, view.clock, view.theme, view.helpButton)), view.notes,
-    h("section", { class: "run", "aria-label": "Run line" }, view.runline, h("div", { class: "underline" }, view.legend, view.now)),
+    h("header", { class: "top" }, h("div", { class: "title" }, h("h1", {}, runs[0].name), view.facts), h("div", { class: "tools" }, view.runs, h("span", { class: "joined", role: "group", "aria-label": "Clock" }, Object.values(view.clocks)), view.theme, view.helpButton)), view.notes,
+    h("section", { class: "run", "aria-label": "Run line" }, view.runline, h("div", { class: "underline" }, view.legend, h("span", { class: "moves" }, view.now, view.earlier, view.later, view.guided))),
     h("div", { class: "middle" },
       h("section", { class: "board", "aria-label": "Group board" }, h("header", {}, h("h2", {}, "Groups of the step"), view.search), view.board.filters, view.board.list, view.board.summary),
       h("section", { class: "groupdetail", "aria-label": "Group" }, h("div", { class: "grouptools" }, view.without, h("label", {}, "gate", view.tau, view.tauText), view.markdown, view.copy, view.said), view.group)),
     decision,
-    h("section", { class: "pool", "aria-label": "Mistake pool" }, h("header", {}, h("h2", {}, "Mistake pool"), view.poolSearch), view.pool.summary, h("div", { class: "poolgrid" }, view.pool.scroll, view.prompt)),
+    h("section", { class: "pool", "aria-label": "Mistake pool" }, h("header", {}, h("h2", {}, "Mistake pool"), view.poolSearch), view.pool.summary, h("div", { class: "poolgrid" }, h("div", {}, view.pool.axis, view.pool.scroll, poolLegend()), view.prompt)),
     view.help, view.json);
   el.replaceChildren(view.root);
   return view;

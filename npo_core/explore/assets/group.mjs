@@ -66,8 +66,8 @@ function slots(context, pick) {
     const lost = guide && slot.lost !== undefined
       ? h("div", { class: "lost" }, mark(slot.lostOk), h("del", {}, completion(slot.lost, { markdown })), h("span", { class: "dim" }, " replaced")) : null;
     return h("div", { class: `slot${guide ? " guideslot" : ""}`, role: "row" },
-      h("span", { class: "place", role: "cell" }, String(place)), h("span", { role: "cell" }, run.kind === "trl" ? "" : mark(ok)),
-      h("div", { role: "cell", class: "said" }, lost, label, completion(slot.t, { markdown }),
+      h("span", { class: "place", role: "cell" }, String(place)), h("span", { role: "cell" }, run.kind === "trl" || lost ? "" : mark(ok)),
+      h("div", { role: "cell", class: "said" }, lost, label, h("div", { class: lost ? "judged" : null }, lost ? mark(ok) : null, completion(slot.t, { markdown })),
         slot.cut ? h("span", { class: "dim" }, " (not ended: cut at the longest response)") : null),
       h("span", { class: "reward", role: "cell" }, number(slot.r, Number.isInteger(slot.r) ? 0 : 2)),
       h("span", { class: "advantage", role: "cell" }, bar(slot.shown, largest, guide), h("span", { class: "value" }, number(slot.shown, 2, true)),

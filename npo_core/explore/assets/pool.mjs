@@ -1,10 +1,11 @@
-import { h, s, number } from "./dom.mjs";
+import { h, s, number, ticks } from "./dom.mjs";
 import { promptHistory } from "./model.mjs";
 import { completion } from "./text.mjs";
 
 // The mistake pool: prompts that the run failed, over its steps; and one prompt's course, in two runs side by side.
 
 const ROW = 16;
+const NAMES = 190;
 const AHEAD = 12;
 
 /** Prompts of a run that failed at least once, most often failed first. */
@@ -34,13 +35,16 @@ export function drawPool(parts, context, pick) {
   parts.spacer.style.height = `${rows.length * ROW}px`;
   const draw = () => {
     const width = Math.max(parts.scroll.clientWidth, 300);
-    const names = Math.min(190, width * 0.32);
+    const names = Math.min(NAMES, width * 0.32);
     const x = (value) => names + ((width - names - 16) * value) / last;
+    const now = context.line ? x(of(context.line)) : null;
+    parts.axis.replaceChildren(s("svg", { width, height: 18, "aria-hidden": "true" }, ...ticks(0, last, 6).map((value) => s("text", { x: x(value), y: 12, class: "tick middle" }, number(value, 0)))));
     const first = Math.max(0, Math.floor(parts.scroll.scrollTop / ROW) - AHEAD);
     const until = Math.min(rows.length, first + Math.ceil(parts.scroll.clientHeight / ROW) + 2 * AHEAD);
     parts.window.style.transform = `translateY(${first * ROW}px)`;
     parts.window.replaceChildren(...rows.slice(first, until).map((row) => {
       const svg = s("svg", { width, height: ROW, class: "poolrow" }, s("text", { x: 4, y: 12, class: "poolname" }, row.uid.length > 26 ? `${row.uid.slice(0, 25)}…` : row.uid));
+      if (now !== null) svg.append(s("line", { x1: now, x2: now, y1: 0, y2: ROW, class: "poolnow" }));
       row.seen.forEach((each, place) => {
         const failed = each.rate <= cutoff + 1e-6;
         const next = row.seen[place + 1];

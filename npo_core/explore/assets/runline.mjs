@@ -131,7 +131,7 @@ function events(svg, { run, clock }, { x, of, bottom }) {
   for (const event of run.events) {
     if (event.event === "warning") {
       const at = x(place(event));
-      svg.append(s("path", { d: `M${at - 4} ${TOP - 1}h8l-4 -7z`, class: "warning" },
+      svg.append(s("path", { d: `M${at - 4.5} ${TOP + HIGH + 1}h9l-4.5 -8z`, class: "warning" },
         s("title", {}, `Warning at policy step ${event.policy_step}: reward flat (${number(event.reward_change, 3, true)}), entropy falling (${number(100 * event.entropy_change, 0, true)} %)`)));
     } else if (event.event === "dismissed") {
       const at = x(place(event));
@@ -156,6 +156,7 @@ export function legend(runs, run) {
   const other = runs.filter((each) => each !== run);
   return h("div", { class: "legend" }, key("line", run.name), ...other.map((each) => key("otherline", each.name)),
     run.lines.some((line) => line.gone) ? key("goneline", "rolled back") : null,
-    run.lines.some((line) => line.replay) ? key("replay", "replay with guides") : null,
-    run.events.some((event) => event.event === "warning") ? key("warn", "warning") : null);
+    run.lines.some((line) => line.replay) ? key("replay", "guided") : null,
+    run.events.some((event) => event.event === "warning") ? key("warn", "warning") : null,
+    run.events.some((event) => event.event === "rollback") ? h("span", { class: "key" }, "↶ roll-back") : null);
 }

@@ -34,7 +34,7 @@ export function drawTokens(slot, context, pick) {
   const modes = h("span", { class: "choices", role: "group", "aria-label": "Ratio mode" }, ...RATIO_MODES.map((mode) =>
     h("button", { type: "button", "aria-pressed": String(mode === ratioMode), "data-mode": mode, onclick: () => pick({ ratioMode: mode }) }, mode, mode === used ? h("span", { class: "dim" }, " (trained)") : null)));
   return h("section", { class: "guidetokens" }, h("header", {}, h("h3", {}, "Guide tokens"), modes),
-    h("p", { class: "dim" }, `Shaded by log q − log π: mean ${number(mean(distance), 3, true)} nats per token over ${distance.length}. Under each token its weight in mode ${ratioMode}: mean ${figures(mean(shown))}, effective sample size ${number(100 * ess, 0)} %.`
+    h("p", { class: "dim" }, h("i", { class: "chip farther" }), "likelier to the guide, ", h("i", { class: "chip closer" }), `likelier to the policy: log q − log π, mean ${number(mean(distance), 3, true)} nats per token over ${distance.length}. Under each token its weight in mode ${ratioMode}: mean ${figures(mean(shown))}, effective sample size ${number(100 * ess, 0)} %.`
       + (behaviour === "one" ? " The weights take q as 1." : "")), strip);
 }
 

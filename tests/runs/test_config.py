@@ -219,9 +219,9 @@ def test_the_digest_changes_with_every_setting_that_decides(setting):
     assert (setting.name in config.deciding()) == setting.metadata["setting"].names_run
 
 
-def test_trackers_and_addresses_decide_nothing():
+def test_trackers_addresses_and_what_is_kept_for_a_reader_decide_nothing():
     nameless = {name for name, setting in declarations(RunConfig).items() if not setting.names_run}
-    assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory"}
+    assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory", "record_mib"}
 
 
 def test_the_digest_is_the_same_in_another_process():

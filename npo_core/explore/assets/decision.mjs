@@ -7,12 +7,12 @@ import { chooseDistance, interval, probeSums, resampleProbe, varianceCost } from
 export function decisionsOf(run) {
   const found = new Map();
   for (const event of run.events) {
-    if (!["probe", "choice", "planned", "dismissed", "cache", "rollback", "warning"].includes(event.event)) continue;
+    if (!["probe", "choice", "planned", "dismissed", "cache", "rollback", "ahead", "warning"].includes(event.event)) continue;
     const at = found.get(event.compute_step) ?? { c: event.compute_step, s: event.policy_step };
     at[event.event] = event;
     found.set(event.compute_step, at);
   }
-  return [...found.values()].filter((at) => at.choice || at.planned || at.dismissed || at.rollback);
+  return [...found.values()].filter((at) => at.choice || at.planned || at.dismissed || at.rollback || at.ahead);
 }
 
 /** Candidates of a decision at a value of c, with intervals where outcomes by prompt were recorded. */
@@ -97,7 +97,7 @@ export function drawDecision(parts, context, pick) {
 }
 
 function title(decision) {
-  const what = decision.rollback ? `back ${decision.rollback.distance}` : decision.dismissed ? "dismissed" : "considered";
+  const what = decision.rollback ? `back ${decision.rollback.distance}` : decision.ahead ? `ahead until ${decision.ahead.until}` : decision.dismissed ? "dismissed" : "considered";
   return `step ${decision.s}: ${what}`;
 }
 
@@ -109,6 +109,7 @@ function aloud(run, decision, found, at, c) {
   if (!at) {
     if (decision.dismissed) return `Dismissed: ${decision.dismissed.reason}.`;
     if (decision.planned) return `Planned, ${decision.planned.stage} stage: roll back to policy step ${decision.planned.to}, guided until step ${decision.planned.guide_until}. Nothing was weighed.`;
+    if (decision.ahead) return `Guided ahead until policy step ${decision.ahead.until}, without a roll-back: no distance was weighed.`;
     return "Nothing was weighed.";
   }
   const words = [`Δ = ${at.distance}, back to policy step ${at.policy_step}: Q̂ = ${figures(at.quality)}${span(at.qualityInterval)} over ${at.prompts} prompts, V̂ = ${figures(at.variance)}${span(at.varianceInterval)}, Ŝ = ${figures(at.signal)}${span(at.signalInterval)}.`];

@@ -26,6 +26,7 @@ SAME = {
     "tau_gate": "tau_gate",
     "ratio_mode": "ratio_mode",
     "guide_behaviour": "guide_behaviour",
+    "guide_prefix": "guide_prefix",
     "placement": "placement",
     "guides_per_group": "guides_per_group",
     "save_steps": "checkpoint_every",

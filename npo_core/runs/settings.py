@@ -159,6 +159,7 @@ class Settings:
     ratio_truncation: float = declared.RATIO_TRUNCATION.field()
     ratio_gamma: float = declared.RATIO_GAMMA.field()
     guide_behaviour: GuideBehaviour = declared.GUIDE_BEHAVIOUR.field()
+    guide_prefix: float = declared.GUIDE_PREFIX.field()
     placement: Placement = declared.PLACEMENT.field()
     guides_per_group: int = declared.GUIDES_PER_GROUP.field()
     advantage_scale: Literal["group", "none"] = _guidance(

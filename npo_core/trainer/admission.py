@@ -57,6 +57,11 @@ def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
             f"num_generations = {trainer.num_generations}, so a group would be split over two processes. "
             "Change one of the three."
         )
+    if args.guide_prefix < 1 and (isinstance(source, ReplaySource) or trainer.is_fsdp_enabled):
+        raise ValueError(
+            f"guide_prefix is {args.guide_prefix}; beginnings of guides come from a cache, and the policy that goes on "
+            "from them must be whole in every process: set guide_prefix=1 for a replaying source and under FSDP."
+        )
     if isinstance(source, ReplaySource) and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"{type(source).__name__} learns from the rollouts it sees, and each of the "

@@ -29,6 +29,8 @@ class NPOConfig(GRPOConfig):
             has `num_generations` rows of which the last `guides_per_group` are kept for guides; where there is no guide
             they stay empty and carry no gradient.
         guides_per_group (`int`, *optional*): Guides in a guided group.
+        guide_prefix (`float`, *optional*): Share of a guide's tokens that is given; the policy goes on from there, and
+            what it was given is not trained on. 1 gives whole guides, as in the paper. PrefixRL, POPE.
     """
 
     tau_gate: float = declared.TAU_GATE.field()
@@ -38,6 +40,7 @@ class NPOConfig(GRPOConfig):
     guide_behaviour: GuideBehaviour = declared.GUIDE_BEHAVIOUR.field()
     placement: Placement = declared.PLACEMENT.field()
     guides_per_group: int = declared.GUIDES_PER_GROUP.field()
+    guide_prefix: float = declared.GUIDE_PREFIX.field()
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +50,12 @@ class NPOConfig(GRPOConfig):
             raise ValueError(
                 f"guides_per_group is {self.guides_per_group} with num_generations = {self.num_generations}, placement "
                 f"{self.placement}; at least one guide, and rollouts of the policy to compare it with, must fit."
+            )
+        if self.guide_prefix < 1 and (self.use_vllm or self.ratio_mode != "current"):
+            raise ValueError(
+                f"guide_prefix is {self.guide_prefix} with use_vllm={self.use_vllm} and ratio_mode "
+                f"{self.ratio_mode!r}; what follows a prefix is sampled by transformers and is the policy's own, whose "
+                "ratio no mode changes: set use_vllm=False and ratio_mode='current', or guide_prefix=1."
             )
         # both give each guide token a weight of its own, which a ratio of the whole sequence would mix up
         by_sequence = self.importance_sampling_level == "sequence" or self.loss_type in ("luspo", "vespo")

@@ -76,13 +76,20 @@ def prompt_tokens(
 
 
 def encode_prompts(
-    processor, rows: Sequence[Mapping[str, Any]], chat_template_kwargs: Mapping[str, Any] | None = None
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    after: Sequence[Sequence[int]] = (),
 ) -> dict[str, torch.Tensor]:
     """Model inputs of data set rows as TRL gives them to `generate`: `prompt_tokens`, padded in front.
 
-    Arguments and errors are those of `prompt_tokens`. Everything that is there per token has shape (rows, longest).
+    Arguments and errors are those of `prompt_tokens`; `after` holds token ids of text that follows each prompt, none
+    if it is empty. Everything that is there per token has shape (rows, longest).
     """
     ids, fields = prompt_tokens(processor, rows, chat_template_kwargs)
+    if after:
+        ids = [[*row, *more] for row, more in zip(ids, after, strict=True)]
+        fields = {name: _longer(value, after) for name, value in fields.items()}
     inputs = {
         "input_ids": _padded(ids, padding_token(processor)),
         "attention_mask": _padded([[1] * len(row) for row in ids], 0),
@@ -93,6 +100,13 @@ def encode_prompts(
         else:
             inputs[name] = value if isinstance(value, torch.Tensor) else torch.tensor(np.array(value))
     return inputs
+
+
+def _longer(value: Any, after: Sequence[Sequence[int]]) -> Any:
+    """What is there per token, with the 0 of plain text for each token more; anything else as it is."""
+    if isinstance(value, list) and isinstance(value[0], list):
+        return [[*row, *[0] * len(more)] for row, more in zip(value, after, strict=True)]
+    return value
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ class StepRollouts:
         overwritten: Token ids of the rollout that a guide took the place of, and whether it was correct, by row.
         void: Rows that hold nothing: places for appended guides in groups that have none.
         gated: Groups that got a guide.
+        prefixes: Tokens that a guide gave, by row, where the policy went on by itself.
         refused: Guides that were judged wrong, so that the sampled rollout stayed.
         verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
         rewards: Weighted reward of each row; NaN where no reward function scored it.
@@ -30,6 +31,7 @@ class StepRollouts:
     overwritten: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
     void: list[int] = field(default_factory=list)
     gated: int = 0
+    prefixes: dict[int, int] = field(default_factory=dict)
     refused: list[Trajectory] = field(default_factory=list)
     verdicts: dict[int, bool] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
@@ -76,19 +78,20 @@ class RolloutTable:
         self._place: dict[int, dict[str, Any]] = {}
         for row in kept:
             data, tokens = rollouts.rows[row], ids[row]
-            guide = rollouts.guided.get(row)
+            guide, prefix = rollouts.guided.get(row), rollouts.prefixes.get(row, 0)
             lost_ids, lost_correct = rollouts.overwritten.get(row, (None, None))
             record = {
                 "uid": data.get("uid"),
                 "group": row // n,
                 "slot": row % n,
-                "source": "policy" if guide is None else "guide",
+                "source": "policy" if guide is None else "prefix" if prefix else "guide",
+                "prefix": prefix,
                 "guide_step": None if guide is None else guide.source_step,
                 "token_ids": tokens,
                 "text": texts[row],
                 "ended": bool(tokens) and tokens[-1] in eos_token_ids,
                 "correct": None if rollouts.correct is None else bool(rollouts.correct[row]),
-                "behaviour_logps": None if guide is None else list(guide.logps),
+                "behaviour_logps": None if guide is None or prefix else list(guide.logps),
                 "reward": float(rollouts.rewards[row]),
                 "advantage": float(output["advantages"][row]),
                 "overwritten_ids": lost_ids,

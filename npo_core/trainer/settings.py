@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ..declaration import COUNT, POSITIVE, SHARE, Setting
+from ..declaration import COUNT, POSITIVE, SHARE, Bounds, Setting
 
 GROUP = "Guidance"
 
@@ -27,3 +27,10 @@ PLACEMENT = Setting(
     "replace", "Guides take the last slots of a group, or are appended to its n rollouts (RLEP).", GROUP, "paper"
 )
 GUIDES_PER_GROUP = Setting(1, "Guides in a guided group.", GROUP, "paper", COUNT)
+GUIDE_PREFIX = Setting(
+    1.0,
+    "Share of a guide's tokens that is given, the policy going on from there; 1 gives whole guides.",
+    GROUP,
+    bounds=Bounds(0, 1, low_open=True),
+    acts="guidance",
+)

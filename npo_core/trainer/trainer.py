@@ -120,14 +120,20 @@ class NPOTrainer(GRPOTrainer):
         is_guide = torch.zeros(len(inputs), dtype=torch.bool, device=ids.device)
         guide_logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         for row, guide in step.guided.items():
+            if row in step.prefixes:
+                continue  # what is trained on is the policy's own: no ratio of a guide
             is_guide[row] = True
             guide_logps[row, : len(guide.logps)] = torch.tensor(guide.logps, device=ids.device)
         output["is_guide"] = is_guide
         output["is_own"] = ~is_guide
-        output["is_own"][step.void] = False
+        output["is_own"][[*step.void, *step.prefixes]] = False
+        if self.args.guide_prefix < 1:
+            self._mask_prefixes(output)
         output["guide_logps"] = guide_logps
         if self.model.training:
-            self._log_groups(step, is_guide, output["is_own"], output["advantages"])
+            replaced = is_guide.clone()
+            replaced[list(step.prefixes)] = True
+            self._log_groups(step, replaced, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
             whole = recorded or isinstance(self.guidance, ReplaySource)
             if whole or (self.guided_sink is not None and (step.guided or step.refused)):
@@ -169,6 +175,8 @@ class NPOTrainer(GRPOTrainer):
             guided = torch.tensor(list(step.guided), dtype=torch.int64)
             step.void = empty_places(guided, len(step.rows) // n, n, n - self._own_slots).tolist()
             fillings = {row: list(guide.token_ids) for row, guide in step.guided.items()}
+            if self.args.guide_prefix < 1 and fillings:
+                fillings = self._continue_guides()
             for row, tokens in {**dict.fromkeys(step.void, self.eos_token_ids[:1]), **fillings}.items():
                 completion_ids[row] = list(tokens)
                 if logprobs is not None:
@@ -203,6 +211,27 @@ class NPOTrainer(GRPOTrainer):
             if row in step.verdicts:
                 step.overwritten[row] = (completion_ids[row], step.verdicts[row])
             step.verdicts[row] = True
+
+    def _continue_guides(self) -> dict[int, list[int]]:
+        """Responses by row that begin as the row's guide and that the policy ends; they are judged anew."""
+        from .prefixes import beginning, continued  # for prefix guidance alone
+
+        step, share = self._rollouts, self.args.guide_prefix
+        prefixes = {row: beginning(guide, share) for row, guide in step.guided.items()}
+        responses = continued(self, [step.rows[row] for row in prefixes], list(prefixes.values()))
+        step.prefixes = {row: len(prefix) for row, prefix in prefixes.items()}
+        found = dict(zip(prefixes, responses, strict=True))
+        step.verdicts |= self._verify(found)
+        return found
+
+    def _mask_prefixes(self, output: dict[str, Any]) -> None:
+        """Keep what guides gave out of the loss, as TRL keeps out what tools said."""
+        own = torch.ones_like(output["completion_mask"])
+        for row, length in self._rollouts.prefixes.items():
+            own[row, :length] = 0
+        output["tool_mask"] = own
+        given = (output["completion_mask"] * (1 - own)).sum()
+        output["num_items_in_batch"] = output["num_items_in_batch"] - self.accelerator.reduce(given, reduction="sum")
 
     def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
         """Verdicts on token ids by row: on the decoded text, as off line, whatever TRL makes of it for the rewards."""
@@ -257,6 +286,7 @@ class NPOTrainer(GRPOTrainer):
             torch.tensor(0),
             torch.tensor(len(step.refused)),
             advantages[is_guide].sum(),
+            torch.tensor(sum(step.verdicts[row] for row in step.prefixes)),
         ]
         groups = len(is_guide) // self.num_generations
         self.group_pass_rates = {}
@@ -271,7 +301,7 @@ class NPOTrainer(GRPOTrainer):
             self.group_pass_rates = {uid: rate for part in gather_object([own_rates]) for uid, rate in part.items()}
         totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
         totals = self.accelerator.reduce(totals, reduction="sum").tolist()
-        reward, rows, replaced, gated, rate, wrong, refused, advantage, groups = totals
+        reward, rows, replaced, gated, rate, wrong, refused, advantage, solved, groups = totals
         metrics = self._metrics["train"]
         metrics["npo/reward"].append(reward / rows if rows else float("nan"))
         metrics["npo/replaced_slots"].append(replaced)
@@ -282,6 +312,8 @@ class NPOTrainer(GRPOTrainer):
         if replaced or refused:
             metrics["npo/refused_guides"].append(refused)
             metrics["npo/guide_advantage"].append(advantage / replaced if replaced else float("nan"))
+            if step.prefixes or self.args.guide_prefix < 1:
+                metrics["npo/prefix_solved"].append(solved / replaced if replaced else float("nan"))
             self._refused.count(int(replaced), int(refused), next(iter(step.refused), None))
 
     def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: Mapping[str, Any]) -> None:

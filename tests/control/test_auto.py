@@ -510,3 +510,36 @@ def test_a_run_killed_after_its_last_step_is_evaluated_and_not_trained_on(autonp
     monkeypatch.setattr(NPOTrainer, "train", lambda *args, **kwargs: pytest.fail("a finished run was trained on"))
     run = stages.run(autonpo.config, tmp_path, quiet=True)
     assert _result(run) == _result(autonpo)
+
+
+# Without roll-back, and with short ones
+
+
+@pytest.fixture(scope="module")
+def ahead(base, roots) -> RunFolder:
+    return stages.run(_config(base, roll_back=False, ahead_window=4, cache_stop=True), roots("ahead"), quiet=True)
+
+
+def test_without_roll_back_a_confirmed_warning_guides_the_prompts_ahead(ahead, grpo):
+    [warning, *_] = ahead.events("warning")
+    [event] = ahead.events("ahead")
+    assert (event["policy_step"], event["until"]) == (warning["policy_step"], 9)
+    assert ahead.events("rollback") == ahead.events("choice") == []
+    lines = ahead.metrics()
+    assert [line["policy_step"] for line in lines] == list(range(1, STEPS + 1)), "nothing is done twice"
+    assert [line["branch"] for line in lines] == [0] * 5 + [1] * 7
+    assert _lines(ahead)[:5] == _lines(grpo)[:5]
+    replaced = [line["npo/replaced_slots"] for line in lines]
+    assert sum(replaced[:5]) == sum(replaced[9:]) == 0, "guided inside of its window only"
+    [cache] = ahead.events("cache")
+    ahead_of_it = {uid for line in lines[5:9] for uid in line["groups"]}
+    assert {row["uid"] for row in read_table(ahead.path / cache["file"])} <= ahead_of_it
+    [intervention] = ahead.result()["interventions"]
+    assert (intervention["stage"], intervention["distance"]) == ("ahead", 0)
+
+
+def test_a_roll_back_goes_no_farther_than_max_distance(base, roots, autonpo):
+    run = stages.run(_config(base, max_distance=2), roots("near"), quiet=True)
+    [choice, *_] = run.events("choice")
+    assert [candidate["distance"] for candidate in choice["candidates"]] == [1]
+    assert max(candidate["distance"] for candidate in autonpo.events("choice")[0]["candidates"]) > 2

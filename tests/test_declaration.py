@@ -126,6 +126,7 @@ def test_what_the_trainer_and_a_run_share_is_one_declaration(tmp_path):
     shared = declarations(NPOConfig)
     assert set(shared) == {
         "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "placement", "guides_per_group",
+        "guide_prefix",
     }  # fmt: skip
     types = {one.name: one.type for one in fields(RunConfig)}
     for one in fields(NPOConfig):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..guidance.trajectories import Trajectory
 
@@ -36,6 +37,22 @@ class StepRollouts:
     verdicts: dict[int, bool] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+
+
+def mask_given(output: dict[str, Any], prefixes: Mapping[int, int], accelerator: Accelerator) -> None:
+    """Keep what guides gave out of the loss, as TRL keeps out what tools said.
+
+    Args:
+        output: TRL's tensors of a generation batch; gets `tool_mask`, and its count of tokens is set right.
+        prefixes: Tokens that a guide gave, by row.
+        accelerator: Adds up over the processes.
+    """
+    own = torch.ones_like(output["completion_mask"])
+    for row, length in prefixes.items():
+        own[row, :length] = 0
+    output["tool_mask"] = own
+    given = (output["completion_mask"] * (1 - own)).sum()
+    output["num_items_in_batch"] = output["num_items_in_batch"] - accelerator.reduce(given, reduction="sum")
 
 
 class RolloutTable:

@@ -28,7 +28,7 @@ from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache
 from .config import NPOConfig
 from .pictures import collapse_pictures, rows_as_seen
-from .rollouts import RolloutTable, StepRollouts
+from .rollouts import RolloutTable, StepRollouts, mask_given
 
 
 class NPOTrainer(GRPOTrainer):
@@ -128,7 +128,7 @@ class NPOTrainer(GRPOTrainer):
         output["is_own"] = ~is_guide
         output["is_own"][[*step.void, *step.prefixes]] = False
         if self.args.guide_prefix < 1:
-            self._mask_prefixes(output)
+            mask_given(output, step.prefixes, self.accelerator)
         output["guide_logps"] = guide_logps
         if self.model.training:
             replaced = is_guide.clone()
@@ -214,7 +214,7 @@ class NPOTrainer(GRPOTrainer):
 
     def _continue_guides(self) -> dict[int, list[int]]:
         """Responses by row that begin as the row's guide and that the policy ends; they are judged anew."""
-        from .prefixes import beginning, continued  # for prefix guidance alone
+        from .prefixes import beginning, continued  # load what samples off line, for prefix guidance alone
 
         step, share = self._rollouts, self.args.guide_prefix
         prefixes = {row: beginning(guide, share) for row, guide in step.guided.items()}
@@ -223,15 +223,6 @@ class NPOTrainer(GRPOTrainer):
         found = dict(zip(prefixes, responses, strict=True))
         step.verdicts |= self._verify(found)
         return found
-
-    def _mask_prefixes(self, output: dict[str, Any]) -> None:
-        """Keep what guides gave out of the loss, as TRL keeps out what tools said."""
-        own = torch.ones_like(output["completion_mask"])
-        for row, length in self._rollouts.prefixes.items():
-            own[row, :length] = 0
-        output["tool_mask"] = own
-        given = (output["completion_mask"] * (1 - own)).sum()
-        output["num_items_in_batch"] = output["num_items_in_batch"] - self.accelerator.reduce(given, reduction="sum")
 
     def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
         """Verdicts on token ids by row: on the decoded text, as off line, whatever TRL makes of it for the rewards."""

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..guidance.trajectories import Trajectory
-from ..method.signal import variance_cost
+from ..method.signal import RatioSums, quality, ratio_sums, shown, variance_cost
 from ..method.trigger import Candidate, Decision, Mistake, choose_distance
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import trainer_generate
@@ -49,18 +48,18 @@ class AutoNPO(Controller):
             )
             return None
         probed = self._probe(trainer, mistakes, step)
-        quality = float(np.mean([t.correct for group in probed for t in group]))
+        pass_rate = float(np.mean([t.correct for group in probed for t in group]))
         run.event(
             "probe",
             **clocks,
             pool=len(mistakes),
             prompts=len(probed),
             rollouts=len(probed) * config.probe_rollouts,
-            pass_rate=quality,
+            pass_rate=pass_rate,
         )
-        if quality < config.confirm_quality:
+        if pass_rate < config.confirm_quality:
             self._note(watch, clocks, mistakes, probed, [])
-            run.event("dismissed", **clocks, reason=f"the probe's pass rate {quality:.3f} is below confirm_quality")
+            run.event("dismissed", **clocks, reason=f"the probe's pass rate {pass_rate:.3f} is below confirm_quality")
             return None
         known = [trajectory for group in probed for trajectory in group]
         if not config.roll_back:
@@ -101,27 +100,29 @@ class AutoNPO(Controller):
     ) -> list[Weighed]:
         """Q̂ and V̂ of every saved distance, with the divergence behind V̂ by probed prompt.
 
-        Q̂(Δ): pass rate of the current policy on the probed failures since t−Δ (paper). V̂(Δ): the proxy between the
-        current policy, which sampled the tokens and would be the guide, and the policy at t−Δ, which would learn from
-        them (paper: exp of the per-token KL).
+        Q̂(Δ): Q with one rollout of the current policy, its pass rate, on the probed failures since t−Δ (paper). V̂(Δ):
+        the proxy between the current policy, which sampled the tokens and would be the guide, and the policy at t−Δ,
+        which would learn from them (paper: exp of the per-token KL).
         """
         failed_at = {mistake.uid: mistake.step for mistake in mistakes}
         flat = [trajectory for group in probed for trajectory in group]
         keep = np.random.default_rng([self.config.seed, step, 2]).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
         judged = [flat[i] for i in sorted(keep)]
-        guide_logps, mask = _padded([trajectory.logps for trajectory in judged])
         candidates: list[Weighed] = []
         for origin, folder in origins.items():
-            since = [group for group in probed if failed_at[group[0].uid] > origin]
-            quality = float(np.mean([t.correct for group in since for t in group])) if since else 0.0
+            since = np.array([[t.correct for t in group] for group in probed if failed_at[group[0].uid] > origin])
             logps = self._score(self._learner(folder), judged)
-            variance = variance_cost(
-                _padded(logps)[0], guide_logps, mask, self.config.variance_proxy, c=self.config.variance_c
-            )
+            log_weights = [np.subtract(ours, t.logps) for ours, t in zip(logps, judged, strict=True)]
+            ratios = ratio_sums(log_weights, "source")
+            variance = variance_cost(ratios.total(), self.config.variance_proxy, self.config.variance_c)
             candidate = Candidate(
-                distance=step - origin, policy_step=origin, quality=quality, variance=variance, prompts=len(since)
+                distance=step - origin,
+                policy_step=origin,
+                quality=float(quality(shown(since, 1), np.ones(len(since)))[0]) if len(since) else 0.0,
+                variance=float(variance),
+                prompts=len(since),
             )
-            candidates.append((candidate, *_by_prompt(probed, judged, logps)))
+            candidates.append((candidate, *_by_prompt(probed, judged, ratios)))
         return candidates
 
     def _note(
@@ -137,15 +138,14 @@ class AutoNPO(Controller):
 
 
 def _by_prompt(
-    probed: Sequence[Sequence[Trajectory]], judged: Sequence[Trajectory], logps: Sequence[Sequence[float]]
+    probed: Sequence[Sequence[Trajectory]], judged: Sequence[Trajectory], ratios: RatioSums
 ) -> tuple[list[float], list[int]]:
     """Sum of log q − log π (nats) and number of tokens of the judged rollouts of each probed prompt."""
     places = {group[0].uid: place for place, group in enumerate(probed)}
     sums, tokens = [0.0] * len(probed), [0] * len(probed)
-    for trajectory, learner in zip(judged, logps, strict=True):
-        place = places[trajectory.uid]
-        sums[place] += sum(trajectory.logps) - sum(learner)
-        tokens[place] += len(trajectory.logps)
+    for place, nats, count in zip([places[t.uid] for t in judged], ratios.log_ratio, ratios.tokens, strict=True):
+        sums[place] += float(nats)
+        tokens[place] += int(count)
     return sums, tokens
 
 
@@ -156,13 +156,3 @@ def _decision_record(decision: Decision) -> dict[str, Any]:
         "reason": decision.reason,
         "candidates": [{**asdict(c), "signal": c.signal} for c in decision.candidates],
     }
-
-
-def _padded(rows: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as (rows, longest) values, zero-padded, and their mask."""
-    width = max(map(len, rows))
-    values, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        values[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = True
-    return values, mask

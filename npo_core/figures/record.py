@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_lines
-from ..runs.folder import metric_lines, moving_average
+from ..runs.folder import effective, metric_lines, moving_average
 
 AVERAGE_WEIGHT = 0.9
 """Weight of the past in the moving averages; the trigger's default."""
@@ -30,7 +30,7 @@ class RunRecord:
         lines = metric_lines(Path(folder) / "metrics.jsonl")
         if not lines:
             raise ValueError(f"{folder} holds no metric lines; give the folder of a run that has made a step.")
-        return cls(lines, effective_events(Path(folder)))
+        return cls(lines, effective(read_lines(Path(folder) / "events.jsonl")))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == kind]
@@ -64,19 +64,3 @@ class RunRecord:
             length = min(segment["guide_until"], max(steps)) - start
             spans.append({"policy_step": (start, start + length), "compute_step": (moment, moment + length)})
         return spans
-
-
-def effective_events(folder: Path) -> list[dict[str, Any]]:
-    """Events of a run without those that a kill undid: a resume takes back all that came after its compute step.
-
-    A decision that was interrupted is taken again at the same compute step; its last record holds.
-    """
-    events: dict[tuple[str, int], dict[str, Any]] = {}
-    for event in read_lines(folder / "events.jsonl"):
-        moment = event.get("compute_step", event.get("compute_start", 0))
-        if event["event"] == "resume":
-            events = {key: earlier for key, earlier in events.items() if key[1] <= moment}
-        else:
-            events.pop((event["event"], moment), None)
-            events[event["event"], moment] = event
-    return list(events.values())

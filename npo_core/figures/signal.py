@@ -17,27 +17,31 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from ..method.curve import COSTS, MEASURED_COSTS, QUALITIES
+from ..method.quantities import MEASURED_COSTS, Cost, Divergence, Quality, Signal
 from ..runs.measurement import PROXIES, RESAMPLE
 from .scores import LOG_RANGE
 from .style import COLORS, GREY, WIDTH, canvas, settle, style
 
-QUALITY_COLORS = {"quality": "black", "quality_1": COLORS[9]}
-COST_COLORS = {"kl": COLORS[1], "gradient_current": COLORS[2], "gradient_exact": COLORS[4]}
+QUALITY_COLORS = {Quality.MANY: "black", Quality.ONE: COLORS[9]}
+COST_COLORS = {Cost.KL: COLORS[1], Cost.GRADIENT_CURRENT: COLORS[2], Cost.GRADIENT_EXACT: COLORS[4]}
 """Costs of `signal_curves`; a cost and its S share a colour."""
 
 COST_NAMES = {
-    "kl": "exp(c·KL(q‖π))",
-    "kl_policy": "exp(c·KL(π‖q))",
-    "second_moment": "tokens, E[w²] over q",
-    "second_moment_policy": "tokens, E[w] over π",
-    "sequence": "sequences, E[W²] over q",
-    "sequence_policy": "sequences, E[W] over π",
-    "gradient_current": "measured, mode current",
-    "gradient_exact": "measured, mode exact",
-    "gradient_sequence": "measured, sequence weights",
+    Cost.KL: "exp(c·KL(q‖π))",
+    Cost.KL_POLICY: "exp(c·KL(π‖q))",
+    Cost.SECOND_MOMENT: "tokens, E[w²] over q",
+    Cost.SECOND_MOMENT_POLICY: "tokens, E[w] over π",
+    Cost.SEQUENCE: "sequences, E[W²] over q",
+    Cost.SEQUENCE_POLICY: "sequences, E[W] over π",
+    Cost.GRADIENT_CURRENT: "measured, mode current",
+    Cost.GRADIENT_EXACT: "measured, mode exact",
+    Cost.GRADIENT_SEQUENCE: "measured, sequence weights",
 }
-PROXY_NAMES = {"token_kl": "KL(q‖π), nats per token", "token_kl_policy": "KL(π‖q), nats per token", **COST_NAMES}
+PROXY_NAMES = {
+    Divergence.OF_SOURCE: "KL(q‖π), nats per token",
+    Divergence.OF_POLICY: "KL(π‖q), nats per token",
+    **COST_NAMES,
+}
 
 SOURCES = {
     RESAMPLE: ("own resample (Δ = 0)", "s", COLORS[0]),
@@ -59,7 +63,7 @@ LABEL_PLACES = (
 """Where a label may stand beside its point, the best place first: offset in points, and alignment."""
 
 
-def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
+def signal_curves(folder: str | Path, quality: str = Quality.MANY) -> Figure:
     """Q, V and S = Q/V over the distance, a column per policy that would learn (paper: Figure 2b and c).
 
     A cost and its S share a colour. Costs that were not measured are left out.
@@ -72,16 +76,16 @@ def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
         FileNotFoundError: The folder holds no finished measurement.
         ValueError: No pair, none with a distance of 0 or more, or an unknown quality.
     """
-    if quality not in QUALITIES:
-        raise ValueError(f"quality is {quality!r}; allowed are {', '.join(QUALITIES)}.")
-    signal = quality.replace("quality", "signal")
+    if quality not in tuple(Quality):
+        raise ValueError(f"quality is {quality!r}; allowed are {', '.join(Quality)}.")
+    quality = Quality(quality)
     table, summary = _read(folder)
     ahead = _ahead(table, folder)
     origins = sorted(ahead["origin"].unique())
     costs = {cost: color for cost, color in COST_COLORS.items() if cost in table}
-    names = {"quality": f"Q, {summary['settings']['rollouts']} rollouts", "quality_1": "Q, 1 rollout"}
+    names = {Quality.MANY: f"Q, {summary['settings']['rollouts']} rollouts", Quality.ONE: "Q, 1 rollout"}
     names |= {cost: f"V and S, {COST_NAMES[cost]}" for cost in costs}
-    names["kl"] += f", c = {summary['settings']['c']:g}"
+    names[Cost.KL] += f", c = {summary['settings']['c']:g}"
     band, fit = "95 % interval, prompts of one run", "fit: Q = q (1 − exp(−Δ/τ)), V = exp(βΔ)"
     marks: dict[str, Any] = {band: Patch(color=GREY, alpha=0.2, lw=0)}
     with style():
@@ -96,18 +100,19 @@ def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
             shapes = []
             for name, color in QUALITY_COLORS.items():
                 _draw_band(column[0], rows, name, color)
-                rise = found["fit"][name]["kl"]
+                rise = found["fit"][name][Cost.KL]
                 if rise["tau"] is not None:
                     shapes.append((column[0], name, -rise["q_inf"] * np.expm1(-smooth / rise["tau"]), color))
             for row, (cost, color) in enumerate(costs.items()):
                 _draw_band(column[1], rows, cost, color)
-                _draw_band(column[2], rows, f"{signal}_{cost}", color)
-                _draw_optimum(column[2], found["optimum"][f"{signal}_{cost}"], row, cost, color, marks)
+                signal = Signal(quality, cost).name
+                _draw_band(column[2], rows, signal, color)
+                _draw_optimum(column[2], found["optimum"][signal], row, cost, color, marks)
             log_axis(column[1].yaxis)
             column[2].set_ylim(0, column[2].get_ylim()[1] * 1.15)
-            growth = found["fit"]["quality"]["kl"]["beta"]
+            growth = found["fit"][Quality.MANY][Cost.KL]["beta"]
             if growth is not None:
-                shapes.append((column[1], "kl", np.exp(growth * smooth), costs["kl"]))
+                shapes.append((column[1], Cost.KL, np.exp(growth * smooth), costs[Cost.KL]))
             for axes, name, values, color in shapes:
                 axes.plot(smooth, values, color=color, ls="--", lw=0.9, label=f"{name}, fit")
                 marks[fit] = Line2D([], [], color=GREY, ls="--", lw=0.9)
@@ -130,21 +135,21 @@ def signal_curves(folder: str | Path, quality: str = "quality") -> Figure:
     return settle(figure)
 
 
-def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figure:
+def quality_stability(folder: str | Path, cost: str = Cost.GRADIENT_EXACT) -> Figure:
     """Sources between quality and stability: Q over V, a panel per policy that would learn (paper: Figures 1b and 2a).
 
     Thin grey curves join equal S = Q/V; up and to the left is better.
 
     Args:
         folder: Folder of a signal measurement.
-        cost: What stands for V, a name of `npo_core.signal_curve.COSTS`.
+        cost: What stands for V, a `Cost`.
 
     Raises:
         FileNotFoundError: The folder holds no finished measurement.
         ValueError: No pair, or a cost that was not measured.
     """
     table, summary = _read(folder)
-    _require(table, cost, COSTS, folder)
+    _require(table, cost, tuple(Cost), folder)
     origins = sorted(table["origin"].unique())
     rollouts = summary["settings"]["rollouts"]
     marks: dict[str, Any] = {}
@@ -190,14 +195,14 @@ def quality_stability(folder: str | Path, cost: str = "gradient_exact") -> Figur
     return settle(figure)
 
 
-def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
+def proxy_agreement(folder: str | Path, cost: str = Cost.GRADIENT_EXACT) -> Figure:
     """Proxies of V against a measured cost over the distances, a panel per proxy, with Spearman's ρ (ours).
 
     Lines show ln V = c·KL with the c that fits all points.
 
     Args:
         folder: Folder of a signal measurement.
-        cost: The measured cost, a name of `npo_core.signal_curve.MEASURED_COSTS`.
+        cost: The measured cost, one of `MEASURED_COSTS`.
 
     Raises:
         FileNotFoundError: The folder holds no finished measurement.
@@ -225,7 +230,7 @@ def proxy_agreement(folder: str | Path, cost: str = "gradient_exact") -> Figure:
                 axes.plot(kl, np.exp(fitted["value"] * kl), color=GREY, lw=1.0, label="ln V = c·KL")
                 place = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "color": GREY}
                 axes.text(0.97, 0.04, f"c = {fitted['value']:.3g}".replace("-", "−"), **place)
-            if not proxy.startswith("token") and ahead[proxy].max() > LOG_RANGE * ahead[proxy].min():
+            if not isinstance(proxy, Divergence) and ahead[proxy].max() > LOG_RANGE * ahead[proxy].min():
                 log_axis(axes.xaxis)
         log_axis(grid[0, 0].yaxis)
         for axes in grid[:, 0]:
@@ -295,7 +300,7 @@ def _ahead(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
 def _require(table: pd.DataFrame, cost: str, names: Sequence[str], folder: str | Path) -> None:
     available = [name for name in names if name in table]
     if cost not in available:
-        raise ValueError(f"{folder} holds no cost {cost!r}; available: {', '.join(available) or 'none'}.")
+        raise ValueError(f"{folder} holds no cost {str(cost)!r}; available: {', '.join(available) or 'none'}.")
 
 
 def origin_title(origin: int) -> str:

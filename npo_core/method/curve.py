@@ -14,28 +14,19 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float, Int
 
-from .signal import MAX_LOG_COST, Optimum, fit_quality, fit_variance, fitted_optimum, optimal_distance
+from .quantities import ESTIMATES, MEASURED_COSTS, PROXY_COSTS, Cost, Divergence, Quality, Signal
+from .signal import (
+    Optimum,
+    RatioSums,
+    fit_quality,
+    fit_variance,
+    fitted_optimum,
+    measured_cost,
+    optimal_distance,
+    quality,
+    variance_cost,
+)
 from .stats import Estimate
-
-PROXY_COSTS = ("kl", "kl_policy", "second_moment", "second_moment_policy", "sequence", "sequence_policy")
-"""Costs that need log-probs only: e^(c·KL per token), token mean of w², sequence mean of W². Plain names come from the
-source's tokens (KL(q‖π), E_q[w²], E_q[W²]), those ending in `_policy` from the policy's own (KL(π‖q), E_π[w], E_π[W],
-the latter two being the same moments over prefixes that π visits)."""
-
-MEASURED_COSTS = ("gradient_current", "gradient_exact", "gradient_sequence")
-"""Measured variance of the weighted per-sample gradient over the on-policy one, see `npo_core.gradients`."""
-
-COSTS = PROXY_COSTS + MEASURED_COSTS
-
-QUALITIES = ("quality", "quality_1")
-"""Q with k rollouts of the source per prompt (any correct one shows the prompt), and with one. The paper leaves the
-number open, and it decides how Q grows: a source that collapsed is better at one rollout and worse at many."""
-
-ESTIMATES = (*QUALITIES, "token_kl", "token_kl_policy", *COSTS)
-"""Names of everything that a pair yields."""
-
-SIGNALS = tuple(f"{quality.replace('quality', 'signal')}_{cost}" for quality in QUALITIES for cost in COSTS)
-"""Names of S: "signal_" and a cost for Q with k rollouts, "signal_1_" and a cost for Q with one."""
 
 FLAT = 1e-6
 """Growth of ln V over the whole grid below which a fit counts as flat: less is the optimiser's rounding (ours)."""
@@ -104,19 +95,11 @@ class PairSums:
 SUMS = tuple(field.name for field in fields(PairSums))
 """Columns of a pair, one number per prompt."""
 
-
-def squared_deviations(gradients: Float[np.ndarray, "samples params"]) -> Float[np.ndarray, " samples"]:
-    """Squared distance of each gradient to their mean, scaled so that the mean of the result is the unbiased variance.
-
-    The mean equals `learning_signal.gradient_variance` with weights 1: the trace of the sample covariance.
-
-    Raises:
-        ValueError: Fewer than two samples.
-    """
-    if len(gradients) < 2:
-        raise ValueError(f"a variance needs two samples; got {len(gradients)}.")
-    centred = gradients - gradients.mean(axis=0, dtype=np.float64)
-    return np.square(centred).sum(axis=1) * (len(gradients) / (len(gradients) - 1))
+RATIO_COLUMNS = {
+    "source": ("rollouts", "tokens", "log_ratio", "squared_weight", "squared_sequence"),
+    "policy": ("own_rollouts", "own_tokens", "own_log_ratio", "own_weight", "own_sequence"),
+}
+"""Columns that hold the `RatioSums` of each side's rollouts, in their order."""
 
 
 def bootstrap_weights(prompts: int, resamples: int, rng: np.random.Generator) -> Int[np.ndarray, "draws prompts"]:
@@ -129,11 +112,8 @@ def bootstrap_weights(prompts: int, resamples: int, rng: np.random.Generator) ->
 
 def pair_estimates(
     pair: PairSums, weights: Int[np.ndarray, "draws prompts"], c: float | int
-) -> dict[str, Float[np.ndarray, " draws"]]:
+) -> dict[Quality | Divergence | Cost, Float[np.ndarray, " draws"]]:
     """Quality, KL and costs of a pair, one value per draw of prompts.
-
-    Proxies are at least 1, as `learning_signal.variance_cost` has them; measured costs are not bounded: a source that
-    is more certain than the policy can have shorter gradients, and noise goes both ways.
 
     Args:
         pair: The sums.
@@ -141,31 +121,21 @@ def pair_estimates(
         c: Constant of the cost "kl".
 
     Returns:
-        Values by name, see `ESTIMATES`; NaN where a draw holds no failing prompt (quality) or no gradient (measured
-        costs). Token KLs are in nats per token and may be negative by noise.
+        Values of all `ESTIMATES`; NaN where a draw holds no failing prompt (quality) or no gradient (measured costs).
+        Token KLs are in nats per token and may be negative by noise.
     """
-
-    def ratio(above: str, below: str) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (weights @ getattr(pair, above)) / (weights @ getattr(pair, below))
-
-    def cost(kl: np.ndarray) -> np.ndarray:
-        return np.exp(np.clip(c * kl, 0.0, MAX_LOG_COST))
-
-    kl, own_kl = ratio("log_ratio", "tokens"), ratio("own_log_ratio", "own_tokens")
-    return {
-        "quality": ratio("shown", "failed"),
-        "quality_1": ratio("shown_share", "failed"),
-        "token_kl": kl,
-        "token_kl_policy": own_kl,
-        "kl": cost(kl),
-        "kl_policy": cost(own_kl),
-        "second_moment": np.maximum(ratio("squared_weight", "tokens"), 1.0),
-        "second_moment_policy": np.maximum(ratio("own_weight", "own_tokens"), 1.0),
-        "sequence": np.maximum(ratio("squared_sequence", "rollouts"), 1.0),
-        "sequence_policy": np.maximum(ratio("own_sequence", "own_rollouts"), 1.0),
-        **{name: ratio(name, "gradient_own") for name in MEASURED_COSTS},
+    sides = {
+        side: RatioSums(*(weights @ getattr(pair, name) for name in names)) for side, names in RATIO_COLUMNS.items()
     }
+    found = {
+        Quality.MANY: quality(pair.shown, pair.failed, weights),
+        Quality.ONE: quality(pair.shown_share, pair.failed, weights),
+        Divergence.OF_SOURCE: sides["source"].token_kl,
+        Divergence.OF_POLICY: sides["policy"].token_kl,
+        **{cost: variance_cost(sides[cost.side], cost.proxy, c) for cost in PROXY_COSTS},
+        **{cost: measured_cost(getattr(pair, cost), pair.gradient_own, weights) for cost in MEASURED_COSTS},
+    }
+    return {name: found[name] for name in ESTIMATES}
 
 
 @dataclass(frozen=True)
@@ -174,31 +144,28 @@ class SignalCurve:
 
     Attributes:
         distances: Grid in policy steps, strictly increasing, shape (distances,).
-        draws: Name to values of shape (draws, distances); row 0 is the data, the others are resamples.
+        draws: Estimate to values of shape (draws, distances); row 0 is the data, the others are resamples.
         failing: Prompts that the policy fails.
     """
 
     distances: Float[np.ndarray, " distances"]
-    draws: Mapping[str, Float[np.ndarray, "draws distances"]]
+    draws: Mapping[Quality | Divergence | Cost, Float[np.ndarray, "draws distances"]]
     failing: int
 
-    def values(self, name: str) -> Float[np.ndarray, " distances"]:
-        """Point estimates of a name of `ESTIMATES` or `SIGNALS`."""
-        return self._draws(name)[0]
+    def values(self, of: Quality | Divergence | Cost | Signal) -> Float[np.ndarray, " distances"]:
+        """Point estimates."""
+        return self._draws(of)[0]
 
-    def interval(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self, of: Quality | Divergence | Cost | Signal) -> tuple[np.ndarray, np.ndarray]:
         """2.5 % and 97.5 % quantiles over resamples of prompts, two arrays of shape (distances,)."""
-        low, high = np.nanquantile(self._draws(name)[1:], (0.025, 0.975), axis=0)
+        low, high = np.nanquantile(self._draws(of)[1:], (0.025, 0.975), axis=0)
         return low, high
 
-    def _draws(self, name: str) -> np.ndarray:
-        if name not in SIGNALS:
-            return self.draws[name]
-        quality = "quality_1" if name.startswith("signal_1_") else "quality"
-        return self.draws[quality] / self.draws[name.removeprefix(f"{quality.replace('quality', 'signal')}_")]
+    def _draws(self, of: Quality | Divergence | Cost | Signal) -> np.ndarray:
+        return self.draws[of.quality] / self.draws[of.cost] if isinstance(of, Signal) else self.draws[of]
 
-    def optimum(self, signal: str) -> Optimum:
-        """Δ* = argmax of a name of `SIGNALS`, with its interval over resamples and the edge flag."""
+    def optimum(self, signal: Signal) -> Optimum:
+        """Δ* = argmax of S, with its interval over resamples and the edge flag."""
         draws = self._draws(signal)
         usable = draws[1:][np.isfinite(draws[1:]).all(axis=1)]
         return optimal_distance(self.distances, draws[0], signal_samples=usable if len(usable) else None)
@@ -229,7 +196,7 @@ def signal_curve(
     return SignalCurve(np.array(distances, dtype=np.float64), draws, failing)
 
 
-def curve_fits(curve: SignalCurve, cost: str, quality: str = "quality") -> dict[str, float | str | None]:
+def curve_fits(curve: SignalCurve, cost: Cost, quality: Quality = Quality.MANY) -> dict[str, float | str | None]:
     """Fits of the paper's shapes to a curve: q_inf, tau, beta with their errors, and the Δ* that they imply (ours).
 
     Returns:
@@ -259,13 +226,15 @@ def curve_fits(curve: SignalCurve, cost: str, quality: str = "quality") -> dict[
     return out
 
 
-def calibrated_c(curves: Sequence[SignalCurve], cost: str = "gradient_exact", kl_name: str = "token_kl") -> Estimate:
+def calibrated_c(
+    curves: Sequence[SignalCurve], cost: Cost = Cost.GRADIENT_EXACT, kl: Divergence = Divergence.OF_SOURCE
+) -> Estimate:
     """The c for which e^(c·KL) is nearest to a measured cost: least squares of ln V on KL through the origin (ours).
 
     Args:
         curves: Curves with resamples; the points of all count alike. Their resamples are taken as independent.
-        cost: A name of `COSTS`.
-        kl_name: "token_kl" or "token_kl_policy".
+        cost: What e^(c·KL) is to be near to.
+        kl: Whose tokens KL is taken from.
 
     Returns:
         Estimate with a 95 % interval over resamples of prompts; n = number of points.
@@ -273,23 +242,23 @@ def calibrated_c(curves: Sequence[SignalCurve], cost: str = "gradient_exact", kl
     Raises:
         ValueError: Every KL is 0, so c has no effect and no value.
     """
-    resamples = min(len(curve.draws[kl_name]) for curve in curves)
-    kl = np.concatenate([np.maximum(curve.draws[kl_name][:resamples], 0.0) for curve in curves], axis=1)
+    resamples = min(len(curve.draws[kl]) for curve in curves)
+    nats = np.concatenate([np.maximum(curve.draws[kl][:resamples], 0.0) for curve in curves], axis=1)
     log_cost = np.log(np.concatenate([curve.draws[cost][:resamples] for curve in curves], axis=1))
-    usable = np.isfinite(log_cost).all(axis=1) & (kl.max(axis=1) > 0)
+    usable = np.isfinite(log_cost).all(axis=1) & (nats.max(axis=1) > 0)
     if not usable[0]:
-        raise ValueError(f"c is undetermined: KL is 0 at every distance, or the cost {cost!r} is not defined.")
-    values = (kl * log_cost).sum(axis=1)[usable] / np.square(kl).sum(axis=1)[usable]
+        raise ValueError(f"c is undetermined: KL is 0 at every distance, or the cost {str(cost)!r} is not defined.")
+    values = (nats * log_cost).sum(axis=1)[usable] / np.square(nats).sum(axis=1)[usable]
     low, high = np.quantile(values[1:], (0.025, 0.975))
-    return Estimate(float(values[0]), float(low), float(high), kl.shape[1])
+    return Estimate(float(values[0]), float(low), float(high), nats.shape[1])
 
 
-def rank_agreement(curve: SignalCurve, name: str, cost: str = "gradient_exact") -> Estimate:
+def rank_agreement(curve: SignalCurve, of: Divergence | Cost, cost: Cost = Cost.GRADIENT_EXACT) -> Estimate:
     """Spearman's ρ over distances between an estimate and a measured cost, with an interval over resamples (ours).
 
     Args:
         curve: A curve with three distances or more.
-        name: An estimate of the curve, such as a proxy.
+        of: A proxy.
         cost: What it should rank distances like.
 
     Returns:
@@ -300,7 +269,7 @@ def rank_agreement(curve: SignalCurve, name: str, cost: str = "gradient_exact") 
     """
     if len(curve.distances) < 3:
         raise ValueError(f"a rank correlation needs three distances; got {len(curve.distances)}.")
-    values = rank_correlation(curve.draws[name], curve.draws[cost])
+    values = rank_correlation(curve.draws[of], curve.draws[cost])
     low, high = _quantiles(values[1:])
     return Estimate(float(values[0]), low, high, len(curve.distances))
 

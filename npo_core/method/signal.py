@@ -8,28 +8,22 @@ V is a second moment, 1 for identical policies and never below. A variance would
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float, Int, Real
 from scipy.optimize import curve_fit
-from torch import Tensor
 
-from .stats import Estimate
-
-FAILURES = ("all", "any")
-"""What counts as failing a prompt: every rollout wrong, or at least one."""
-
-PROXIES = ("second_moment", "sequence", "kl")
-"""Estimators of the variance cost."""
-
-DIRECTIONS = ("source", "policy")
-"""Which of the two policies sampled the tokens."""
+from .quantities import PROXIES, Proxy, Side
+from .stats import pass_at_k
 
 MAX_LOG_COST = 700.0
 """Largest ln V that is returned, so that V stays a finite float64 (ours)."""
+
+LOG_CAP = 20.0
+"""Nats at which ln w of a token and ln W of a sequence are cut before they are squared; it lowers V (ours)."""
 
 
 @dataclass(frozen=True)
@@ -66,175 +60,177 @@ class VarianceFit(NamedTuple):
     rmse: float
 
 
-def signal_quality(
-    source_correct: Bool[Tensor, "prompts k"],
-    policy_correct: Bool[Tensor, "prompts k2"],
-    *,
-    rng: np.random.Generator,
-    resamples: int = 1000,
-    fail: str = "all",
-) -> Estimate:
-    """Source quality Q: of the prompts that the policy fails, the fraction with a verified-correct source trajectory.
+def shown(correct: Bool[np.ndarray, "prompts rollouts"], k: int) -> Float[np.ndarray, " prompts"]:
+    """How surely k rollouts of a source show each prompt: the chance that one of them, drawn from its own, is correct.
 
-    Source: paper (definition); ours (what "fails" means, the rollout counts, the interval). Three cautions. Q grows
-    with k, so compare distances at equal k. "Fails" is itself judged from k2 samples, so bad luck selects prompts too,
-    and an unchanged policy has Q > 0: for Q at distance 0 pass a SECOND, independent sample of the policy as the
-    source. The interval is a percentile bootstrap over the failing prompts; when they all agree it has no width, which
-    says that the sample does not vary and not that Q is known, so read it beside `n`.
+    With k = 1 the share of correct rollouts, with k = all of them 1 where any is correct.
 
     Args:
-        source_correct: verdicts of the source's rollouts, prompts × k.
-        policy_correct: verdicts of the policy's rollouts on the same prompts, prompts × k2.
-        rng: source of the bootstrap resamples.
-        resamples: number of resamples.
-        fail: "all", the policy fails a prompt when all of its k2 rollouts are wrong; "any", when at least one is.
-
-    Returns:
-        Estimate of Q in [0, 1], with n = number of prompts that the policy fails.
+        correct: verdicts of the source's rollouts, prompts × rollouts.
+        k: rollouts that a guide is taken from, 1 ≤ k ≤ rollouts.
 
     Raises:
-        ValueError: no prompt fails (Q is undefined), both samples are the same tensor, the prompts do not match, a
-            sample is empty, or an option is unknown.
+        ValueError: k is out of range.
     """
-    if fail not in FAILURES:
-        raise ValueError(f"fail is one of {FAILURES}; got {fail!r}.")
-    if resamples < 1:
-        raise ValueError(f"resamples is a whole number >= 1; got {resamples}. 1000 is usual.")
-    if source_correct is policy_correct:
-        raise ValueError(
-            "source_correct and policy_correct are the same tensor, so the prompts that fail would be judged by the "
-            "very rollouts that selected them. For Q at distance 0 sample the policy a second time, with another seed."
-        )
-    shapes = tuple(source_correct.shape), tuple(policy_correct.shape)
-    if any(len(shape) != 2 or shape[1] == 0 for shape in shapes) or shapes[0][0] != shapes[1][0]:
-        raise ValueError(
-            f"needs verdicts of shape prompts x rollouts over the same prompts, with at least one rollout; got "
-            f"{shapes[0]} for the source and {shapes[1]} for the policy. Align both by uid."
-        )
-    failed = ~policy_correct.any(dim=1) if fail == "all" else ~policy_correct.all(dim=1)
-    n = int(failed.sum())
-    if n == 0:
-        raise ValueError(
-            f"Q is undefined: the policy fails none of the {shapes[1][0]} prompts (fail={fail!r}), and a fraction of "
-            "nothing must not be divided. Probe prompts from the mistake pool, or harder ones."
-        )
-    quality = int(source_correct[failed].any(dim=1).sum()) / n
-    # Resampling n yes/no prompts with return and averaging them is a binomial draw.
-    low, high = np.quantile(rng.binomial(n, quality, size=resamples) / n, (0.025, 0.975))
-    return Estimate(value=quality, low=float(low), high=float(high), n=n)
+    return pass_at_k(correct.shape[1], correct.sum(axis=1), k)
 
 
-def variance_cost(
-    policy_logps: Float[Tensor, "batch tokens"],
-    source_logps: Float[Tensor, "batch tokens"],
-    mask: Bool[Tensor, "batch tokens"],
-    proxy: str,
-    *,
-    c: float | int = 1.0,
-    log_cap: float | int = 20.0,
-    direction: str = "source",
-) -> float:
+def quality(
+    shown: Float[np.ndarray, " prompts"],
+    failed: Float[np.ndarray, " prompts"],
+    draws: Int[np.ndarray, "draws prompts"] | None = None,
+) -> Float[np.ndarray, " draws"]:
+    """Source quality Q: of the prompts that the policy fails, the share that the source shows.
+
+    Source: paper (definition); ours (what "fails" means: all rollouts are wrong; the rollout count; the resampling).
+    Three cautions. Q grows with k, so compare distances at equal k. "Fails" is itself judged from samples, so bad luck
+    selects prompts too, and an unchanged policy has Q > 0: for Q at distance 0 sample the policy a second time. An
+    interval over resamples of prompts that all agree has no width, which says that the sample does not vary, not that Q
+    is known.
+
+    Args:
+        shown: `shown` of each prompt that the policy fails, 0 elsewhere.
+        failed: 1 where the policy fails.
+        draws: how often each prompt is drawn; None for one draw, the data itself.
+
+    Returns:
+        Q in [0, 1] for each draw; NaN where a draw holds no failing prompt.
+    """
+    return _ratio(np.ones((1, len(failed)), dtype=int) if draws is None else draws, shown, failed)
+
+
+class RatioSums(NamedTuple):
+    """What V's proxies need of rollouts that one of two policies sampled: sums over them, of one shape each.
+
+    With w = π/q of a token and W their product over a rollout.
+
+    Attributes:
+        rollouts: rollouts with a token.
+        tokens: their tokens.
+        log_ratio: Σ (ln sampler − ln other), nats.
+        weight: Σ w² over the source's tokens, Σ w over the policy's.
+        sequence: Σ W² over the source's rollouts, Σ W over the policy's.
+    """
+
+    rollouts: Float[np.ndarray, "*shape"]
+    tokens: Float[np.ndarray, "*shape"]
+    log_ratio: Float[np.ndarray, "*shape"]
+    weight: Float[np.ndarray, "*shape"]
+    sequence: Float[np.ndarray, "*shape"]
+
+    @property
+    def token_kl(self) -> Float[np.ndarray, "*shape"]:
+        """KL(sampler‖other), nats per token; may be negative by noise, NaN without a token."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.log_ratio / self.tokens)
+
+    def total(self) -> "RatioSums":
+        """Over all of them, without axes."""
+        return RatioSums(*(np.asarray(values.sum()) for values in self))
+
+
+def ratio_sums(log_weights: Sequence[Float[np.ndarray, " _"]], side: Side) -> RatioSums:
+    """`RatioSums` of each rollout, to be added up over a prompt, or all of them (`total`).
+
+    From the source's tokens the moments are E_q[w²] and the divergence KL(q‖π), from the policy's E_π[w] (the same
+    number, over prefixes that π visits) and KL(π‖q). The moments are heavy-tailed: far from the policy nearly all of
+    the source's own tokens have w < 1, the sample misses the rare large weights and reads too low.
+
+    Args:
+        log_weights: ln w = ln π − ln q of the tokens of each rollout, nats, at temperature 1 without top-p or top-k.
+        side: who sampled the rollouts.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not all(bool(np.isfinite(values).all()) for values in log_weights):
+        raise ValueError(
+            "log-probs must be finite, not NaN or infinity. Compute them from the full vocabulary, without top-p, "
+            "top-k or a suppressed token."
+        )
+    order, sign = (2.0, -1.0) if side == "source" else (1.0, 1.0)
+    whole = np.array([values.sum() for values in log_weights], dtype=np.float64)
+    tokens = np.array([len(values) for values in log_weights], dtype=np.float64)
+    has_tokens = tokens > 0
+    return RatioSums(
+        rollouts=has_tokens.astype(np.float64),
+        tokens=tokens,
+        log_ratio=sign * whole,
+        weight=np.array([np.exp(order * np.minimum(values, LOG_CAP)).sum() for values in log_weights]),
+        sequence=np.where(has_tokens, np.exp(order * np.minimum(whole, LOG_CAP)), 0.0),
+    )
+
+
+def variance_cost(sums: RatioSums, proxy: Proxy, c: float | int) -> Float[np.ndarray, "*shape"]:
     """Variance cost V ≥ 1 of putting the source's trajectories into the policy's update; exactly 1 for equal log-probs.
 
     Source: paper ("cost through the importance weight"; e^KL per token in AutoNPO); ours (the three estimators).
 
-    - "second_moment": token mean of w², w = π/q.
-    - "sequence": mean over sequences of W², W = the product of a sequence's weights.
+    - "second_moment": token mean of w².
+    - "sequence": mean over rollouts of W².
     - "kl": exp(c·KL), KL = token mean of ln(sampler) − ln(other). For log-normal weights c = 2 gives the token second
       moment, and c near the response length the sequence-level KL; with a small c, V stays near 1 and the best
       distance collapses to the largest Q.
 
-    The tokens were sampled by one of the two policies, named by `direction`. From the source's tokens the moment is
-    E_q[w²] and the divergence KL(q‖π); from the policy's tokens it is E_π[w] (the same number, over prefixes that π
-    visits) and KL(π‖q). The moments are heavy-tailed: far from the policy nearly all of the source's own tokens have
-    w < 1, the sample misses the rare large weights and reads too low. Look at the effective sample size beside them.
-
     The KL is the plain mean, held at 0 from below, and not the k3 estimator r − 1 − ln r: k3 is less noisy near Δ = 0,
     but its r is an exponential, so far away one token decides V. The price is a standard error of about
-    σ(ln w)/√tokens, which c multiplies.
-
-    E[w] = 1 implies V ≥ 1, so a sample value below 1 is sampling error and is returned as 1.
+    σ(ln w)/√tokens, which c multiplies. E[w] = 1 implies V ≥ 1, so a sample value below 1 is sampling error and is
+    returned as 1.
 
     Args:
-        policy_logps: ln π of the sampled tokens, natural log, at temperature 1 without top-p or top-k.
-        source_logps: ln q of the same tokens.
-        mask: True on response tokens; the other entries may hold anything. Rows without a token are left out.
-        proxy: "second_moment", "sequence" or "kl".
+        sums: over the rollouts of a sample, or of several samples at once.
+        proxy: "kl", "second_moment" or "sequence".
         c: the constant of "kl", ≥ 0; without effect on the others.
-        log_cap: largest ln w (second_moment) or ln W (sequence); larger ones are truncated to it, which lowers V.
-        direction: "source" or "policy", the one that sampled the tokens.
 
     Returns:
-        V in [1, e^700]: computed as ln V and cut at MAX_LOG_COST before the exponential, so it never overflows.
+        V in [1, e^700], of the sums' shape; NaN where there is no token.
 
     Raises:
-        ValueError: an option is unknown or out of range, shapes differ, the mask is empty, or a masked log-prob is not
-            finite.
+        ValueError: an unknown proxy, or c is out of range.
     """
     if proxy not in PROXIES:
         raise ValueError(f"proxy is one of {PROXIES}; got {proxy!r}.")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction is one of {DIRECTIONS}, the policy that sampled the tokens; got {direction!r}.")
     if not (math.isfinite(c) and c >= 0):
         raise ValueError(f"c is a finite number >= 0; got {c}. Use about the response length for a sequence-level KL.")
-    if not (math.isfinite(log_cap) and log_cap > 0):
-        raise ValueError(f"log_cap is a finite number > 0; got {log_cap}. 20 truncates weights at e^20.")
-    if not policy_logps.shape == source_logps.shape == mask.shape:
-        raise ValueError(
-            f"log-probs and mask have one shape, batch x tokens; got {tuple(policy_logps.shape)}, "
-            f"{tuple(source_logps.shape)} and {tuple(mask.shape)}. Pad them alike."
-        )
-    if not bool(mask.any()):
-        raise ValueError("the mask selects no token, so V is undefined. Pass at least one response with tokens.")
-    log_weight = policy_logps.double() - source_logps.double()
-    if not bool(torch.isfinite(log_weight[mask]).all()):
-        raise ValueError(
-            "log-probs under the mask must be finite; got NaN or infinity. Compute them from the full vocabulary, "
-            "without top-p, top-k or a suppressed token, or correct the mask."
-        )
     if proxy == "kl":
-        sign = 1.0 if direction == "policy" else -1.0
-        log_cost = c * max(sign * float(log_weight[mask].mean()), 0.0)
-    else:
-        if proxy == "sequence":
-            samples = torch.where(mask, log_weight, 0.0).sum(dim=1)[mask.any(dim=1)]
-        else:
-            samples = log_weight[mask]
-        order = 1.0 if direction == "policy" else 2.0
-        log_moment = order * samples.clamp(max=log_cap)
-        # Shift by the maximum instead of logsumexp − ln n: equal log-probs then give ln V = 0 without rounding.
-        largest = log_moment.max()
-        log_cost = float(largest + (log_moment - largest).exp().mean().log())
-    return math.exp(min(max(log_cost, 0.0), MAX_LOG_COST))
+        return np.asarray(np.exp(np.clip(c * sums.token_kl, 0.0, MAX_LOG_COST)))
+    above, below = (sums.weight, sums.tokens) if proxy == "second_moment" else (sums.sequence, sums.rollouts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.maximum(np.divide(above, below), 1.0))
 
 
-def gradient_variance(per_sample_gradients: Float[Tensor, "batch params"], weights: Float[Tensor, " batch"]) -> float:
-    """Measured variance of the weighted per-sample gradient w·g, against which the proxies of V are judged (ours).
+def squared_deviations(gradients: Float[np.ndarray, "samples params"]) -> Float[np.ndarray, " samples"]:
+    """Squared distance of each gradient to their mean, scaled so that the mean of the result is the unbiased variance.
 
-    The trace of the unbiased sample covariance, which estimates E‖w·g‖² − ‖E[w·g]‖². The variance of a batch's mean
-    gradient is this number divided by the batch size. It is 0 for identical samples, so compare ratios to the
-    on-policy value with a V, not the number itself.
-
-    Args:
-        per_sample_gradients: one flattened gradient per trajectory, batch × params.
-        weights: one importance weight per trajectory.
-
-    Returns:
-        Variance ≥ 0, in squared gradient units.
+    The mean is the trace of the sample covariance: the measured V in ratio mode current.
 
     Raises:
-        ValueError: fewer than two samples, shapes that do not match, or a value that is not finite.
+        ValueError: Fewer than two samples.
     """
-    shapes = tuple(per_sample_gradients.shape), tuple(weights.shape)
-    if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1] or shapes[0][0] < 2:
-        raise ValueError(
-            f"needs gradients of shape batch x params and one weight each, with batch >= 2; got {shapes[0]} and "
-            f"{shapes[1]}. A variance needs two samples."
-        )
-    weighted = per_sample_gradients.double() * weights.double()[:, None]
-    if not bool(torch.isfinite(weighted).all()):
-        raise ValueError("weighted gradients must be finite; got NaN or infinity. Check the weights' truncation.")
-    return float(weighted.var(dim=0, correction=1).sum())
+    if len(gradients) < 2:
+        raise ValueError(f"a variance needs two samples; got {len(gradients)}.")
+    centred = gradients - gradients.mean(axis=0, dtype=np.float64)
+    return np.square(centred).sum(axis=1) * (len(gradients) / (len(gradients) - 1))
+
+
+def measured_cost(
+    weighted: Float[np.ndarray, " prompts"],
+    on_policy: Float[np.ndarray, " prompts"],
+    draws: Int[np.ndarray, "draws prompts"],
+) -> Float[np.ndarray, " draws"]:
+    """V as what it stands for: the variance of the weighted gradient over the on-policy one (ours).
+
+    Not bounded by 1: a source that is more certain than the policy can have shorter gradients; noise goes both ways.
+
+    Args:
+        weighted: squared length of the weighted gradients of each prompt, or their squared deviations.
+        on_policy: the same of the policy's own gradients.
+        draws: how often each prompt is drawn.
+
+    Returns:
+        V for each draw; NaN where a draw holds no gradient.
+    """
+    return _ratio(draws, weighted, on_policy)
 
 
 def optimal_distance(
@@ -372,6 +368,11 @@ def fitted_optimum(tau: float | int, beta: float | int) -> float:
             "there is no interior optimum: report an edge."
         )
     return tau * math.log1p(1.0 / (beta * tau))
+
+
+def _ratio(draws: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (draws @ above) / (draws @ below)
 
 
 def _as_grid(distances: np.ndarray, values: np.ndarray, *, name: str, at_least: int) -> np.ndarray:

@@ -12,26 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..method.curve import (
-    COSTS,
-    ESTIMATES,
-    MEASURED_COSTS,
-    PROXY_COSTS,
-    QUALITIES,
-    SIGNALS,
-    SUMS,
-    PairSums,
-    SignalCurve,
-    calibrated_c,
-    curve_fits,
-    rank_agreement,
-    signal_curve,
-)
+from ..method.curve import SUMS, PairSums, SignalCurve, calibrated_c, curve_fits, rank_agreement, signal_curve
 from ..method.premise import Premise, premise
+from ..method.quantities import ESTIMATES, MEASURED_COSTS, PROXY_COSTS, SIGNALS, Cost, Divergence, Quality, Signal
 from ..method.stats import Estimate
 from .settings import SignalSettings
 
-PROXIES = ("token_kl", "token_kl_policy", *PROXY_COSTS[2:])
+PROXIES: tuple[Divergence | Cost, ...] = (*Divergence, *PROXY_COSTS[2:])
 """What is ranked against a measured variance; KL itself, which no c and no floor touches, in the place of e^(c·KL)."""
 
 RESAMPLE = "resample"
@@ -166,13 +153,13 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
         A dictionary that JSON can hold; undefined numbers are None. `table` has a row per pair.
     """
     measured = settings.gradients > 0
-    costs = COSTS if measured else PROXY_COSTS
+    costs = tuple(Cost) if measured else PROXY_COSTS
     found = curves(pairs, settings)
     summary: dict[str, Any] = {"settings": asdict(settings), "origins": {}, "table": _table(pairs, settings)}
     for origin, curve in found.items():
         entry: dict[str, Any] = {"failing": curve.failing, "agreement": {}}
-        entry["optimum"] = {name: asdict(curve.optimum(name)) for name in SIGNALS if measured or "gradient" not in name}
-        entry["fit"] = {quality: {cost: curve_fits(curve, cost, quality) for cost in costs} for quality in QUALITIES}
+        entry["optimum"] = {signal.name: asdict(curve.optimum(signal)) for signal in SIGNALS if signal.cost in costs}
+        entry["fit"] = {quality: {cost: curve_fits(curve, cost, quality) for cost in costs} for quality in Quality}
         if measured and len(curve.distances) >= 3:
             entry["agreement"] = {
                 cost: {proxy: asdict(rank_agreement(curve, proxy, cost)) for proxy in PROXIES}
@@ -182,13 +169,12 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
         summary["origins"][str(origin)] = entry
     if measured:
         summary["c"] = {
-            kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS}
-            for kl in ("token_kl", "token_kl_policy")
+            kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS} for kl in Divergence
         }
     return _plain(summary)
 
 
-def _constant(curves: Sequence[SignalCurve], cost: str, kl: str) -> dict[str, Any]:
+def _constant(curves: Sequence[SignalCurve], cost: Cost, kl: Divergence) -> dict[str, Any]:
     """The calibrated c; no numbers where it has none: policies that do not differ have a table all the same."""
     try:
         return asdict(calibrated_c(curves, cost, kl))
@@ -204,11 +190,12 @@ def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dic
         rng = np.random.default_rng([settings.seed, pair.origin])
         curve = signal_curve({distance: sums}, settings.c, rng, settings.resamples)
         row = {**asdict(pair), "kind": pair.kind, "failing": curve.failing}
-        for name in (*ESTIMATES, *SIGNALS):
-            if settings.gradients == 0 and "gradient" in name:
+        for of in (*ESTIMATES, *SIGNALS):
+            name, cost = (of.name, of.cost) if isinstance(of, Signal) else (str(of), of)
+            if settings.gradients == 0 and cost in MEASURED_COSTS:
                 continue
-            low, high = curve.interval(name)
-            row |= {name: curve.values(name)[0], f"{name}_low": low[0], f"{name}_high": high[0]}
+            low, high = curve.interval(of)
+            row |= {name: curve.values(of)[0], f"{name}_low": low[0], f"{name}_high": high[0]}
         rows.append(_plain(row))
     return rows
 
@@ -216,7 +203,7 @@ def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dic
 def _plain(value: Any) -> Any:
     """The same with plain numbers, None for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     if isinstance(value, float | np.floating):

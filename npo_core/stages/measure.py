@@ -6,7 +6,7 @@ memory, in a pair two: the policy and the source. Everything is written as it is
 second call goes on where the first one stopped.
 
 Files of a measurement: `settings.json`, `policies.json` (fingerprints of weights), `samples/*.parquet` (rollouts of
-each policy), `own/*.parquet` (on-policy gradients of each origin), `pairs/*.parquet` (`signal_curve.SUMS`, a row per
+each policy), `own/*.parquet` (on-policy gradients of each origin), `pairs/*.parquet` (`method.curve.SUMS`, a row per
 prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrated c).
 """
 
@@ -27,12 +27,14 @@ from ..files import Lock, read_table, write_json, write_table
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
-from ..method.curve import MEASURED_COSTS, squared_deviations
+from ..method.curve import RATIO_COLUMNS
+from ..method.quantities import MEASURED_COSTS, Side
+from ..method.signal import ratio_sums, shown, squared_deviations
 from ..progress import ProgressBar, progress
 from ..runs.checkpoints import checkpoint_folders
 from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
 from ..runs.settings import SignalSettings
-from ..trainer.gradients import LOG_CAP, both_sided, own_gram, source_gradients
+from ..trainer.gradients import both_sided, own_gram, source_gradients
 from ..trainer.sampling import completion_logps, sample_rollouts
 from ..world.policies import load_policy, load_processor
 
@@ -265,10 +267,15 @@ class Measurement:
             resample = pair.source == RESAMPLE
             groups = self._groups(origin if resample else pair.source, stream=int(resample))
             source = model if resample else self.load(self.policies[pair.source]).eval()
-            share = failed * np.array([np.mean([t.correct for t in group]) for group in groups])
-            columns = self._source_ratios(model, groups)
-            own_log_weights, own_columns = self._own_ratios(source, mine)
-            columns |= {"failed": failed, "shown": (share > 0).astype(float), "shown_share": share, **own_columns}
+            correct = np.array([[t.correct for t in group] for group in groups])
+            columns = {
+                "failed": failed,
+                "shown": failed * shown(correct, self.settings.rollouts),
+                "shown_share": failed * shown(correct, 1),
+            }
+            log_weights = self._log_ratios(model, groups)
+            own_log_weights = [-values for values in self._log_ratios(source, mine)]
+            columns |= self._ratio_columns(log_weights, "source") | self._ratio_columns(own_log_weights, "policy")
             columns |= self._gradients(model, groups, grams, own_log_weights)
             table = pd.DataFrame({"uid": [row["uid"] for row in self.rows], **columns})
             write_table(self.folder / "pairs" / pair.file, table.to_dict("records"))
@@ -278,42 +285,18 @@ class Measurement:
         del model
         gc.collect()
 
-    def _log_ratios(
-        self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]
-    ) -> tuple[list[np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-        """ln(model) − ln(sampler) of the scored tokens, a list over trajectories, and a sum over each prompt's."""
+    def _log_ratios(self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]) -> list[np.ndarray]:
+        """ln(model) − ln(sampler) of the scored tokens, a list over trajectories."""
         scored = [trajectory for group in groups for trajectory in group[: self.settings.scored]]
         rows = [row for row in self.rows for _ in range(self.settings.scored)]
         logps = completion_logps(model, self.processor, rows, [trajectory.token_ids for trajectory in scored])
-        ratios = [np.subtract(ours, t.logps) for ours, t in zip(logps, scored, strict=True)]
-        return ratios, lambda values: np.asarray(values, dtype=float).reshape(len(groups), -1).sum(axis=1)
+        return [np.subtract(ours, t.logps) for ours, t in zip(logps, scored, strict=True)]
 
-    def _source_ratios(self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]) -> dict[str, np.ndarray]:
-        """Sums over the source's scored rollouts of each prompt: ln w = ln π − ln q."""
-        log_weights, by_prompt = self._log_ratios(model, groups)
-        sequence = np.array([values.sum() for values in log_weights])
-        return {
-            "rollouts": by_prompt(np.ones(len(log_weights))),
-            "tokens": by_prompt([len(values) for values in log_weights]),
-            "log_ratio": by_prompt(-sequence),
-            "squared_weight": by_prompt([np.exp(2 * np.minimum(values, LOG_CAP)).sum() for values in log_weights]),
-            "squared_sequence": by_prompt(np.exp(2 * np.minimum(sequence, LOG_CAP))),
-        }
-
-    def _own_ratios(
-        self, source: PreTrainedModel, mine: Sequence[Sequence[Trajectory]]
-    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """ln w of the policy's own scored rollouts, a list over trajectories, and their sums over each prompt."""
-        log_ratios, by_prompt = self._log_ratios(source, mine)
-        log_weights = [-values for values in log_ratios]
-        sequence = np.array([values.sum() for values in log_weights])
-        return log_weights, {
-            "own_rollouts": by_prompt(np.ones(len(log_weights))),
-            "own_tokens": by_prompt([len(values) for values in log_weights]),
-            "own_log_ratio": by_prompt(sequence),
-            "own_weight": by_prompt([np.exp(np.minimum(values, LOG_CAP)).sum() for values in log_weights]),
-            "own_sequence": by_prompt(np.exp(np.minimum(sequence, LOG_CAP))),
-        }
+    def _ratio_columns(self, log_weights: Sequence[np.ndarray], side: Side) -> dict[str, np.ndarray]:
+        """Sums over the scored rollouts of each prompt, under the names that `PairSums` has for that side."""
+        sums = ratio_sums(log_weights, side)
+        by_prompt = (values.reshape(len(self.rows), -1).sum(axis=1) for values in sums)
+        return dict(zip(RATIO_COLUMNS[side], by_prompt, strict=True))
 
     def _gradients(
         self,
@@ -324,7 +307,7 @@ class Measurement:
     ) -> dict[str, np.ndarray]:
         """Measured variances, from the first rollout of the first prompts."""
         count = self.settings.gradients
-        out = {name: np.zeros(len(groups)) for name in ("gradients", "gradient_own", *MEASURED_COSTS)}
+        out = {name: np.zeros(len(groups)) for name in ("gradients", "gradient_own", *map(str, MEASURED_COSTS))}
         if count:
             chosen = [group[0] for group in groups[:count]]
             found = source_gradients(

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset, Image
 from ..guidance.verdicts import Verifier
 from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
+from ..method.quantities import Cost, Quality, Signal
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.dataset import require_columns
@@ -111,7 +113,8 @@ def describe(measured: MeasuredSignal) -> str:
             lines.append("")
     lines += [f"{'policy step':>11}  {'S':<24} {'Δ*':>6}  95 % over prompts"]
     for origin, entry in measured.summary["origins"].items():
-        for name in ("signal_kl", "signal_gradient_exact", "signal_1_kl", "signal_1_gradient_exact"):
+        for signal in product(Quality, (Cost.KL, Cost.GRADIENT_EXACT)):
+            name = Signal(*signal).name
             if name in entry["optimum"]:
                 best = entry["optimum"][name]
                 edge = ", at the edge" if best["at_edge"] else ""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..method.quantities import Cost, Quality, Signal
 from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, UNMEASURED, Claim
 
 MOST = 0.8
@@ -14,8 +15,8 @@ CLOSE_FIT = 0.2
 GROWTH = math.log(2)
 """Least rise of ln V over the distances that counts as growth, nats."""
 
-QUALITIES = {"quality": "8 rollouts", "quality_1": "1 rollout"}
-COSTS = {"gradient_current": "ratio current", "gradient_exact": "ratio exact"}
+QUALITIES = {Quality.MANY: "8 rollouts", Quality.ONE: "1 rollout"}
+COSTS = {Cost.GRADIENT_CURRENT: "ratio current", Cost.GRADIENT_EXACT: "ratio exact"}
 
 
 PEAK = Claim(
@@ -41,7 +42,7 @@ def interior_peak(signal: Mapping[str, Any] | None) -> Claim:
     if signal is None:
         return PEAK
     names = {
-        f"{quality.replace('quality', 'signal')}_{cost}": f"{rollouts}, {mode}"
+        Signal(quality, cost).name: f"{rollouts}, {mode}"
         for quality, rollouts in QUALITIES.items()
         for cost, mode in COSTS.items()
     }

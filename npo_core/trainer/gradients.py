@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from ..method.signal import LOG_CAP
 from .sampling import forced_logps
 
 WEIGHTINGS = ("current", "exact", "sequence")
@@ -39,9 +40,6 @@ LARGEST_MATRIX = 4 * 2**30
 
 CHUNK = 4
 """Trajectories that share a forward pass: more waste time in each other's backward pass, fewer in overhead."""
-
-LOG_CAP = 20.0
-"""Nats at which ln w of a token and ln W of a sequence are cut, as in `learning_signal.variance_cost`."""
 
 
 def selected_parameters(model: PreTrainedModel, pattern: str = "") -> list[torch.nn.Parameter]:

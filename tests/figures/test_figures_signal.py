@@ -13,7 +13,7 @@ from matplotlib.colors import same_color
 from npo_core.figures import proxy_agreement, quality_stability, save_figure, signal_curves
 from npo_core.figures.signal import COST_COLORS, PROXY_NAMES, interval_text, log_axis
 from npo_core.figures.style import canvas
-from npo_core.method.curve import COSTS, ESTIMATES, MEASURED_COSTS, SIGNALS
+from npo_core.method.quantities import ESTIMATES, MEASURED_COSTS, SIGNALS, Cost
 from npo_core.runs.measurement import PROXIES
 
 DISTANCES = (0, 5, 10, 20, 40, 80, 160)
@@ -26,7 +26,7 @@ def estimates(origin, distance):
     ahead = abs(distance)
     quality = 0.05 + 0.55 * (1 - np.exp(-ahead / TAU)) if distance >= 0 else 0.04
     exact = np.exp(GROWTH * ahead / (1 + origin / 50))
-    values = dict.fromkeys(COSTS, 1.0 + 0.01 * ahead)
+    values = dict.fromkeys(map(str, Cost), 1.0 + 0.01 * ahead)
     values |= {"quality": quality, "quality_1": quality / 3, "token_kl": 0.01 * ahead, "token_kl_policy": 0.008 * ahead}
     values |= {"kl": np.exp(0.02 * ahead), "sequence": exact**1.5, "sequence_policy": exact}
     return values | {"gradient_exact": exact, "gradient_current": 1 + 0.002 * ahead}
@@ -34,12 +34,10 @@ def estimates(origin, distance):
 
 def row(origin, source, distance, kind, **changes):
     values = estimates(origin, 60 if distance is None else distance) | changes
-    for name in SIGNALS:
-        quality = "quality_1" if name.startswith("signal_1_") else "quality"
-        values[name] = values[quality] / values[name.removeprefix("signal_1_").removeprefix("signal_")]
-    bounds = {
-        f"{n}_{end}": values[n] * scale for n in (*ESTIMATES, *SIGNALS) for end, scale in [("low", 0.8), ("high", 1.3)]
-    }
+    for signal in SIGNALS:
+        values[signal.name] = values[signal.quality] / values[signal.cost]
+    names = [*map(str, ESTIMATES), *(signal.name for signal in SIGNALS)]
+    bounds = {f"{n}_{end}": values[n] * scale for n in names for end, scale in [("low", 0.8), ("high", 1.3)]}
     return {"origin": origin, "source": source, "distance": distance, "kind": kind, "failing": 50, **values, **bounds}
 
 
@@ -60,7 +58,7 @@ def entry(origin, rows):
     """What the summary holds of an origin; Δ* of the cost kl is said to be at an edge."""
     ahead = [r for r in rows if r["distance"] is not None and r["distance"] >= 0]
     optimum = {}
-    for name in SIGNALS:
+    for name in (signal.name for signal in SIGNALS):
         best = max(ahead, key=lambda r: r[name])
         ends = {"low": 5.0, "high": 40.0} if name != "signal_gradient_current" else {"low": None, "high": None}
         optimum[name] = {"distance": best["distance"], "signal": best[name], "at_edge": name == "signal_kl", **ends}

@@ -1,19 +1,15 @@
 """Sums of a pair to Q, V and S: against the enumeration of a tabular policy, direct resampling and planted curves."""
 
-import inspect
 import math
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from oracles import variance_cost
 from tabular import SEQUENCES, Tabular, log_weights
 
 from npo_core.method.curve import (
-    COSTS,
-    ESTIMATES,
-    PROXY_COSTS,
-    SIGNALS,
     SUMS,
     PairSums,
     bootstrap_weights,
@@ -23,12 +19,13 @@ from npo_core.method.curve import (
     rank_agreement,
     rank_correlation,
     signal_curve,
-    squared_deviations,
 )
-from npo_core.method.signal import MAX_LOG_COST, gradient_variance, variance_cost
+from npo_core.method.quantities import ESTIMATES, PROXY_COSTS, SIGNALS, Cost, Divergence, Quality, Signal
+from npo_core.method.signal import MAX_LOG_COST
 
 POLICIES = [Tabular.drawn(seed) for seed in (0, 1, 2)]
 SOURCES = [Tabular.drawn(seed, scale=1.5) for seed in (10, 11, 12)]
+SECOND = Signal(Quality.MANY, Cost.SECOND_MOMENT)
 
 
 def rng(seed=0):
@@ -106,7 +103,7 @@ def test_token_moments_of_both_sides_are_one_number_where_there_is_one_prefix():
     assert estimates(pair)["second_moment"] == pytest.approx(estimates(pair)["second_moment_policy"])
 
 
-def test_estimates_of_samples_are_those_of_learning_signal():
+def test_estimates_of_samples_are_the_plain_means_over_padded_tokens():
     generator = rng()
     drawn = [[generator.multinomial(40, policy.probabilities()) for policy in group] for group in (SOURCES, POLICIES)]
     found = estimates(tallied(*drawn), c=3.0)
@@ -202,7 +199,8 @@ def test_the_interval_of_a_ratio_is_that_of_direct_index_resampling():
     pair = noisy()
     curve = signal_curve({0: pair}, 2.0, rng(), resamples=4000)
     drawn = rng(9).integers(60, size=(4000, 60))
-    for name, above, below in (("quality", pair.shown, pair.failed), ("token_kl", pair.log_ratio, pair.tokens)):
+    sides = ((Quality.MANY, pair.shown, pair.failed), (Divergence.OF_SOURCE, pair.log_ratio, pair.tokens))
+    for name, above, below in sides:
         ratios = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
         low, high = np.quantile(ratios, (0.025, 0.975))
         assert high - low > 0.1
@@ -220,10 +218,10 @@ def test_quality_and_cost_of_all_distances_are_resampled_together():
     signal = np.stack([(weights @ pairs[d].shown) / (weights @ failed)
                        / np.maximum(weights @ pairs[d].squared_weight / (weights @ pairs[d].tokens), 1)
                        for d in (5, 10, 15)], axis=1)  # fmt: skip
-    assert curve.values("signal_second_moment") == pytest.approx(signal[0])
+    assert curve.values(SECOND) == pytest.approx(signal[0])
     quantiles = np.quantile(signal[1:], (0.025, 0.975), axis=0)
-    assert np.array(curve.interval("signal_second_moment")) == pytest.approx(quantiles)
-    best = curve.optimum("signal_second_moment")
+    assert np.array(curve.interval(SECOND)) == pytest.approx(quantiles)
+    best = curve.optimum(SECOND)
     winners = curve.distances[signal[1:].argmax(axis=1)]
     assert best.distance == curve.distances[signal[0].argmax()]
     expected = [np.quantile(winners, 0.025, method="lower"), np.quantile(winners, 0.975, method="higher")]
@@ -239,8 +237,8 @@ def test_draws_where_quality_is_undefined_do_not_count():
     curve = signal_curve(pairs, 2.0, rng(), resamples=400)
     undefined = np.isnan(curve.draws["quality"][1:]).all(axis=1).mean()
     assert undefined == pytest.approx(8 / 27, abs=0.08)
-    assert [values.tolist() for values in curve.interval("quality")] == [[1.0, 1.0], [1.0, 1.0]]
-    best = curve.optimum("signal_second_moment")
+    assert [values.tolist() for values in curve.interval(Quality.MANY)] == [[1.0, 1.0], [1.0, 1.0]]
+    best = curve.optimum(SECOND)
     assert (best.distance, best.low, best.high) == (1.0, 1.0, 1.0)
 
 
@@ -270,23 +268,23 @@ def test_the_best_distance_of_a_planted_curve_is_the_grid_point_nearest_to_the_c
         assert best.distance == grid[np.abs(grid - exact).argmin()], signal
         assert not best.at_edge
         assert best.low == best.high == best.distance  # prompts do not differ, so resamples do not either
-        share = 0.5 if signal.startswith("signal_1_") else 1.0
+        share = 0.5 if signal.quality == Quality.ONE else 1.0
         expected = share * 0.7 * (1 - math.exp(-best.distance / tau)) * math.exp(-beta * best.distance)
         assert best.signal == pytest.approx(expected), signal
 
 
 def test_a_signal_that_rises_to_the_end_has_its_best_distance_at_the_edge():
     curve = signal_curve(planted([0, 10, 20, 30]), 2.0, rng(), resamples=20)
-    best = curve.optimum("signal_kl")
+    best = curve.optimum(Signal(Quality.MANY, Cost.KL))
     assert (best.distance, best.at_edge) == (30.0, True)
 
 
-@pytest.mark.parametrize(("cost", "quality"), [("gradient_exact", "quality"), ("kl", "quality_1")])
+@pytest.mark.parametrize(("cost", "quality"), [(Cost.GRADIENT_EXACT, Quality.MANY), (Cost.KL, Quality.ONE)])
 def test_fits_recover_a_planted_curve(cost, quality):
     curve = signal_curve(planted([0, 10, 20, 40, 80, 160]), 2.0, rng(), resamples=5)
     fit = curve_fits(curve, cost, quality)
     assert fit["reason"] is None
-    q_inf = 0.7 if quality == "quality" else 0.35
+    q_inf = 0.7 if quality == Quality.MANY else 0.35
     assert [fit["q_inf"], fit["tau"], fit["beta"]] == pytest.approx([q_inf, 40.0, 0.01], rel=1e-3)
     assert [fit["q_rmse"], fit["v_rmse"]] == pytest.approx([0.0, 0.0], abs=1e-5)
     assert fit["fitted_optimum"] == pytest.approx(40 * math.log(3.5), rel=1e-3)
@@ -294,11 +292,11 @@ def test_fits_recover_a_planted_curve(cost, quality):
 
 def test_a_fit_that_is_not_possible_says_why():
     flat = signal_curve({d: sums() for d in (0, 10, 20)}, 2.0, rng(), resamples=5)
-    fit = curve_fits(flat, "kl")
+    fit = curve_fits(flat, Cost.KL)
     assert fit["q_inf"] is None and fit["fitted_optimum"] is None
     assert "not 0 everywhere" in fit["reason"]
     free = signal_curve(planted([0, 10, 20, 40], beta=0.0), 2.0, rng(), resamples=5)
-    fit = curve_fits(free, "second_moment")
+    fit = curve_fits(free, Cost.SECOND_MOMENT)
     assert fit["tau"] == pytest.approx(40.0, rel=1e-3)  # what could be fitted stays
     # a cost that does not grow puts no limit to distance; without care the fit's last digits would name one
     assert fit["beta"] == pytest.approx(0.0, abs=1e-8)
@@ -306,17 +304,17 @@ def test_a_fit_that_is_not_possible_says_why():
     assert "does not grow" in fit["reason"]
     # measured costs below 1, shorter gradients, are no second moments: they count as 1
     short = {d: replace(pair, gradient_exact=pair.gradient_exact * 0.01) for d, pair in planted([0, 10, 20]).items()}
-    assert curve_fits(signal_curve(short, 2.0, rng(), 5), "gradient_exact")["v_rmse"] == pytest.approx(0.0, abs=1e-6)
+    assert curve_fits(signal_curve(short, 2.0, rng(), 5), Cost.GRADIENT_EXACT)["v_rmse"] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("kl_name", ["token_kl", "token_kl_policy"])
-def test_calibration_recovers_a_planted_c(kl_name):
+@pytest.mark.parametrize("kl", Divergence)
+def test_calibration_recovers_a_planted_c(kl):
     # the constant of the proxy (9) must not matter; 3.5 is what the measured cost was made with
     first, second = (
         signal_curve(planted(grid, beta=beta, c=3.5), 9.0, rng(), resamples=50)
         for grid, beta in (([0, 10, 40], 0.01), ([0, 5, 20, 80], 0.03))
     )
-    found = calibrated_c([first, second], kl_name=kl_name)
+    found = calibrated_c([first, second], kl=kl)
     assert [found.value, found.low, found.high] == pytest.approx([3.5] * 3)
     assert found.n == 7
 
@@ -336,14 +334,14 @@ def test_calibration_needs_a_distance():
 def test_rank_agreement_of_monotone_and_constant_estimates():
     rising = {d: sums(log_ratio=d, own_log_ratio=-d, gradient_exact=1.0 + d**3) for d in (1, 2, 5, 7)}
     curve = signal_curve(rising, 0.1, rng(), resamples=20)
-    for name, rho in (("token_kl", 1.0), ("kl", 1.0), ("token_kl_policy", -1.0)):
+    for name, rho in ((Divergence.OF_SOURCE, 1.0), (Cost.KL, 1.0), (Divergence.OF_POLICY, -1.0)):
         found = rank_agreement(curve, name)
         assert [found.value, found.low, found.high] == pytest.approx([rho] * 3)
         assert found.n == 4
-    constant = rank_agreement(curve, "second_moment")
+    constant = rank_agreement(curve, Cost.SECOND_MOMENT)
     assert all(math.isnan(number) for number in (constant.value, constant.low, constant.high))
     with pytest.raises(ValueError, match="three distances"):
-        rank_agreement(signal_curve({d: rising[d] for d in (1, 2)}, 0.1, rng(), 5), "kl")
+        rank_agreement(signal_curve({d: rising[d] for d in (1, 2)}, 0.1, rng(), 5), Cost.KL)
 
 
 def test_rank_correlation_by_hand():
@@ -389,9 +387,9 @@ def test_a_curve_is_over_the_same_prompts():
 
 
 def test_signals_are_a_quality_over_a_cost():
-    assert len(set(SIGNALS)) == len(SIGNALS) == 2 * len(COSTS)
+    assert len(set(SIGNALS)) == len(SIGNALS) == 2 * len(Cost)
     assert tuple(field.name for field in fields(PairSums)) == SUMS
-    costs = dict(zip(COSTS, (2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0), strict=True))
+    costs = dict(zip(Cost, (2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0), strict=True))
     pair = sums(
         shown=0.5, shown_share=0.25, log_ratio=math.log(2), own_log_ratio=math.log(3), squared_weight=5, own_weight=7,
         squared_sequence=11, own_sequence=13, gradient_current=17, gradient_exact=19, gradient_sequence=23,
@@ -399,23 +397,5 @@ def test_signals_are_a_quality_over_a_cost():
     curve = signal_curve({10: pair}, 1.0, rng(), resamples=2)
     for cost, value in costs.items():
         assert curve.values(cost)[0] == pytest.approx(value)
-        assert curve.values(f"signal_{cost}")[0] == pytest.approx(0.5 / value)
-        assert curve.values(f"signal_1_{cost}")[0] == pytest.approx(0.25 / value)
-
-
-# Squared deviations
-
-
-def test_squared_deviations_average_to_the_gradient_variance():
-    gradients = rng().normal(1.0, 2.0, (5, 3))
-    found = squared_deviations(gradients)
-    assert found.mean() == pytest.approx(gradient_variance(torch.tensor(gradients), torch.ones(5)))
-    # by hand: 0 and 4 lie 2 from their mean, and n/(n − 1) = 2
-    assert squared_deviations(np.array([[0.0], [4.0]])).tolist() == [8.0, 8.0]
-    with pytest.raises(ValueError, match="two samples; got 1"):
-        inspect.unwrap(squared_deviations)(gradients[:1])
-
-
-def test_squared_deviations_of_single_precision_gradients_keep_a_small_spread_beside_a_large_mean():
-    gradients = np.float32(4096.0) + np.array([[0.0], [0.5], [1.0]], dtype=np.float32)
-    assert squared_deviations(gradients).mean() == pytest.approx(0.25)
+        assert curve.values(Signal(Quality.MANY, cost))[0] == pytest.approx(0.5 / value)
+        assert curve.values(Signal(Quality.ONE, cost))[0] == pytest.approx(0.25 / value)

@@ -6,17 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import gradient_variance, signal_quality
 
+from npo_core.method.quantities import PROXIES
 from npo_core.method.signal import (
-    DIRECTIONS,
+    LOG_CAP,
     MAX_LOG_COST,
-    PROXIES,
+    RatioSums,
     fit_quality,
     fit_variance,
     fitted_optimum,
-    gradient_variance,
+    measured_cost,
     optimal_distance,
-    signal_quality,
+    quality,
+    ratio_sums,
+    shown,
+    squared_deviations,
     variance_cost,
 )
 
@@ -25,66 +30,55 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def verdicts(rows):
-    return torch.tensor(rows, dtype=torch.bool)
-
+DIRECTIONS = ("source", "policy")
 
 # Prompt by prompt: failed and shown, failed and not shown, solved and shown, failed and shown twice, solved and not.
-SOURCE = verdicts([[0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]])
-POLICY = verdicts([[0, 0], [0, 0], [1, 0], [0, 0], [1, 1]])
+SOURCE = np.array([[0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]], dtype=bool)
+POLICY = np.array([[0, 0], [0, 0], [1, 0], [0, 0], [1, 1]], dtype=bool)
+
+
+def q(source, policy, k, draws=None):
+    failed = (~policy.any(axis=1)).astype(float)
+    return quality(failed * shown(source, k), failed, draws)
+
+
+def test_a_prompt_is_shown_by_k_rollouts_as_surely_as_k_drawn_from_its_own_hold_a_correct_one():
+    assert shown(SOURCE, 3).tolist() == [1, 0, 1, 1, 0]
+    assert shown(SOURCE, 1) == pytest.approx([1 / 3, 0, 1, 2 / 3, 0])
+    # by enumeration of the pairs
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = [np.mean([row[list(pair)].any() for pair in pairs]) for row in SOURCE]
+    assert shown(SOURCE, 2) == pytest.approx(expected)
+    for k in (0, 4):
+        with pytest.raises(ValueError):
+            shown(SOURCE, k)
 
 
 def test_quality_counts_only_failed_prompts():
-    quality = signal_quality(SOURCE, POLICY, rng=rng())
-    assert quality.value == pytest.approx(2 / 3)
-    assert quality.n == 3
+    assert q(SOURCE, POLICY, 3) == pytest.approx([2 / 3])
+    assert q(SOURCE, POLICY, 1) == pytest.approx([(1 / 3 + 2 / 3) / 3])
+    expected, failing = signal_quality(torch.tensor(SOURCE), torch.tensor(POLICY))
+    assert q(SOURCE, POLICY, 3)[0] == pytest.approx(expected) and failing == 3
 
 
-def test_quality_where_any_wrong_rollout_is_a_failure():
-    quality = signal_quality(SOURCE, POLICY, rng=rng(), fail="any")
-    assert quality.value == pytest.approx(3 / 4)
-    assert quality.n == 4
-
-
-def test_quality_interval_is_the_bootstrap_over_failed_prompts():
-    solved = torch.zeros(100, 1, dtype=torch.bool)
-    source = torch.zeros(100, 2, dtype=torch.bool)
-    source[:30, 1] = True
-    quality = signal_quality(source, solved, rng=rng(), resamples=4000)
-    # The same bootstrap, by drawing indices.
-    means = source.any(dim=1).numpy()[rng(1).integers(100, size=(4000, 100))].mean(axis=1)
-    assert [quality.low, quality.high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.011)
-    assert quality == signal_quality(source, solved, rng=rng(), resamples=4000)
-
-
-def test_quality_is_undefined_where_nothing_fails():
-    with pytest.raises(ValueError, match=r"Q is undefined.*must not be divided"):
-        signal_quality(SOURCE, torch.ones(5, 2, dtype=torch.bool), rng=rng())
-
-
-def test_quality_refuses_to_judge_failures_by_the_rollouts_that_selected_them():
-    with pytest.raises(ValueError, match="a second time"):
-        signal_quality(POLICY, POLICY, rng=rng())
-    assert signal_quality(SOURCE[:, :2], SOURCE[:, 1:], rng=rng()).n == 2
+def test_quality_of_a_draw_is_that_of_the_prompts_drawn_and_undefined_without_a_failing_one():
+    draws = np.array([[1, 1, 1, 1, 1], [3, 1, 0, 0, 1], [0, 0, 2, 0, 3]])
+    found = q(SOURCE, POLICY, 3, draws)
+    assert found[:2] == pytest.approx([2 / 3, 3 / 4]) and math.isnan(found[2])
 
 
 def test_quality_at_distance_zero_is_positive_by_selection():
-    # Half of the prompts have success rate 1/2, half 0; k = k2 = 1. Of 3/4 that fail, 1/3 are solvable: Q = 1/6.
-    generator = torch.Generator().manual_seed(0)
-    rate = torch.tensor([0.5, 0.0]).repeat(20_000)[:, None]
-    first, second = (torch.rand(40_000, 1, generator=generator) < rate for _ in range(2))
-    assert signal_quality(second, first, rng=rng(), resamples=10).value == pytest.approx(1 / 6, abs=0.01)
+    # Half of the prompts have success rate 1/2, half 0; one rollout each. Of 3/4 that fail, 1/3 are solvable: Q = 1/6.
+    generator = rng()
+    rate = np.tile([0.5, 0.0], 20_000)[:, None]
+    first, second = (generator.random((40_000, 1)) < rate for _ in range(2))
+    assert q(second, first, 1)[0] == pytest.approx(1 / 6, abs=0.01)
 
 
-def test_quality_refuses_bad_input():
-    with pytest.raises(ValueError, match="one of"):
-        signal_quality(SOURCE, POLICY, rng=rng(), fail="most")
-    with pytest.raises(ValueError, match="resamples"):
-        signal_quality(SOURCE, POLICY, rng=rng(), resamples=0)
-    with pytest.raises(ValueError, match="at least one rollout"):
-        signal_quality(SOURCE[:, :0], POLICY, rng=rng())
-    with pytest.raises(ValueError, match="Align both"):
-        inspect.unwrap(signal_quality)(SOURCE[:4], POLICY, rng=rng())
+def cost_of(policy, source, mask, proxy, *, c=1.0, direction="source"):
+    """V of a sample, from padded log-probs."""
+    rows = [(π - q)[kept].double().numpy() for π, q, kept in zip(policy, source, mask, strict=True)]
+    return float(variance_cost(ratio_sums(rows, direction).total(), proxy, c))
 
 
 def lognormal(sigma, tokens, direction="source", batch=1):
@@ -100,18 +94,18 @@ def lognormal(sigma, tokens, direction="source", batch=1):
 def test_cost_at_distance_zero_is_exactly_one(proxy, direction):
     logps = torch.log(torch.rand(7, 11, generator=torch.Generator().manual_seed(0)))
     mask = torch.rand(7, 11, generator=torch.Generator().manual_seed(1)) < 0.7
-    assert variance_cost(logps, logps.clone(), mask, proxy, c=50.0, direction=direction) == 1.0
+    assert cost_of(logps, logps.clone(), mask, proxy, c=50.0, direction=direction) == 1.0
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("sigma", [0.1, 0.5])
 def test_lognormal_weights_kl_is_half_sigma_squared_and_the_second_moment_its_double(direction, sigma):
     policy, source, mask = lognormal(sigma, 200_000, direction)
-    kl = math.log(variance_cost(policy, source, mask, "kl", direction=direction))
+    kl = math.log(cost_of(policy, source, mask, "kl", direction=direction))
     assert kl == pytest.approx(sigma**2 / 2, rel=1e-6)
-    moment = variance_cost(policy, source, mask, "second_moment", direction=direction)
+    moment = cost_of(policy, source, mask, "second_moment", direction=direction)
     assert moment == pytest.approx(math.exp(2 * kl), rel=1e-3)
-    assert variance_cost(policy, source, mask, "kl", c=2, direction=direction) == pytest.approx(moment, rel=1e-3)
+    assert cost_of(policy, source, mask, "kl", c=2, direction=direction) == pytest.approx(moment, rel=1e-3)
 
 
 def test_costs_by_hand():
@@ -119,14 +113,14 @@ def test_costs_by_hand():
     policy = torch.tensor([[2.0, 0.5], [3.0, 1.0]]).log()
     source = torch.zeros(2, 2)
     mask = torch.tensor([[True, True], [True, False]])
-    assert variance_cost(policy, source, mask, "second_moment") == pytest.approx((4 + 0.25 + 9) / 3)
-    assert variance_cost(policy, source, mask, "second_moment", direction="policy") == pytest.approx(5.5 / 3)
-    assert variance_cost(policy, source, mask, "sequence") == pytest.approx((1 + 9) / 2)
-    assert variance_cost(policy, source, mask, "sequence", direction="policy") == pytest.approx((1 + 3) / 2)
+    assert cost_of(policy, source, mask, "second_moment") == pytest.approx((4 + 0.25 + 9) / 3)
+    assert cost_of(policy, source, mask, "second_moment", direction="policy") == pytest.approx(5.5 / 3)
+    assert cost_of(policy, source, mask, "sequence") == pytest.approx((1 + 9) / 2)
+    assert cost_of(policy, source, mask, "sequence", direction="policy") == pytest.approx((1 + 3) / 2)
     # The mean of ln w is ln(3)/3; from the policy's tokens that is the KL, from the source's it is below 0.
-    assert variance_cost(policy, source, mask, "kl", c=6.0, direction="policy") == pytest.approx(9.0)
-    assert variance_cost(policy, source, mask, "kl", c=6.0, direction="source") == 1.0
-    assert variance_cost(source, policy, mask, "kl", c=6.0, direction="source") == pytest.approx(9.0)
+    assert cost_of(policy, source, mask, "kl", c=6.0, direction="policy") == pytest.approx(9.0)
+    assert cost_of(policy, source, mask, "kl", c=6.0, direction="source") == 1.0
+    assert cost_of(source, policy, mask, "kl", c=6.0, direction="source") == pytest.approx(9.0)
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -134,19 +128,19 @@ def test_a_sample_below_one_is_returned_as_one(proxy):
     # Tokens that the source likes better than the policy does: every w = 1/2, although E_q[w] = 1.
     mask = torch.ones(2, 3, dtype=torch.bool)
     policy = torch.full((2, 3), -math.log(2))
-    assert variance_cost(policy, torch.zeros(2, 3), mask, proxy, c=0.0) == 1.0
-    assert variance_cost(policy, torch.zeros(2, 3), mask, proxy, direction="policy") == 1.0
+    assert cost_of(policy, torch.zeros(2, 3), mask, proxy, c=0.0) == 1.0
+    assert cost_of(policy, torch.zeros(2, 3), mask, proxy, direction="policy") == 1.0
 
 
 def test_a_response_without_tokens_is_no_sequence():
     policy = torch.tensor([[2.0], [4.0], [100.0]]).log()
     mask = torch.tensor([[True], [True], [False]])
-    assert variance_cost(policy, torch.zeros(3, 1), mask, "sequence") == pytest.approx((4 + 16) / 2)
+    assert cost_of(policy, torch.zeros(3, 1), mask, "sequence") == pytest.approx((4 + 16) / 2)
 
 
 def test_moments_hold_weights_of_any_range():
     policy, mask = torch.tensor([[10.0, -1e4]]), torch.ones(1, 2, dtype=torch.bool)
-    assert variance_cost(policy, torch.zeros(1, 2), mask, "second_moment") == pytest.approx(math.exp(20) / 2)
+    assert cost_of(policy, torch.zeros(1, 2), mask, "second_moment") == pytest.approx(math.exp(20) / 2)
 
 
 def test_second_moment_of_a_tabular_policy():
@@ -155,7 +149,7 @@ def test_second_moment_of_a_tabular_policy():
     from_source, from_policy = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[0, 1, 0, 1]])
     mask = torch.ones(1, 4, dtype=torch.bool)
     for tokens, direction in ((from_source, "source"), (from_policy, "policy")):
-        cost = variance_cost(pi[tokens], q[tokens], mask, "second_moment", direction=direction)
+        cost = cost_of(pi[tokens], q[tokens], mask, "second_moment", direction=direction)
         assert cost == pytest.approx(4 / 3, rel=1e-6)
 
 
@@ -167,7 +161,7 @@ def test_cost_ignores_what_is_not_masked():
     far_policy, far_source = junk.clone(), junk.clone()
     far_policy[:3, :20], far_source[:3, :20] = policy, source
     for proxy in PROXIES:
-        assert variance_cost(far_policy, far_source, padded, proxy) == variance_cost(policy, source, mask, proxy)
+        assert cost_of(far_policy, far_source, padded, proxy) == cost_of(policy, source, mask, proxy)
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -177,58 +171,67 @@ def test_cost_is_finite_and_at_least_one_at_any_distance(proxy, direction, scale
     policy = scale * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     source = scale * torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(4, 6, dtype=torch.bool)
-    cost = variance_cost(policy, source, mask, proxy, c=1e6, log_cap=1e6, direction=direction)
+    cost = cost_of(policy, source, mask, proxy, c=1e6, direction=direction)
     assert 1.0 <= cost <= math.exp(MAX_LOG_COST)
 
 
-def test_log_cap_truncates_the_weight_before_it_is_squared():
+def test_the_cap_truncates_the_weight_before_it_is_squared():
     policy, source, mask = torch.tensor([[30.0, 10.0]]), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    assert variance_cost(policy, source, mask, "sequence", log_cap=5) == pytest.approx(math.exp(10))
-    expected = (math.exp(24) + math.exp(20)) / 2
-    assert variance_cost(policy, source, mask, "second_moment", log_cap=12.0) == pytest.approx(expected)
+    assert LOG_CAP == 20
+    assert cost_of(policy, source, mask, "sequence") == pytest.approx(math.exp(40))
+    assert cost_of(policy, source, mask, "second_moment") == pytest.approx((math.exp(40) + math.exp(20)) / 2)
+
+
+def test_costs_of_several_samples_at_once_are_those_of_each():
+    samples = [[rng(seed).normal(-0.1, 0.3, size) for size in (3, 5)] for seed in range(4)]
+    one_by_one = [ratio_sums(rows, "source").total() for rows in samples]
+    together = RatioSums(*map(np.array, zip(*one_by_one, strict=True)))
+    for proxy in PROXIES:
+        assert variance_cost(together, proxy, 2.0) == pytest.approx(
+            [float(variance_cost(one, proxy, 2.0)) for one in one_by_one]
+        )
 
 
 def test_cost_refuses_bad_input():
-    policy, source, mask = lognormal(0.5, 4)
-    for options, message in (
-        ({"proxy": "variance"}, "proxy is one of"),
-        ({"direction": "teacher"}, "direction is one of"),
-        ({"c": -1.0}, "c is a finite number"),
-        ({"log_cap": 0.0}, "log_cap is a finite number"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            variance_cost(policy, source, mask, **{"proxy": "kl", **options})
-    with pytest.raises(ValueError, match="no token"):
-        variance_cost(policy, source, ~mask, "kl")
+    sums = ratio_sums([np.array([0.1])], "source").total()
+    with pytest.raises(ValueError, match="proxy is one of"):
+        inspect.unwrap(variance_cost)(sums, "variance", 1.0)
+    for c in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="c is a finite number"):
+            variance_cost(sums, "kl", c)
     with pytest.raises(ValueError, match="must be finite"):
-        variance_cost(policy - math.inf, source, mask, "kl")
-    with pytest.raises(ValueError, match="one shape"):
-        inspect.unwrap(variance_cost)(policy, source[:, :3], mask, "kl")
+        ratio_sums([np.array([0.0, -math.inf])], "source")
+    nothing = ratio_sums([np.zeros(0)], "source").total()
+    assert all(math.isnan(variance_cost(nothing, proxy, 1.0)) for proxy in PROXIES)
 
 
-def test_gradient_variance_by_hand():
-    gradients = torch.tensor([[1.0, 0.0], [0.0, 2.0], [2.0, 1.0]])
-    weights = torch.tensor([2.0, 1.0, 0.5])
-    # w·g = (2, 0), (0, 2), (1, 1/2); mean (1, 5/6); squared deviations 2 in the first and 13/6 in the second column.
-    assert gradient_variance(gradients, weights) == pytest.approx((2 + 13 / 6) / 2)
-    assert gradient_variance(torch.ones(4, 3), torch.ones(4)) == 0.0
+def test_squared_deviations_average_to_the_gradient_variance():
+    gradients = rng().normal(1.0, 2.0, (5, 3))
+    found = squared_deviations(gradients)
+    assert found.mean() == pytest.approx(gradient_variance(torch.tensor(gradients)))
+    # by hand: 0 and 4 lie 2 from their mean, and n/(n − 1) = 2
+    assert squared_deviations(np.array([[0.0], [4.0]])).tolist() == [8.0, 8.0]
+    with pytest.raises(ValueError, match="two samples; got 1"):
+        inspect.unwrap(squared_deviations)(gradients[:1])
 
 
-def test_gradient_variance_is_unbiased():
+def test_squared_deviations_are_unbiased():
     # All 3-samples with return from {0, 1, 5}: their mean variance is the population's variance.
     population = [0.0, 1.0, 5.0]
     samples = [[a, b, c] for a in population for b in population for c in population]
-    measured = [gradient_variance(torch.tensor(sample)[:, None], torch.ones(3)) for sample in samples]
+    measured = [squared_deviations(np.array(sample)[:, None]).mean() for sample in samples]
     assert np.mean(measured) == pytest.approx(np.var(population))
 
 
-def test_gradient_variance_refuses_bad_input():
-    with pytest.raises(ValueError, match="batch >= 2"):
-        gradient_variance(torch.ones(1, 3), torch.ones(1))
-    with pytest.raises(ValueError, match="finite"):
-        gradient_variance(torch.ones(2, 3), torch.tensor([1.0, math.inf]))
-    with pytest.raises(ValueError, match="one weight each"):
-        inspect.unwrap(gradient_variance)(torch.ones(2, 3), torch.ones(3))
+def test_squared_deviations_of_single_precision_gradients_keep_a_small_spread_beside_a_large_mean():
+    gradients = np.float32(4096.0) + np.array([[0.0], [0.5], [1.0]], dtype=np.float32)
+    assert squared_deviations(gradients).mean() == pytest.approx(0.25)
+
+
+def test_a_measured_cost_is_in_units_of_the_on_policy_variance_of_the_same_draw():
+    draws = np.array([[1, 1, 1], [2, 0, 0], [0, 0, 3]])
+    found = measured_cost(np.array([4.0, 2.0, 0.0]), np.array([2.0, 2.0, 0.0]), draws)
+    assert found[:2].tolist() == [1.5, 2.0] and math.isnan(found[2])
 
 
 def test_optimum_inside_and_at_the_edges():

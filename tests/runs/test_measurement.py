@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from npo_core.files import write_table
-from npo_core.method.curve import COSTS, ESTIMATES, MEASURED_COSTS, PROXY_COSTS, QUALITIES, SIGNALS, SUMS, PairSums
+from npo_core.method.curve import SUMS, PairSums
+from npo_core.method.quantities import ESTIMATES, MEASURED_COSTS, PROXY_COSTS, SIGNALS, Cost, Quality, Signal
 from npo_core.runs.measurement import (
     PROXIES,
     RESAMPLE,
     Pair,
-    SignalSettings,
     curves,
     distance_grid,
     plan_pairs,
@@ -23,6 +23,7 @@ from npo_core.runs.measurement import (
     read_premise,
     summarise,
 )
+from npo_core.runs.settings import SignalSettings
 
 # Distances
 
@@ -174,14 +175,14 @@ def test_the_summary_holds_the_best_distance_fits_agreement_and_c(summary):
     entry = summary["origins"]["7"]
     assert entry["failing"] == 6
     # τ ln(1 + 1/(βτ)) = 20 ln 3.5 = 25.06: of the grid, S is largest at 20
-    assert set(entry["optimum"]) == set(SIGNALS)
+    assert set(entry["optimum"]) == {signal.name for signal in SIGNALS}
     for name, best in entry["optimum"].items():
         if "moment" not in name and "sequence" not in name.removesuffix("gradient_sequence"):
             assert (best["distance"], best["at_edge"], best["low"], best["high"]) == (20.0, False, 20.0, 20.0), name
     assert entry["optimum"]["signal_second_moment"]["at_edge"]
     fit = entry["fit"]["quality_1"]["gradient_exact"]
     assert [fit["q_inf"], fit["tau"], fit["beta"]] == pytest.approx([0.2, 20.0, 0.02], rel=1e-3)
-    assert {quality: set(fits) for quality, fits in entry["fit"].items()} == {name: set(COSTS) for name in QUALITIES}
+    assert {quality: set(fits) for quality, fits in entry["fit"].items()} == {name: set(Cost) for name in Quality}
     ranked = {cost: set(proxies) for cost, proxies in entry["agreement"].items()}
     assert ranked == {cost: set(PROXIES) for cost in MEASURED_COSTS}
     assert entry["agreement"]["gradient_exact"]["token_kl"]["value"] == pytest.approx(1.0)
@@ -220,13 +221,14 @@ def test_the_table_has_a_row_per_pair_with_the_numbers_of_the_curve(pairs, summa
         (pair.origin, pair.source, pair.distance, pair.kind) for pair in pairs
     ]
     curve = curves(pairs, SETTINGS)[7]
-    low, high = curve.interval("sequence_policy")
+    low, high = curve.interval(Cost.SEQUENCE_POLICY)
     assert (high - low)[1:].min() > 1
-    for name in (*ESTIMATES, *SIGNALS):
-        low, high = curve.interval(name)
+    for of in (*ESTIMATES, *SIGNALS):
+        name = of.name if isinstance(of, Signal) else of
+        low, high = curve.interval(of)
         for place in range(len(GRID)):
             row = table[place]
-            expected = [curve.values(name)[place], low[place], high[place]]
+            expected = [curve.values(of)[place], low[place], high[place]]
             assert [row[name], row[f"{name}_low"], row[f"{name}_high"]] == pytest.approx(expected), name
     teacher = table[-1]
     assert teacher["token_kl"] == pytest.approx(2.0)

@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from ..guidance.sources import GuidanceSource
+from ..guidance.verdicts import AnswerVerifier
 from ..runs.config import RunConfig
+from ..trainer.dataset import row_complaints
 from ..trainer.trainer import NPOTrainer
 
 SAME = {
@@ -134,11 +136,16 @@ def _prompts(trainer: NPOTrainer, uids: Sequence[str]) -> list[str]:
         return []
     if not order:
         return ["train_dataset has no column uid, which names a prompt in metric lines and cache"]
-    unknown = sorted(set(order) - set(uids))
+    # all that a roll-back will need of the rows, though until the first one nothing asks for it
+    found, _ = row_complaints(
+        trainer.train_dataset, isinstance(trainer.verifier, AnswerVerifier), trainer.processing_class
+    )
+    found = [f"train_dataset: {complaint}" for complaint in found]
+    unknown = sorted(set(order) - set(uids), key=str)
     if unknown:
         some = ", ".join(map(repr, unknown[:3]))
-        return [f"rows of the controller lack {len(unknown)} prompts of train_dataset, such as {some}; give every row"]
-    return []
+        found.append(f"rows of the controller lack {len(unknown)} prompts of train_dataset, such as {some}; give each")
+    return found
 
 
 def prompt_order(trainer: NPOTrainer) -> list[str] | None:

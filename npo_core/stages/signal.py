@@ -7,16 +7,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset
 
-from ..guidance.verdicts import Verifier
+from ..guidance.verdicts import AnswerVerifier, Verifier
 from ..guidance.verifiers import BoxedVerifier
 from ..method.premise import in_words
 from ..method.quantities import Cost, Quality, Signal
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
-from ..trainer.dataset import require_columns
-from ..world.data import read_rows
+from ..world.data import DataSettings, load_data
 from ..world.policies import load_processor
 from .measure import Measurement, find_checkpoints
 
@@ -41,7 +40,7 @@ class MeasuredSignal:
 
 def measure_folder(
     checkpoints: str | Path,
-    data: str | Path,
+    data: str | Path | DataSettings,
     out: str | Path,
     settings: SignalSettings,
     *,
@@ -58,8 +57,8 @@ def measure_folder(
 
     Args:
         checkpoints: Folder that holds `checkpoint-<step>` folders.
-        data: Parquet or JSON-lines file, or a folder that `datasets` saved; columns uid, prompt, answer and, for
-            visual tasks, image. A prompt is a list of chat messages, or a text, which becomes a user message.
+        data: File, or a folder that `datasets` saved, read as training data is; columns prompt, answer and, for visual
+            tasks, image. Or settings of the reader (`DataSettings`), such as columns of other names.
         out: Folder of the measurement; a second call with it goes on where the first stopped.
         settings: How to measure.
         verifier: `verifier(text, row) -> Verdict`, "boxed", or "module:name" of a verifier or of its class.
@@ -84,12 +83,13 @@ def measure_folder(
         policies[TEACHER] = Path(teacher)
     pairs = plan_pairs(steps, origins, distances, others=[] if teacher is None else [TEACHER], also=also)
     judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
-    rows = load_rows(data, answer=isinstance(judge, BoxedVerifier))
+    reader = load_processor(found[steps[0]] if processor is None else processor)
+    rows = load_rows(data, reader, answer=isinstance(judge, AnswerVerifier))
     measurement = Measurement(
         out,
         policies,
         pairs,
-        load_processor(found[steps[0]] if processor is None else processor),
+        reader,
         [rows[index] for index in range(min(settings.prompts, len(rows)))],
         judge,
         settings,
@@ -123,26 +123,22 @@ def describe(measured: MeasuredSignal) -> str:
     return "\n".join(lines)
 
 
-def load_rows(path: str | Path, answer: bool = True) -> Dataset:
-    """Rows of a data set on disk, checked, with prompts as chat messages.
+def load_rows(data: str | Path | DataSettings, processor, answer: bool = True) -> Dataset:
+    """Rows of a data set on disk, read and checked as those of training are, with all their columns.
 
     Args:
-        path: parquet or jsonl file, or a saved data set.
-        answer: Every row needs a text under `answer`; see `require_columns`.
+        data: File, or folder of a saved data set; or settings of the reader, such as columns of other names.
+        processor: Processor or tokenizer of the policies.
+        answer: Every row needs an answer that `BoxedVerifier` can compare.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        ValueError: A format that is not read, no rows, a missing column, an empty value, or one uid for two rows.
+        FileNotFoundError: There is nothing at `data`.
+        ValueError: As `load_data`.
     """
-    if not Path(path).exists():  # else it could be a name on the hub
-        raise FileNotFoundError(f"There is no data set at {path}.")
-    rows = read_rows(path)
-    require_columns(rows, answer)
-    if "image" in rows.column_names and not isinstance(rows.features["image"], Image):
-        rows = rows.cast_column("image", Image())
-    if isinstance(rows[0]["prompt"], str):
-        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    return rows
+    settings = data if isinstance(data, DataSettings) else DataSettings(str(data), split="")
+    if not Path(settings.source).exists():  # else it could be a name on the hub
+        raise FileNotFoundError(f"There is no data set at {settings.source}.")
+    return load_data(settings, processor, judged=answer, others=True)
 
 
 def find_verifier(name: str) -> Verifier:

@@ -36,7 +36,7 @@ def known_uids(trainer: GRPOTrainer) -> set[str] | None:
     dataset = trainer.train_dataset
     if not hasattr(dataset, "column_names") or dataset.column_names is None:
         return None
-    return require_columns(dataset, answer=isinstance(trainer.verifier, AnswerVerifier))
+    return require_columns(dataset, isinstance(trainer.verifier, AnswerVerifier), trainer.processing_class)
 
 
 def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:

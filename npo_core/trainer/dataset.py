@@ -1,15 +1,30 @@
 """What a data set must hold to be trained on, and the explicit order in which its prompts come."""
 
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List
+from datasets.features.features import require_decoding
+
+from ..guidance.answers import normalise_answer
+from ..guidance.fingerprints import image_digest, tokenizer_of
+from .pictures import inspect_picture, tokens_of_size
 
 REQUIRED_COLUMNS = ("uid", "prompt", "answer")
 """Columns that NPO needs; `answer` for the package's own verifier only, `image` for visual tasks only."""
 
 CHECKED_AT_ONCE = 1024
 """Rows in memory at a time when a data set is checked."""
+
+REMEMBERED = 8
+"""Data sets of which is remembered what was found: each trainer of a run asks again."""
+
+_LOOKED_THROUGH: dict[tuple[str, bool, str | None], tuple[list[str], set[str]]] = {}
 
 
 def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed: int) -> Dataset:
@@ -30,55 +45,140 @@ def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed:
     return dataset.select(np.concatenate(passes)[: steps * prompts_per_step])
 
 
-def require_columns(dataset: Dataset, answer: bool = True) -> set[str]:
+def decoded_rows(batch: pa.Table, features: Features) -> list[dict[str, Any]]:
+    """Rows of a stored table as they are read: a field of mixed types is stored as JSON text. Pictures stay encoded."""
+    coded = Features(
+        {
+            name: features[name]
+            for name in batch.column_names
+            if require_decoding(features[name]) and not _holds_picture(features[name])
+        }
+    )
+    rows = batch.to_pylist()
+    return [row | coded.decode_example({name: row[name] for name in coded}) for row in rows] if coded else rows
+
+
+def _holds_picture(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return any(map(_holds_picture, feature.values()))
+    inner = feature[0] if isinstance(feature, list) else feature.feature if isinstance(feature, List) else None
+    return isinstance(feature, Image) or (inner is not None and _holds_picture(inner))
+
+
+def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None) -> set[str]:
     """Refuse a data set whose rows NPO cannot use.
 
     Args:
         dataset: Rows.
         answer: Every row needs a text under `answer`, as `BoxedVerifier` does; False for a verifier of one's own, which
             may read any column.
+        processor: Processor of the policy, which has a say in the shapes of pictures; None: it is not asked.
 
     Returns:
         The uids.
 
     Raises:
-        ValueError: A column is missing, a value is empty, an image is missing, or two different rows share a uid.
+        ValueError: See `row_complaints`; the message lists every rule that is broken.
     """
+    found, uids = row_complaints(dataset, answer, processor)
+    if len(found) == 1:
+        raise ValueError(f"The data set cannot be trained on: {found[0]}.")
+    if found:
+        raise ValueError("The data set cannot be trained on:\n" + "\n".join(f"  - {each}" for each in found))
+    return uids
+
+
+def row_complaints(dataset: Dataset, answer: bool = True, processor: Any = None) -> tuple[list[str], set[str]]:
+    """What keeps NPO from using a data set, a clause for each rule with its first row, and the uids.
+
+    A column that is missing; a uid that is no text, or that names two different rows; an answer or a prompt that is
+    empty; a picture that is missing, cannot be decoded, or has a shape that the processor takes none of.
+
+    Arguments are those of `require_columns`. A data set that was looked through is not looked through again.
+    """
+    known = (dataset._fingerprint, answer, image_digest(processor) if processor is not None else None)
+    if known not in _LOOKED_THROUGH:
+        while len(_LOOKED_THROUGH) >= REMEMBERED:
+            _LOOKED_THROUGH.pop(next(iter(_LOOKED_THROUGH)))
+        _LOOKED_THROUGH[known] = _look_through(dataset, answer, processor)
+    found, uids = _LOOKED_THROUGH[known]
+    return list(found), set(uids)
+
+
+def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[str], set[str]]:
     required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
-    missing = [name for name in required if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"The data set has the columns {dataset.column_names}, but not {missing}. NPO needs "
-            f"{required} in every row: uid names the prompt in the guidance cache, answer is verified."
-        )
-    seen: dict[str, tuple[str, str]] = {}
+    if missing := [name for name in required if name not in dataset.column_names]:
+        return [
+            f"it has the columns {dataset.column_names}, but not {missing}. NPO needs {required} in every row: uid "
+            "names the prompt in the guidance cache, answer is verified"
+        ], set()
+    first: dict[str, str] = {}
+    count: Counter[str] = Counter()
+
+    def complain(rule: str, text: str) -> None:
+        first.setdefault(rule, text)
+        count[rule] += 1
+
+    seen: dict[str, tuple[int, tuple[str, str]]] = {}
     # as stored: through a data set's own format or transform, each row would have its pictures decoded
     read = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
     stored = dataset.with_format("arrow").select_columns(read)
-    rows = (row for batch in stored.iter(CHECKED_AT_ONCE) for row in batch.to_pylist())
+    rows = (row for batch in stored.iter(CHECKED_AT_ONCE) for row in decoded_rows(batch, dataset.features))
     for index, row in enumerate(rows):
         uid, wanted, prompt = row["uid"], row.get("answer"), row["prompt"]
         if not isinstance(uid, str) or not uid:
-            raise ValueError(f"Row {index} has uid {uid!r}; every row needs a non-empty string.")
-        if answer and (not isinstance(wanted, str) or not wanted.strip()):
-            raise ValueError(
+            advice = ", such as str(uid)" if isinstance(uid, int) else ""
+            complain("uid", f"Row {index} has uid {uid!r}; every row needs a non-empty string{advice}")
+            continue
+        if answer and (not isinstance(wanted, str) or not normalise_answer(wanted)):
+            complain(
+                "answer",
                 f"Row {index} (uid {uid!r}) has answer {wanted!r}; every row needs a non-empty string. (A verifier of "
-                "your own may read any column.)"
+                "your own may read any column.)",
             )
         if not prompt:
-            raise ValueError(f"Row {index} (uid {uid!r}) has no prompt.")
+            complain("prompt", f"Row {index} (uid {uid!r}) has no prompt")
         content = (str(wanted), str(prompt))
-        if seen.setdefault(uid, content) != content:
-            raise ValueError(
-                f"Uid {uid!r} names two rows with different content, answers {seen[uid][0]!r} and {str(wanted)!r}; "
-                "make uids unique."
+        if seen.setdefault(uid, (index, content))[1] != content:
+            complain(
+                "twice",
+                f"Uid {uid!r} names two rows with different content, answers {seen[uid][1][0]!r} and {str(wanted)!r}; "
+                "make uids unique",
             )
+    places = {uid: index for uid, (index, _) in seen.items()}
     for name in {"image", "images"} & set(dataset.column_names):
         index = _first_without(dataset, name)
         if index is not None:
             uid = stored[index]["uid"][0].as_py()
-            raise ValueError(f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column.")
-    return set(seen)
+            complain("picture", f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column")
+        elif _holds_picture(dataset.features[name]):
+            for uid, fault in _picture_faults(dataset.with_format("arrow").select_columns([name]), places, processor):
+                complain("picture", f"Row {places[uid]} (uid {uid!r}): {fault}")
+    more = {rule: f" (and {number - 1} more)" if number > 1 else "" for rule, number in count.items()}
+    return [f"{text}{more[rule]}" for rule, text in first.items()], set(seen)
+
+
+def _picture_faults(stored: Dataset, places: Mapping[str, int], processor: Any) -> Iterator[tuple[str, str]]:
+    """Pictures that cannot be shown to the policy, each prompt looked at once; only header and end are read."""
+    sizes: set[tuple[int, int]] = set()
+    for uid, index in places.items():
+        cell = stored[index][stored.column_names[0]][0]
+        for value in cell.values if isinstance(cell, pa.ListScalar) else [cell]:
+            if not value.is_valid or not (value["bytes"].is_valid or value["path"].is_valid):
+                yield uid, "a picture of it is empty"
+                break
+            content, path = value["bytes"], value["path"].as_py()
+            try:
+                # the stored bytes are not copied: of most pictures the first and last pages are all that is read
+                raw = pa.BufferReader(content.as_buffer()) if content.is_valid else pa.OSFile(path)
+                with io.BufferedReader(raw) as stream:
+                    size = inspect_picture(stream)
+                if processor is not None and tokenizer_of(processor) is not processor and size not in sizes:
+                    tokens_of_size(processor, *size)
+                sizes.add(size)
+            except (OSError, ValueError) as error:
+                yield uid, str(error)
+                break
 
 
 def _first_without(dataset: Dataset, name: str) -> int | None:

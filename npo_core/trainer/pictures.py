@@ -5,16 +5,24 @@ frame, upright, in RGB of 8 bits, on white ground where it is transparent. Image
 transparent pixels as it is, which is black in most drawings, and cut 16 bits off at 255 (ours).
 """
 
+import io
+import struct
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
 
+
+ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
+"""What the last bytes of a picture's file hold if it was not cut off."""
+
+TAIL = 32
+"""Bytes at the end of a file that are looked at."""
 
 ORIENTATION = 0x0112
 """EXIF entry that says how a picture is turned; 1 is upright."""
@@ -22,22 +30,26 @@ ORIENTATION = 0x0112
 SIXTEEN_BITS = 2**16 - 1
 
 
+class NoWhite(ValueError):
+    """A picture of numbers that no one has agreed a white for."""
+
+
 def as_seen(picture: Any) -> Any:
     """A picture as a viewer shows it; an upright one in RGB, and what is no PIL picture, are given back as they are.
 
     Raises:
-        ValueError: Numbers that have no agreed white: of floating point, or above 16 bits.
+        NoWhite: Numbers of floating point, or above 16 bits.
     """
     if not isinstance(picture, Image.Image):
         return picture
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
-        raise ValueError("picture of floating-point numbers, which have no agreed white: save it with 8 or 16 bits")
+        raise NoWhite("picture of floating-point numbers, which have no agreed white: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > SIXTEEN_BITS:
-            raise ValueError(
+            raise NoWhite(
                 f"picture of numbers from {values.min()} to {values.max()}, which have no agreed white: save it with 8 "
                 "or 16 bits"
             )
@@ -47,6 +59,46 @@ def as_seen(picture: Any) -> Any:
     ground = Image.new("RGBA", picture.size, "white")
     ground.alpha_composite((picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA"))
     return ground.convert("RGB")
+
+
+def inspect_picture(stream: BinaryIO) -> tuple[int, int]:
+    """Width and height of an encoded picture that can be read: from its header, and its last bytes for one cut off.
+
+    It is decoded only where those do not tell.
+
+    Raises:
+        ValueError: It cannot be read, or cannot be shown; the message says why, as a clause.
+    """
+    try:
+        with Image.open(stream) as opened:
+            stream.seek(0, io.SEEK_END)
+            stream.seek(max(0, stream.tell() - TAIL))
+            end = ENDS.get(opened.format)
+            if end is None or end not in stream.read() or opened.mode == "F" or opened.mode.startswith("I"):
+                as_seen(opened)
+                opened.load()
+            return opened.size
+    except NoWhite:
+        raise
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise ValueError("picture cannot be decoded: cannot identify of what kind it is") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"picture cannot be decoded: {str(error)[:200]}") from error
+
+
+def tokens_of_size(processor: Any, width: int, height: int) -> int | None:
+    """Tokens of a picture by the processor's own count; None where a processor has none.
+
+    Raises:
+        ValueError: The processor takes no picture of this shape; the message says why, as a clause.
+    """
+    images = processor.image_processor
+    if not hasattr(images, "get_number_of_image_patches") or not hasattr(images, "merge_size"):
+        return None
+    try:
+        return images.get_number_of_image_patches(height, width) // images.merge_size**2
+    except ValueError as error:
+        raise ValueError(f"picture of a shape that has no tokens: {width} × {height}, {error}") from error
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Any]:

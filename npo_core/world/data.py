@@ -1,10 +1,12 @@
 """Real data sets: files, folders and hub names, checked row by row before anything is trained on them.
 
-Rows are read in batches from an Arrow table on disk. A picture stays there as it was encoded until its row is asked
-for; the check opens its header only, so a body that is cut off shows when the picture is decoded. Nothing is
-truncated: a row that breaks a rule (`rowrules`) is listed and refused, or left out if the caller says so.
+One reader for training, test data and signal. Rows are read in batches from an Arrow table on disk, their values
+decoded, as a field of mixed types is stored as JSON text. A picture stays there as it was encoded until its row is
+asked for; the check opens its header and looks at its end. Nothing is truncated: a row that breaks a rule (`rows`) is
+listed and refused, or left out if the caller says so.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -25,8 +27,16 @@ from ..guidance.fingerprints import tokenizer_of
 from ..runs.validation import DATA_COLUMNS
 from .rows import RowCheck
 
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 """Data files that can be read, by suffix."""
+
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes of compressed data files, behind the other one."""
+
+HOW: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {".csv": {"keep_default_na": False}, ".tsv": {"keep_default_na": False, "sep": "\t"}}
+)
+"""What a reader must be told: an answer may be the word None, or NA."""
 
 MMFINEREASON: Mapping[str, str] = MappingProxyType(
     {"uid": "source/id", "prompt": "question", "image": "image", "answer": "answer", "suite": "source"}
@@ -56,9 +66,11 @@ class DataSettings:
     r"""Where rows come from and what they must keep to (ours).
 
     Attributes:
-        source: File (.parquet, .jsonl, .json), folder with parquet files, folder that `datasets` saved, or hub name.
-        split: Split of a folder or hub name; a file has one.
-        columns: Our column to theirs; if empty, the columns that carry our names. A uid "a/b" joins columns a and b.
+        source: File (.parquet, .jsonl, .json, .csv, .tsv, also compressed), folder with parquet files, folder that
+            `datasets` saved, or hub name.
+        split: Split of a folder or hub name; a file has one. Empty: the only one of a saved folder.
+        columns: Our column to theirs; if empty, the columns that carry our names. A uid "a/b" joins columns a and b;
+            "a.b" is the field b inside of column a.
         instruction: Text on a line of its own after each question, such as "Put the answer in \boxed{}."
         image_root: Folder of pictures that are given by path; empty: the folder of `source`.
         max_prompt_length: Longest prompt in tokens, chat template and pictures included; 0: no limit.
@@ -89,7 +101,16 @@ class DataSettings:
     def name(self) -> str:
         """Name of the source: of the file without its suffix, of the folder, or of the data set on the hub."""
         path = Path(self.source)
-        return path.stem if path.suffix in READERS else path.absolute().name
+        return (
+            path.name.removesuffix("".join(_suffixes(path))) if _suffixes(path)[0] in READERS else path.absolute().name
+        )
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """The suffix that says how a file is read, and that of its compression or nothing."""
+    if path.suffix in PACKED:
+        return Path(path.stem).suffix, path.suffix
+    return path.suffix, ""
 
 
 def schema(name: str) -> Mapping[str, str]:
@@ -116,20 +137,26 @@ def read_rows(source: str | Path, split: str | None = None) -> Dataset:
         ValueError: A format that is not read, no rows, or no such split.
     """
     path = Path(source)
+    kind = _suffixes(path)[0]
     if not path.exists():
-        if path.suffix in READERS or not HUB_NAME.fullmatch(str(source)):
+        if kind in READERS or not HUB_NAME.fullmatch(str(source)):
             raise FileNotFoundError(f"There is no data set at {path}.")
         return _from_hub(str(source), split or "train")
-    if path.is_file() and path.suffix not in READERS:
+    if path.is_file() and kind not in READERS:
         raise ValueError(f"{path} ends in {path.suffix!r}; {', '.join(READERS)} and folders of datasets are read.")
+    if "::" in str(path.absolute()):
+        raise ValueError(
+            f"{path} has '::' in its name or place, which `datasets` reads as a chain of archives; rename it."
+        )
     files = _parquet_files(path, split) if path.is_dir() else []
     try:
         if files:
-            rows = load_dataset("parquet", data_files=files, split="train")
+            rows = load_dataset("parquet", data_files=[glob.escape(file) for file in files], split="train")
         elif path.is_dir():
             rows = load_from_disk(str(path))
         else:
-            rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            # a name is not a pattern: "rows[1].jsonl" and "what?.jsonl" are files too
+            rows = load_dataset(READERS[kind], data_files=glob.escape(str(path)), split="train", **HOW.get(kind, {}))
     except (DatasetsError, ValueError, IndexError, StopIteration) as error:
         reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         raise ValueError(f"{path} holds no rows that can be read: {reason}.") from error
@@ -162,7 +189,9 @@ def _from_hub(name: str, split: str) -> Dataset:
         ) from error
 
 
-def load_data(settings: DataSettings, processor, refused: Path | None = None) -> Dataset:
+def load_data(
+    settings: DataSettings, processor, refused: Path | None = None, *, judged: bool = True, others: bool = False
+) -> Dataset:
     r"""Rows that can be trained on, in the order of the source (rules: ours).
 
     Columns: uid (`<name of the source>/<its id column, else the row's index>` where none is mapped), prompt (chat
@@ -173,14 +202,16 @@ def load_data(settings: DataSettings, processor, refused: Path | None = None) ->
         settings: Source and rules.
         processor: Processor of the policy, or the tokenizer of one that reads text only.
         refused: File that gets a JSON line (index, uid, reason) for each row that breaks a rule; empty if none does.
+        judged: Every row needs an answer that `BoxedVerifier` can compare. False is for a verifier of one's own.
+        others: Keep the other columns too, as they are, for a verifier that reads them.
 
     Raises:
         FileNotFoundError: As `read_rows`.
         ValueError: No rows, a mapped column that is not there, rows that break a rule and are not skipped, or a
             processor that cannot read the pictures.
     """
-    rows = read_rows(settings.source, settings.split)
-    columns = _columns(rows, settings)
+    rows = read_rows(settings.source, settings.split or None)
+    columns = _columns(rows, settings, judged)
     if {"image", "images"} & columns.keys():
         if tokenizer_of(processor) is processor:
             raise ValueError("columns maps pictures, but the policy has a tokenizer only; leave image and images out.")
@@ -198,7 +229,7 @@ def load_data(settings: DataSettings, processor, refused: Path | None = None) ->
         instruction=settings.instruction,
         limit=settings.max_prompt_length,
     )
-    needed = dict.fromkeys(name for names in check.columns.values() for name in names)
+    needed = dict.fromkeys(_column_of(name, rows) for names in check.columns.values() for name in names)
     for batch in rows.select_columns(list(needed)).with_format("arrow").iter(BATCH):
         check.add(batch)
     check.finish()
@@ -206,11 +237,20 @@ def load_data(settings: DataSettings, processor, refused: Path | None = None) ->
     made = check.texts()
     if check.shown:
         made = concatenate_datasets([made, check.pictures(rows)], axis=1)
+    if others and (
+        rest := [name for name in rows.column_names if name not in made.column_names and name != check.kind]
+    ):
+        made = concatenate_datasets([made, rows.select_columns(rest)], axis=1)
     kept = [index for index in range(check.count) if index not in check.refusals]
     return made.select(kept) if check.refusals else made
 
 
-def _columns(rows: Dataset, settings: DataSettings) -> dict[str, list[str]]:
+def _column_of(name: str, rows: Dataset) -> str:
+    """The column that a name stands for, or that the field is in which it stands for."""
+    return name if name in rows.column_names else name.partition(".")[0]
+
+
+def _columns(rows: Dataset, settings: DataSettings, judged: bool) -> dict[str, list[str]]:
     """Our columns to lists of theirs, which are all there."""
     there = rows.column_names
     columns = {ours: [theirs] for ours, theirs in settings.columns.items()}
@@ -219,9 +259,11 @@ def _columns(rows: Dataset, settings: DataSettings) -> dict[str, list[str]]:
         columns["uid"] = columns["uid"][0].split("/")
     for ours, theirs in columns.items():
         for name in theirs:
-            if name not in there:
+            if _column_of(name, rows) not in there:
                 raise ValueError(f"{settings.source} has no {name!r} for {ours}{nearest(name, there)} It has {there}.")
-    missing = [name for name in ("prompt", "answer") if name not in columns]
+    if not judged:
+        columns.pop("answer", None)
+    missing = [name for name in ("prompt", "answer") if name not in columns and (judged or name == "prompt")]
     if missing:
         raise ValueError(f"columns does not say which of {there} in {settings.source} is {' and '.join(missing)}.")
     if {"image", "images"} <= columns.keys():

@@ -1,25 +1,34 @@
 """The rules that a row of a real data set keeps to, and what is made of one that does (ours)."""
 
+import base64
 import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
-from PIL import Image as Pictures
 
 from ..guidance.answers import normalise_answer
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.verifiers import extract_answer
 from ..runs.validation import DATA_COLUMNS
+from ..trainer.dataset import decoded_rows
+from ..trainer.pictures import inspect_picture, tokens_of_size
 
 PLACEHOLDER = "<image>"
 """Where a question shows a picture; taken out, as chat templates put the pictures in front of the text themselves."""
 
 ROLES = ("system", "user", "assistant", "tool")
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+INLINE = re.compile(r"data:image/[\w.+-]+;base64,")
+"""A picture that is written into a text field."""
+
+SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
 class BrokenRule(ValueError):
@@ -29,12 +38,18 @@ class BrokenRule(ValueError):
 def reference_answer(value: Any) -> str:
     r"""Answer as the verifier compares it: text without white space at its ends; `\boxed{x}` becomes x, 3.0 becomes 3.
 
+    A list of one answer is that answer.
+
     Raises:
         BrokenRule: There is none, it is neither text nor a number, or it holds a box among other words.
     """
-    if value is None or value != value:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or value == [] or value != value:
         raise BrokenRule("no answer")
-    if not isinstance(value, str | int | float):
+    if isinstance(value, list):
+        raise BrokenRule(f"answer of another kind: a list of {len(value)}; map a column that holds one answer")
+    if not isinstance(value, str | int | float | Decimal):
         raise BrokenRule(f"answer of another kind: a {type(value).__name__}")
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     if "\\boxed" in text:
@@ -45,6 +60,42 @@ def reference_answer(value: Any) -> str:
     if not normalise_answer(text):
         raise BrokenRule("no answer")
     return text
+
+
+def value_of(row: Mapping[str, Any], name: str) -> Any:
+    """Value of a row's column, or of the field inside of one that a name with dots stands for; None where it is not."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def feature_of(features: Features, name: str) -> Any:
+    """Feature of a column, or of a field inside of one; None where it is not known, as inside of JSON."""
+    if name in features:
+        return features[name]
+    feature: Any = features
+    for part in name.split("."):
+        feature = feature.get(part) if isinstance(feature, Mapping) else None
+    return feature
+
+
+def _holds_pictures(column: pa.ChunkedArray | None) -> bool:
+    """Whether a column is stored as `datasets` stores pictures, or lists of them."""
+    if column is None:
+        return False
+    listed = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    kind = column.type.value_type if listed else column.type
+    return any(test(kind) for test in (pa.types.is_struct, pa.types.is_binary, pa.types.is_null))
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise BrokenRule(f"picture cannot be decoded: {error}") from error
 
 
 def plain_messages(prompt: Any) -> tuple[list[dict[str, str]], int]:
@@ -97,7 +148,8 @@ class RowCheck:
     """Goes through the batches of a source: what is made of its rows, and which of them break a rule.
 
     Args:
-        columns: Our columns to lists of theirs (of several for a joined uid); an absent uid is made.
+        columns: Our columns to lists of theirs (of several for a joined uid); an absent uid is made. One of theirs
+            may be a column, or a field inside of one, as in "reward_model.ground_truth".
         features: Features of the source.
         processor: Processor or tokenizer of the policy.
         name: Name of the source, for uids that are made.
@@ -128,10 +180,11 @@ class RowCheck:
         self.processor, self.root, self.instruction, self.limit = processor, os.path.abspath(root), instruction, limit
         special = [token.content for token in tokenizer_of(processor).added_tokens_decoder.values() if token.special]
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.source = features
         shape = {name: Value("string") for name in ("uid", "answer", "suite")}
         shape["prompt"] = List({"role": Value("string"), "content": Value("string")})
         if "difficulty" in columns:
-            shape["difficulty"] = features[columns["difficulty"][0]]
+            shape["difficulty"] = feature_of(features, columns["difficulty"][0])
         self.features = Features({name: shape[name] for name in DATA_COLUMNS if name in shape and name in self.columns})
         self.pictured = Features({self.kind: Image() if self.kind == "image" else List(Image())}) if self.kind else None
         self.count, self.shown, self.by_path = 0, 0, False
@@ -145,7 +198,7 @@ class RowCheck:
     def add(self, batch: pa.Table) -> None:
         """Check the next rows of the source."""
         lines, shown, extra = [], [], []
-        for index, row in enumerate(batch.to_pylist(), self.count):
+        for index, row in enumerate(decoded_rows(batch, self.source), self.count):
             line, found, tokens = {"uid": ""}, [], 0
             try:
                 self._fill(line, index, row)
@@ -172,7 +225,8 @@ class RowCheck:
         self._tables.append(pa.Table.from_pylist(lines, schema=self.features.arrow_schema))
         self.count += len(lines)
         if self.kind:
-            self._keep(batch[self.columns[self.kind][0]], shown)
+            name = self.columns[self.kind][0]
+            self._keep(batch[name] if name in batch.column_names else None, shown)
 
     def finish(self) -> None:
         """After the last batch: rows without a picture are refused where others have one."""
@@ -198,25 +252,36 @@ class RowCheck:
 
     def _fill(self, line: dict[str, Any], index: int, row: Mapping[str, Any]) -> None:
         """What is made of a row, pictures aside."""
-        values = [row[name] for name in self.columns["uid"]] or [index]
+        values = [value_of(row, name) for name in self.columns["uid"]] or [index]
         if any(value is None or value == "" for value in values):
             raise BrokenRule(f"no uid: {' or '.join(self.columns['uid'])} is empty")
+        if not all(isinstance(value, str | int) for value in values):
+            raise BrokenRule(f"uid of another kind: {values[0]!r} is neither text nor a whole number")
         line["uid"] = "/".join(map(str, [*self.prefix, *values]))
-        line["prompt"], line["placed"] = plain_messages(row[self.columns["prompt"][0]])
+        line["prompt"], line["placed"] = plain_messages(value_of(row, self.columns["prompt"][0]))
         if self.instruction:
             line["prompt"][-1]["content"] += "\n" + self.instruction
         for message in line["prompt"]:
             if token := self.special.search(message["content"]):
                 raise BrokenRule(f"special token in the prompt: {token.group()}")
-        line["answer"] = reference_answer(row[self.columns["answer"][0]])
+        if "answer" in self.columns:
+            answer = value_of(row, self.columns["answer"][0])
+            line["answer"] = reference_answer(self._as_written(answer))
         for name in ("suite", "difficulty"):
             if name in self.columns:
-                line[name] = row[self.columns[name][0]]
+                line[name] = value_of(row, self.columns[name][0])
                 if line[name] is None or line[name] == "":
                     raise BrokenRule(f"no {name}")
 
+    def _as_written(self, answer: Any) -> Any:
+        """A number of single or half precision in the digits that tell it apart: 0.1, and not 0.10000000149."""
+        kind = feature_of(self.source, self.columns["answer"][0])
+        if isinstance(answer, float) and isinstance(kind, Value) and kind.dtype in SHORT_FLOATS:
+            return float(str(SHORT_FLOATS[kind.dtype](answer)))
+        return answer
+
     def _refuse_repeated(self, index: int, line: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> None:
-        content = hash((str(line["prompt"]), line["answer"], *((each["path"], each["bytes"]) for each in found)))
+        content = hash((str(line["prompt"]), line.get("answer"), *((each["path"], each["bytes"]) for each in found)))
         before, known = self._first.setdefault(line["uid"], (index, content))
         if known != content:
             raise BrokenRule(f"uid of another row: row {before} has it, with other content")
@@ -225,7 +290,9 @@ class RowCheck:
 
     def _given(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The row's pictures: the bytes, or the full path, that each is decoded from."""
-        values = row[self.columns[self.kind][0]] if self.kind else None
+        values = value_of(row, self.columns[self.kind][0]) if self.kind else None
+        if self.kind == "images" and not isinstance(values, list | None):
+            values = [values]
         found = []
         for value in (values if self.kind == "images" else [values]) or ():
             if isinstance(value, list):
@@ -233,6 +300,8 @@ class RowCheck:
             given = value if isinstance(value, Mapping) else {"path" if isinstance(value, str) else "bytes": value}
             if given.get("bytes") is not None:
                 found.append({"bytes": given["bytes"], "path": None})
+            elif inline := INLINE.match(given.get("path") or ""):
+                found.append({"bytes": _decoded(given["path"][inline.end() :]), "path": None})
             elif given.get("path"):
                 found.append({"bytes": None, "path": self._inside(given["path"])})
         return found
@@ -249,23 +318,16 @@ class RowCheck:
         return full
 
     def _picture_tokens(self, picture: Mapping[str, Any]) -> int:
-        """Tokens of a picture from its header, by the processor's own count; 1 where there is no limit to keep to."""
+        """Tokens of a picture from its header, by the processor's own count; 1 where it has none."""
         try:
-            with Pictures.open(picture["path"] or io.BytesIO(picture["bytes"])) as opened:
-                width, height = opened.size
-        except (OSError, ValueError, Pictures.DecompressionBombError) as error:
-            raise BrokenRule(f"picture cannot be decoded: {str(error)[:200]}") from error
-        if not self.limit:
-            return 1
-        # a picture that its file stores on its side has as many tokens upright, so the header's word is enough
-        if (height, width) not in self._tokens:
-            images = self.processor.image_processor
-            try:
-                patches = images.get_number_of_image_patches(height, width)
-            except ValueError as error:
-                raise BrokenRule(f"picture of a shape that has no tokens: {width} × {height}, {error}") from error
-            self._tokens[height, width] = patches // images.merge_size**2
-        return self._tokens[height, width]
+            with open(picture["path"], "rb") if picture["path"] else io.BytesIO(picture["bytes"]) as stream:
+                size = inspect_picture(stream)
+            # a picture that its file stores on its side has as many tokens upright, so the header's word is enough
+            if size not in self._tokens:
+                self._tokens[size] = tokens_of_size(self.processor, *size) or 1
+        except (OSError, ValueError) as error:
+            raise BrokenRule(str(error)) from error
+        return self._tokens[size]
 
     def _refuse_long(self, lines: Sequence[Mapping], shown: Sequence[Sequence], extra: Sequence[int]) -> None:
         """Refuse prompts of more tokens than the limit; `extra` are those that pictures add to the text."""
@@ -281,10 +343,9 @@ class RowCheck:
                 reason = f"prompt too long: {length} tokens, at most {self.limit}"
                 self.refusals[self.count + place] = lines[place]["uid"], reason
 
-    def _keep(self, column: pa.ChunkedArray, shown: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Note the pictures of a batch, without copying those that are stored in the source."""
-        inner = column.type.value_type if pa.types.is_list(column.type) else column.type
-        if any(picture["path"] for found in shown for picture in found) or pa.types.is_string(inner):
+    def _keep(self, column: pa.ChunkedArray | None, shown: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Note the pictures of a batch, without copying those that are stored in the source as pictures are."""
+        if any(picture["path"] for found in shown for picture in found) or not _holds_pictures(column):
             self.by_path = True
             values = [found if self.kind == "images" else found[0] if found else None for found in shown]
             self._chunks.append(pa.array(values, type=self.pictured.arrow_schema.field(0).type))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from factories import Factory, controller_of, own_config
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -12,8 +14,11 @@ from worlds import Guides, trainer_of, world
 import npo_core.control.watch
 from npo_core import training_schedule
 from npo_core.control.agreement import FIXED, SAME, keep_order, prompt_order, require_agreement, require_same_prompts
+from npo_core.control.auto import AutoNPO
 from npo_core.control.scheduled import ScheduledNPO
+from npo_core.guidance.verifiers import BoxedVerifier, verifier_reward
 from npo_core.method.trigger import PlateauTrigger, PlateauWarning
+from npo_core.runs.folder import RunFolder
 from npo_core.trainer.config import NPOConfig
 
 UIDS = world("text").dataset["uid"][:]
@@ -130,6 +135,40 @@ def test_a_run_with_a_factory_that_does_not_fit_trains_no_step(tmp_path):
     assert controller.run_folder.metrics() == [] and not list(controller.run_folder.path.glob("branches/*/*"))
     controller.run()
     assert len(controller.run_folder.metrics()) == CONFIG.compute_steps
+
+
+UNUSABLE = {
+    "uid is a number": (lambda n, row: {**row, "uid": n}, r"Row 0 has uid 0; every row needs .* \(and 11 more\)"),
+    "two sources that count from 0": (lambda n, row: {**row, "uid": str(n % 6)}, "Uid '0' names two rows"),
+    "an answer is missing": (
+        lambda n, row: {**row, "answer": None if n == 7 else row["answer"]},
+        "Row 7 .* has answer None",
+    ),
+    "answers are numbers": (lambda n, row: {**row, "answer": n}, r"Row 0 .* has answer 0; .* \(and 11 more\)"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_rows_that_a_roll_back_could_not_use_are_refused_before_the_first_step(tmp_path, case):
+    change, complaint = UNUSABLE[case]
+    rows = [change(n, row) for n, row in enumerate(world("text").dataset)]
+    judge = BoxedVerifier()
+    factory = Factory(CONFIG, dataset=Dataset.from_list(rows), verifier=judge, reward=verifier_reward(judge))
+    run = RunFolder(CONFIG, tmp_path)
+    by_uid = {row["uid"]: row for row in rows}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"(?s)does not fit the run.*\n  - train_dataset: {complaint}"):
+            AutoNPO(factory, CONFIG, run, by_uid, world("text").processor, judge, quiet=True).run()
+    assert run.metrics() == [] and not list(run.path.glob("branches/*/*"))
+
+
+def test_a_picture_that_no_step_could_show_is_refused_before_the_first_step(tmp_path):
+    tiny = world("pictures")
+    rows = [{**row, "image": Image.new("RGB", (2010, 10)) if n == 9 else row["image"]}
+            for n, row in enumerate(tiny.dataset)]  # fmt: skip
+    factory = Factory(CONFIG, dataset=Dataset.from_list(rows), tiny=tiny)
+    with pytest.raises(ValueError, match=r"train_dataset: Row 9 .*picture of a shape that has no tokens: 2010 × 10"):
+        controller_of(factory, tmp_path).run()
 
 
 # The order of prompts

@@ -221,7 +221,7 @@ def test_the_premise_comes_first():
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
 def test_a_text_becomes_a_user_message(tmp_path, name):
-    rows = load_rows(written(tmp_path / name))
+    rows = load_rows(written(tmp_path / name), world("text").processor)
     assert [row["uid"] for row in rows] == [row["uid"] for row in ROWS]
     assert rows[2] == {**ROWS[2], "prompt": [{"role": "user", "content": "add 1 and 2"}]}
 
@@ -231,7 +231,7 @@ def test_chat_messages_stay_and_pictures_are_decoded(tmp_path):
     made.to_parquet(tmp_path / "rows.parquet")
     made.save_to_disk(str(tmp_path / "folder"))
     for path in (tmp_path / "rows.parquet", tmp_path / "folder"):
-        rows = load_rows(path)
+        rows = load_rows(path, world("pictures").processor)
         assert rows["prompt"][:] == made["prompt"][:]
         assert isinstance(rows[0]["image"], Image)
         assert rows[0]["image"].tobytes() == made[0]["image"].tobytes()
@@ -239,26 +239,33 @@ def test_chat_messages_stay_and_pictures_are_decoded(tmp_path):
 
 def test_data_that_is_not_there_or_of_another_format_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no data set at"):
-        load_rows(tmp_path / "none.jsonl")
-    (tmp_path / "rows.csv").write_text("uid,prompt,answer\n")
-    with pytest.raises(ValueError, match=r"ends in '\.csv'; \.parquet, \.jsonl, \.json and folders"):
-        load_rows(tmp_path / "rows.csv")
+        load_rows(tmp_path / "none.jsonl", world("text").processor)
+    (tmp_path / "rows.xls").write_text("uid,prompt,answer\n")
+    with pytest.raises(ValueError, match=r"ends in '\.xls'; \.parquet, \.jsonl, \.json, \.csv, \.tsv and folders"):
+        load_rows(tmp_path / "rows.xls", world("text").processor)
     one = make_dataset(sample_problems("train", 2, 0), text_only=True)
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(ValueError, match=r"several splits \(train, test\)"):
-        load_rows(tmp_path / "splits")
+        load_rows(tmp_path / "splits", world("text").processor)
 
 
-@pytest.mark.parametrize("missing", ["uid", "prompt", "answer"])
+@pytest.mark.parametrize("missing", ["prompt", "answer"])
 def test_a_missing_column_is_refused(tmp_path, missing):
     rows = [{name: value for name, value in row.items() if name != missing} for row in ROWS]
-    with pytest.raises(ValueError, match=rf"but not \['{missing}'\]"):
-        load_rows(written(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=rf"does not say which of .* is {missing}\."):
+        load_rows(written(tmp_path / "rows.jsonl", rows), world("text").processor)
+
+
+def test_rows_without_uids_are_named_by_their_place_as_in_training(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "uid"} for row in ROWS]
+    named = load_rows(written(tmp_path / "rows.jsonl", rows), world("text").processor)
+    assert named["uid"][:] == [f"rows/{place}" for place in range(len(ROWS))]
 
 
 def test_a_verifier_of_ones_own_needs_no_answer(tmp_path):
     rows = [{name: value for name, value in row.items() if name != "answer"} for row in ROWS]
-    assert load_rows(written(tmp_path / "rows.jsonl", rows), answer=False)["uid"][:] == [row["uid"] for row in ROWS]
+    made = load_rows(written(tmp_path / "rows.jsonl", rows), world("text").processor, answer=False)
+    assert made["uid"][:] == [row["uid"] for row in ROWS]
 
 
 @pytest.mark.parametrize(
@@ -271,14 +278,14 @@ def test_data_without_rows_or_broken_is_refused(tmp_path, name, content):
     else:
         path.write_text(content)
     with pytest.raises(ValueError, match=rf"{name} holds no rows") as refused:
-        load_rows(path)
+        load_rows(path, world("text").processor)
     assert "\n" not in str(refused.value)
 
 
 def test_a_saved_folder_without_rows_is_refused(tmp_path):
     make_dataset(sample_problems("train", 2, 0), text_only=True).select([]).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="none holds no rows"):
-        load_rows(tmp_path / "none")
+        load_rows(tmp_path / "none", world("text").processor)
 
 
 # Verifiers

@@ -1,9 +1,15 @@
 """Data sets that can be trained on, and the order of their prompts."""
 
+import io
+
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, List, load_dataset
+from datasets import Image as Pictured
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from worlds import world
 
 from npo_core.trainer.dataset import require_columns, training_schedule
 from npo_core.world.tasks import make_dataset, sample_problems
@@ -88,3 +94,61 @@ def test_the_answer_is_asked_for_on_behalf_of_our_verifier_only():
     with pytest.raises(ValueError, match="Uid 'a' names two rows"):
         twice = {"uid": ["a", "a"], "prompt": ["p", "p"], "answer": [1, 2]}
         require_columns(Dataset.from_dict(twice), answer=False)
+
+
+def test_all_that_is_wrong_is_said_at_once_with_the_first_row_of_each_kind():
+    rows = {
+        "uid": ["a", "", "", "d", "d", "f"],
+        "prompt": ["p", "p", "p", "", "q", "r"],
+        "answer": ["1", "1", "1", "1", None, "$.$"],
+    }
+    with pytest.raises(ValueError) as refused:
+        require_columns(Dataset.from_dict(rows))
+    message = str(refused.value)
+    assert message.count("\n  - ") == 4
+    assert "Row 1 has uid ''; every row needs a non-empty string (and 1 more)" in message
+    assert "Row 4 (uid 'd') has answer None" in message and "Row 3 (uid 'd') has no prompt" in message
+    assert "Uid 'd' names two rows" in message
+
+
+def test_values_are_those_that_are_read_and_not_those_that_are_stored(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"uid": "a", "prompt": "p", "answer": "3"}\n{"uid": 2, "prompt": "q", "answer": "4"}\n'
+    )
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "c"))
+    assert rows[:]["uid"] == ["a", 2], "a column of mixed types"
+    with pytest.raises(ValueError, match=r"Row 1 has uid 2;") as refused:
+        require_columns(rows)
+    assert "more)" not in str(refused.value)
+    assert require_columns(rows.select([0])) == {"a"}
+
+
+def encoded(picture: Image.Image, kind: str = "PNG") -> dict:
+    stream = io.BytesIO()
+    picture.save(stream, kind)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def test_pictures_that_no_step_could_show_are_refused_and_none_is_decoded(monkeypatch):
+    processor = world("pictures").processor
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    good, cut = encoded(noise), {**encoded(noise), "bytes": encoded(noise)["bytes"][:-300]}
+    faults = {
+        "a shape that has no tokens: 2010 × 10": encoded(Image.new("RGB", (2010, 10))),
+        "cannot be decoded": cut,
+        "no agreed white": encoded(Image.fromarray(np.float32([[0.5] * 8] * 8)), "TIFF"),
+        "No such file": {"bytes": None, "path": "not/here.png"},
+    }
+    for complaint, bad in faults.items():
+        for column, kind, values in (
+            ("image", Pictured(), [good, bad]),
+            ("images", List(Pictured()), [[good], [good, bad]]),
+        ):
+            rows = Dataset.from_dict({"uid": ["a", "b"], "prompt": ["p", "q"], "answer": ["1", "2"], column: values})
+            rows = training_schedule(rows.cast_column(column, kind), 3, 2, 0)
+            with pytest.raises(ValueError, match=rf"\(uid 'b'\): .*{complaint}") as refused:
+                require_columns(rows, processor=processor)
+            assert "more)" not in str(refused.value), "a prompt is looked at once"
+    whole = Dataset.from_dict({"uid": ["a"], "prompt": ["p"], "answer": ["1"], "image": [good]})
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("a picture was decoded"))
+    assert require_columns(whole.cast_column("image", Pictured()), processor=processor) == {"a"}

@@ -1,5 +1,7 @@
 """The rules for one row: what becomes of answers and questions, and that places of pictures are those of TRL."""
 
+from decimal import Decimal
+
 import pytest
 from trl.data_utils import prepare_multimodal_messages
 
@@ -15,6 +17,10 @@ from npo_core.world.rows import BrokenRule, plain_messages, reference_answer, wi
         (3.0, "3"),
         (-0.25, "-0.25"),
         (True, "True"),
+        ([" C "], "C"),
+        (["1, 2"], "1, 2"),
+        (Decimal("3.50"), "3.50"),
+        (10**30, "1" + 30 * "0"),
         ("2     4:1", "2     4:1"),
         (r"\boxed{C}", "C"),
         (r" $\boxed{ \frac{1}{2} }$. ", r"\frac{1}{2}"),
@@ -34,7 +40,10 @@ def test_an_answer_is_what_stands_in_the_box(given, answer):
         (float("nan"), "no answer"),
         ("$.$", "no answer"),  # the verifier would raise on it in the middle of a run
         (r"\boxed{}", "no answer"),
-        ([1], "answer of another kind: a list"),
+        ([1, 2], "answer of another kind: a list of 2"),
+        ([], "no answer"),
+        ([None], "no answer"),
+        ({"a": 1}, "answer of another kind: a dict"),
         (r"so it is \boxed{C}", "answer among other words"),
         (r"\boxed{3} and \boxed{4}", "answer among other words"),
         (r"\boxed{3", "answer among other words"),

@@ -200,7 +200,12 @@ class GuidanceCache:
         about = (table.schema.metadata or {}).get(b"npo_guidance")
         if about is None:
             raise ValueError(f"{path} is a parquet file, but not a guidance cache (no npo_guidance metadata).")
-        about = json.loads(about)
+        try:
+            about = json.loads(about)
+        except ValueError as error:  # neither text nor JSON
+            raise ValueError(
+                f"{path} holds npo_guidance metadata that are no JSON, so it is no guidance cache."
+            ) from error
         if about["format"] != FORMAT:
             raise ValueError(f"{path} has cache format {about['format']}; this version reads format {FORMAT}.")
         if tokenizer_digest is not None and about["tokenizer"] != tokenizer_digest:

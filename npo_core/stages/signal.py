@@ -17,6 +17,7 @@ from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..world.data import DataSettings, load_data
 from ..world.policies import load_processor
+from ..world.pretrained import check_template
 from .measure import Measurement, find_checkpoints
 
 TEACHER = "teacher"
@@ -84,6 +85,7 @@ def measure_folder(
     pairs = plan_pairs(steps, origins, distances, others=[] if teacher is None else [TEACHER], also=also)
     judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
     reader = load_processor(found[steps[0]] if processor is None else processor)
+    check_template(found[steps[0]] if processor is None else processor, reader)
     rows = load_rows(data, reader, answer=isinstance(judge, AnswerVerifier))
     measurement = Measurement(
         out,

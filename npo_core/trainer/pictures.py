@@ -18,6 +18,10 @@ NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
 
 
+KINDS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+"""Kinds of files that are read as pictures, by Pillow's names. It knows others, some of which run another program (EPS
+is given to Ghostscript)."""
+
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}
 """What the last bytes of a picture's file hold if it was not cut off."""
 
@@ -71,6 +75,8 @@ def inspect_picture(stream: BinaryIO) -> tuple[int, int]:
     """
     try:
         with Image.open(stream) as opened:
+            if opened.format not in KINDS:
+                raise ValueError(f"it is of kind {opened.format}; {', '.join(KINDS)} are read")
             stream.seek(0, io.SEEK_END)
             stream.seek(max(0, stream.tell() - TAIL))
             end = ENDS.get(opened.format)

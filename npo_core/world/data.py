@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import logging
+import lzma
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +158,9 @@ def read_rows(source: str | Path, split: str | None = None) -> Dataset:
         else:
             # a name is not a pattern: "rows[1].jsonl" and "what?.jsonl" are files too
             rows = load_dataset(READERS[kind], data_files=glob.escape(str(path)), split="train", **HOW.get(kind, {}))
-    except (DatasetsError, ValueError, IndexError, StopIteration) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (DatasetsError, ValueError, IndexError, StopIteration, OSError, EOFError, lzma.LZMAError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         raise ValueError(f"{path} holds no rows that can be read: {reason}.") from error
     if isinstance(rows, Dataset):

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -226,7 +227,7 @@ def load_processor(folder: str | Path):
         # a subclass of the same name, so that a saved processor still names the class of transformers
         processor.__class__ = type(type(processor).__name__, (SharedPrompts, type(processor)), {})
         return processor
-    return TinyQwen3VLProcessor.from_pretrained(folder)
+    return TinyQwen3VLProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_policy(
@@ -252,7 +253,7 @@ def load_policy(
     base = _base_folder(folder)
     config = _policy_config(base)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with quiet_transformers():
+    with quiet_transformers(), _weights_of(base):
         model = auto.from_pretrained(
             base,
             dtype=getattr(torch, dtype),
@@ -285,7 +286,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds model.safetensors.")
     try:
-        missing, unexpected = load_model(model, path, strict=False)
+        with _weights_of(path):
+            missing, unexpected = load_model(model, path, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{path} belongs to another architecture: {error}") from error
     if missing or unexpected:
@@ -293,6 +295,17 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"{path} belongs to another architecture: missing {sorted(missing)[:3]}, "
             f"unexpected {sorted(unexpected)[:3]}."
         )
+
+
+@contextmanager
+def _weights_of(path: Path):
+    """Say of which file it is that holds no safetensors, though it is named so: cut off, or a pickle."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} holds weights that cannot be read as safetensors ({error}); nothing else is."
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
@@ -71,7 +72,7 @@ def check_policy(folder: Path, processor: Any) -> None:
 
     Raises:
         ValueError: An architecture that transformers cannot generate with, weights in another form than safetensors,
-            or a processor without chat template or end-of-sequence token.
+            or a processor without end-of-sequence token, or without chat template that writes a prompt.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in {**AutoModelForImageTextToText._model_mapping, **AutoModelForCausalLM._model_mapping}:
@@ -85,6 +86,23 @@ def check_policy(folder: Path, processor: Any) -> None:
         raise ValueError(f"The processor in {folder} has no chat template, so prompts cannot be written; add one.")
     if tokenizer_of(processor).eos_token_id is None:
         raise ValueError(f"The tokenizer in {folder} has no end-of-sequence token; a response could not end.")
+    check_template(folder, processor)
+
+
+def check_template(folder: str | Path, processor: Any) -> None:
+    """Refuse a chat template that writes no prompt, before anything is loaded.
+
+    Templates are programs. transformers runs them in Jinja's sandbox, where they reach no file, module or hidden
+    attribute: one that tries to shows here, and not in the first step.
+
+    Raises:
+        ValueError: The template fails on one user message.
+    """
+    message = {"role": "user", "content": "?"}
+    try:
+        processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, OverflowError) as error:
+        raise ValueError(f"The chat template in {folder} cannot write a prompt: {error}") from error
 
 
 def adapter_settings(config: RunConfig) -> LoraConfig | None:

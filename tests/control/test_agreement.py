@@ -16,7 +16,8 @@ from npo_core import training_schedule
 from npo_core.control.agreement import FIXED, SAME, keep_order, prompt_order, require_agreement, require_same_prompts
 from npo_core.control.auto import AutoNPO
 from npo_core.control.scheduled import ScheduledNPO
-from npo_core.guidance.verifiers import BoxedVerifier, verifier_reward
+from npo_core.guidance.verdicts import verifier_reward
+from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.method.trigger import PlateauTrigger, PlateauWarning
 from npo_core.runs.folder import RunFolder
 from npo_core.trainer.config import NPOConfig

@@ -119,7 +119,10 @@ def asked(monkeypatch):
         return SimpleNamespace(folder=Path(folder), run=dict)
 
     monkeypatch.setattr(signal_stages, "Measurement", measurement)
-    monkeypatch.setattr(signal_stages, "load_processor", lambda folder: Path(folder))
+    monkeypatch.setattr(signal_stages, "load_processor", lambda folder: SimpleNamespace(folder=Path(folder)))
+    monkeypatch.setattr(signal_stages, "check_template", lambda folder, processor: None)
+    load = signal_stages.load_rows
+    monkeypatch.setattr(signal_stages, "load_rows", lambda data, _, answer: load(data, world("text").processor, answer))
     return found
 
 
@@ -144,7 +147,7 @@ def test_by_default_origins_are_the_first_and_those_a_third_and_two_thirds_on(as
     folder, data = empty_checkpoints(tmp_path / "run", steps), written(tmp_path / "rows.jsonl")
     measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "base" if base else None)
     assert list(dict.fromkeys(pair.origin for pair in asked.pairs)) == origins
-    assert asked.processor == (tmp_path / "base" if base else folder / f"checkpoint-{steps[0]}")
+    assert asked.processor.folder == (tmp_path / "base" if base else folder / f"checkpoint-{steps[0]}")
     assert [row["uid"] for row in asked.rows] == ["sum-0", "sum-1", "sum-2", "sum-3"]
     assert "teacher" not in asked.policies
 
@@ -157,7 +160,7 @@ def test_what_is_asked_for_arrives(asked, tmp_path):
         teacher=str(tmp_path / "strong"), origins=[20], distances=2, also=[30, 31],
     )  # fmt: skip
     assert asked.verifier is mine
-    assert asked.processor == tmp_path / "other"
+    assert asked.processor.folder == tmp_path / "other"
     assert asked.policies["teacher"] == tmp_path / "strong"
     assert [(pair.source, pair.distance) for pair in asked.pairs if pair.kind in ("future", "teacher")] == [
         ("000030", 10), ("000050", 30), ("000100", 80), ("teacher", None),

@@ -30,6 +30,7 @@ _HOMES = {
     "tokenizer_digest": "guidance.fingerprints",
     "training_schedule": "trainer.dataset",
     "verifier_reward": "guidance.verdicts",
+    "with_uids": "trainer.dataset",
 }
 
 __all__ = sorted(_HOMES)

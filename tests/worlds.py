@@ -17,7 +17,8 @@ from npo_core.guidance.fingerprints import tokenizer_of
 from npo_core.guidance.trajectories import Trajectory
 from npo_core.guidance.verdicts import verifier_reward
 from npo_core.guidance.verifiers import BoxedVerifier
-from npo_core.trainer.trainer import NPOConfig, NPOTrainer
+from npo_core.trainer.config import NPOConfig
+from npo_core.trainer.trainer import NPOTrainer
 from npo_core.world.policies import CHAT_TEMPLATE, TinyPolicySpec, build_processor, build_tiny_policy, build_tokenizer
 from npo_core.world.tasks import make_dataset, parse_uid, sample_problems, vocabulary, write_response
 

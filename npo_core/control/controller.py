@@ -26,6 +26,7 @@ from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
+from ..trainer.inputs import Sampling
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import place, trainer_generate
 from .agreement import keep_order, prompt_order, require_agreement
@@ -104,7 +105,8 @@ class Controller(Offline):
                 watch.trainer = trainer
                 trainer.guided_sink = self._record(segments[-1])
                 self._require_fit(trainer, watch, guidance)
-                self.chat_template_kwargs = trainer.chat_template_kwargs  # off line, prompts must be those of training
+                # off line, prompts and the distribution of responses must be those of training
+                self.chat_template_kwargs, self.sampling = trainer.chat_template_kwargs, Sampling.of(trainer)
                 if resume_from is not None:
                     keep_order(trainer, checkpoint_step(resume_from))
                 if due is None and watch.compute_step < self.config.compute_steps:

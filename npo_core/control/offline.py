@@ -1,7 +1,7 @@
 """What a controller samples and scores outside of training: probes, guides, their log-probs under other policies."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier
 from ..processes import join
 from ..runs.config import RunConfig
-from ..trainer.inputs import end_tokens
+from ..trainer.inputs import Sampling, end_tokens
 from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
 from .factory import TrainerFactory
 
 
 class Offline:
-    """Off-line rollouts of a run, with the prompts, the length and the temperature of its training.
+    """Off-line rollouts of a run, with the prompts, the length and the distribution of its training.
 
     Args:
         make_trainer: Trainer factory, for policies alone.
@@ -44,6 +44,7 @@ class Offline:
         self.processor = processor
         self.verifier = verifier
         self.chat_template_kwargs: Mapping[str, Any] = {}
+        self.sampling = Sampling(temperature=config.temperature)
 
     def _sample(
         self,
@@ -65,7 +66,7 @@ class Offline:
             seed=int(np.random.SeedSequence([self.config.seed, step, *key]).generate_state(1)[0]),
             max_new_tokens=self.config.max_completion_length,
             source_step=step,
-            temperature=self.config.temperature,
+            **asdict(self.sampling),
             batch=self.config.rollout_batch,
             score_batch=self.config.score_batch,
             generate=generate,

@@ -135,20 +135,22 @@ def signal_curves(folder: str | Path, quality: str = Quality.MANY) -> Figure:
     return settle(figure)
 
 
-def quality_stability(folder: str | Path, cost: str = Cost.GRADIENT_EXACT) -> Figure:
+def quality_stability(folder: str | Path, cost: str | None = None) -> Figure:
     """Sources between quality and stability: Q over V, a panel per policy that would learn (paper: Figures 1b and 2a).
 
     Thin grey curves join equal S = Q/V; up and to the left is better.
 
     Args:
         folder: Folder of a signal measurement.
-        cost: What stands for V, a `Cost`.
+        cost: What stands for V, a `Cost`; by default the measured variance of mode exact or,
+            where none was measured, the proxy e^(c·KL).
 
     Raises:
         FileNotFoundError: The folder holds no finished measurement.
         ValueError: No pair, or a cost that was not measured.
     """
     table, summary = _read(folder)
+    cost = cost or (Cost.GRADIENT_EXACT if summary["settings"]["gradients"] else Cost.KL)
     _require(table, cost, tuple(Cost), folder)
     origins = sorted(table["origin"].unique())
     rollouts = summary["settings"]["rollouts"]

@@ -11,8 +11,8 @@ prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrat
 """
 
 import gc
-import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,95 +21,27 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..files import Lock, read_table, write_json, write_table
-from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
 from ..method.curve import RATIO_COLUMNS
 from ..method.quantities import MEASURED_COSTS, Side
 from ..method.signal import ratio_sums, shown, squared_deviations
 from ..progress import ProgressBar, progress
-from ..runs.checkpoints import checkpoint_folders
 from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
 from ..runs.settings import SignalSettings
-from ..trainer.gradients import both_sided, own_gram, source_gradients
-from ..trainer.sampling import completion_logps, sample_rollouts
-from ..world.policies import load_policy, load_processor
+from ..trainer.gradients import both_sided, own_gram, require_gradients_fit, source_gradients
+from ..trainer.inputs import inherited
+from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
+from ..world.policies import load_policy
+from .comparable import check_policies, fingerprint
 
-VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-"""Entries of a model configuration that do not change the architecture."""
+COMPARED = ("scored", "gradients", "parameters")
+"""Settings that only say how sampled rollouts are compared."""
 
-
-def find_checkpoints(folder: str | Path, base: str | Path | None = None) -> dict[int, Path]:
-    """Policies of a folder by step: `checkpoint-<step>` folders as TRL writes them, and the base policy as step 0.
-
-    Raises:
-        FileNotFoundError: The folder does not exist, or holds no checkpoint with weights.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    found = {} if base is None else {0: Path(base)}
-    for step, path in checkpoint_folders(folder).items():
-        if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
-            found[step] = path
-    if not set(found) - {0}:
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint: folders named checkpoint-<step> with config.json and model*.safetensors "
-            "are looked for."
-        )
-    return dict(sorted(found.items()))
-
-
-def check_policies(policies: Mapping[str, Path], processor: Any) -> None:
-    """Refuse policies that cannot be compared.
-
-    Raises:
-        ValueError: Architectures or tokenizers differ.
-    """
-    digest = tokenizer_digest(processor)
-    first: tuple[str, dict] | None = None
-    for name, folder in policies.items():
-        config = _architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict())
-        if first is None:
-            first = name, config
-        different = sorted(k for k in {*config, *first[1]} if config.get(k) != first[1].get(k))
-        if different:
-            raise ValueError(
-                f"The policies {first[0]} and {name} ({folder}) differ in architecture: {different}. "
-                "Checkpoints of one run and one architecture can be compared."
-            )
-        if (Path(folder) / "tokenizer.json").is_file() and tokenizer_digest(load_processor(folder)) != digest:
-            raise ValueError(
-                f"The policy {name} ({folder}) has another tokenizer; its token ids mean other text. "
-                "Policies of one tokenizer can be compared."
-            )
-
-
-def fingerprint(folder: str | Path) -> str:
-    """What tells the weights of two policy folders apart: sizes, first and last 64 KiB of each weight file."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as stream:
-            for start in (0, max(0, size - 2**16)):
-                stream.seek(start)
-                found.update(stream.read(2**16))
-    return found.hexdigest()[:16]
-
-
-def _architecture(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Entries of a model configuration that decide its architecture, flat."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _architecture(value, f"{prefix}{name}.")
-        elif name not in VOLATILE:
-            flat[f"{prefix}{name}"] = value
-    return flat
+logger = logging.getLogger(__name__)
 
 
 class Measurement:
@@ -125,9 +57,11 @@ class Measurement:
         settings: How to measure.
         load: `load(folder) -> model`; sets which parameters are trainable.
         quiet: Without a progress bar.
+        rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
+        score_batch: Responses that are scored at a time, at most, in the same way.
 
     Raises:
-        ValueError: Policies that cannot be compared, too few rows, or a folder with other settings.
+        ValueError: Policies that cannot be compared, too few rows, or a folder with rollouts of other settings.
     """
 
     def __init__(
@@ -141,6 +75,8 @@ class Measurement:
         settings: SignalSettings,
         load: Callable[[Path], PreTrainedModel] = load_policy,
         quiet: bool = False,
+        rollout_batch: int = ROLLOUT_BATCH,
+        score_batch: int = ROLLOUT_BATCH,
     ):
         if len(rows) < settings.prompts:
             raise ValueError(f"prompts is {settings.prompts}, but the data set has {len(rows)} rows; lower prompts.")
@@ -149,6 +85,7 @@ class Measurement:
         check_policies(self.policies, processor)
         self.folder, self.pairs, self.settings = Path(folder), list(pairs), settings
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
+        self.rollout_batch, self.score_batch = rollout_batch, score_batch
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -159,7 +96,7 @@ class Measurement:
     def _keep_settings(self) -> None:
         """Note what is measured, or refuse a folder where something else was."""
         uids = [row["uid"] for row in self.rows]
-        self._keep("settings.json", {"settings": self.settings.of_rollouts(), "uids": uids})
+        self._settle({"settings": self.settings.of_rollouts(), "uids": uids})
         # policies may be added later, but a name must go on standing for the same weights
         known = self._read("policies.json")
         found = {name: fingerprint(path) for name, path in self.policies.items()}
@@ -175,13 +112,27 @@ class Measurement:
         path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def _keep(self, name: str, about: dict[str, Any]) -> None:
-        """Write a record, or refuse a folder that holds another one."""
-        if self._read(name) not in ({}, about):
-            raise ValueError(
-                f"{self.folder / name} holds other settings or prompts; give another folder, or move that one away."
-            )
-        write_json(self.folder / name, about)
+    def _settle(self, about: dict[str, Any]) -> None:
+        """Note the settings in a new folder; in one that has some, keep what was sampled if it is of the same sampling.
+
+        Pairs that were compared in another way (`COMPARED`) are taken out, to be compared again.
+        """
+        known, path = self._read("settings.json"), self.folder / "settings.json"
+        if known:
+            before, now = known["settings"], about["settings"]
+            sampled = now.keys() - set(COMPARED)
+            if known["uids"] != about["uids"] or any(before.get(name) != now[name] for name in sampled):
+                raise ValueError(f"{path} holds other settings or prompts; give another folder, or move that one away.")
+            if different := [name for name in COMPARED if before.get(name) != now[name]]:
+                old = [*(self.folder / "pairs").glob("*.parquet"), *(self.folder / "own").glob("*.parquet")]
+                logger.warning(
+                    "%s: other %s than before. What was sampled is kept; pairs are compared again.",
+                    self.folder,
+                    ", ".join(different),
+                )
+                for file in old:
+                    file.unlink()
+        write_json(path, about)
 
     def run(self) -> dict[str, Any]:
         """Measure what is left to measure; return what `signal.json` holds. One process at a time does."""
@@ -208,12 +159,19 @@ class Measurement:
         return self.folder / "samples" / f"{name}{f'-{RESAMPLE}' if stream else ''}.parquet"
 
     def _sample(self, name: str, stream: int, bar: ProgressBar) -> None:
-        path = self._sample_file(name, stream)
+        """Rollouts of a policy, and the scores of those that are compared, each written as soon as it is there."""
+        path, settings, model = self._sample_file(name, stream), self.settings, None
         if not path.exists():
-            settings = self.settings
             # a policy's seed hangs on its name, not on its place in the list: pairs may be added later
             entropy = [settings.seed, stream, *name.encode()]
             model = self.load(self.policies[name])
+            if bent := inherited(model):
+                raise ValueError(
+                    f"{self.policies[name]}/generation_config.json sets {bent}: responses would come from another "
+                    "distribution than their log-probs describe. Take these out of the file for the measurement."
+                )
+            if settings.gradients and any(name == f"{pair.origin:06d}" for pair in self.pairs):
+                require_gradients_fit(model, settings.parameters, settings.gradients, settings.max_new_tokens)
             groups = sample_rollouts(
                 model,
                 self.processor,
@@ -224,17 +182,31 @@ class Measurement:
                 max_new_tokens=settings.max_new_tokens,
                 source_step=int(name) if name.isdecimal() else -1,
                 score=False,
+                batch=self.rollout_batch,
             )
-            # the others only tell right from wrong
-            scored = [trajectory for group in groups for trajectory in group[: settings.scored]]
-            rows = [row for row in self.rows for _ in range(settings.scored)]
-            logps = completion_logps(model.eval(), self.processor, rows, [t.token_ids for t in scored])
-            known = dict(zip(map(id, scored), logps, strict=True))
-            flat = [replace(t, logps=tuple(known.get(id(t), ()))) for group in groups for t in group]
-            write_table(path, [as_row(trajectory) for trajectory in flat])
+            self._write(path, groups)
+        groups = self._groups(name, stream)
+        # the others only tell right from wrong
+        if not all(trajectory.logps for group in groups for trajectory in group[: settings.scored]):
+            model = self.load(self.policies[name]) if model is None else model
+            logps = iter(self._score(model.eval(), groups))
+            scored = [[replace(t, logps=tuple(next(logps))) for t in group[: settings.scored]] for group in groups]
+            rest = [group[settings.scored :] for group in groups]
+            self._write(path, [first + others for first, others in zip(scored, rest, strict=True)])
+        if model is not None:
             del model
             gc.collect()
         bar.advance(1, sampled=name)
+
+    def _score(self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]) -> list[list[float]]:
+        """Log-probs of the scored rollouts of each prompt under a policy, in nats."""
+        scored = [trajectory.token_ids for group in groups for trajectory in group[: self.settings.scored]]
+        rows = [row for row in self.rows for _ in range(self.settings.scored)]
+        return completion_logps(model, self.processor, rows, scored, self.score_batch)
+
+    @staticmethod
+    def _write(path: Path, groups: Sequence[Sequence[Trajectory]]) -> None:
+        write_table(path, [as_row(trajectory) for group in groups for trajectory in group])
 
     def _groups(self, name: str, stream: int = 0) -> list[list[Trajectory]]:
         flat = [Trajectory(**row) for row in read_table(self._sample_file(name, stream))]
@@ -288,9 +260,7 @@ class Measurement:
     def _log_ratios(self, model: PreTrainedModel, groups: Sequence[Sequence[Trajectory]]) -> list[np.ndarray]:
         """ln(model) − ln(sampler) of the scored tokens, a list over trajectories."""
         scored = [trajectory for group in groups for trajectory in group[: self.settings.scored]]
-        rows = [row for row in self.rows for _ in range(self.settings.scored)]
-        logps = completion_logps(model, self.processor, rows, [trajectory.token_ids for trajectory in scored])
-        return [np.subtract(ours, t.logps) for ours, t in zip(logps, scored, strict=True)]
+        return [np.subtract(ours, t.logps) for ours, t in zip(self._score(model, groups), scored, strict=True)]
 
     def _ratio_columns(self, log_weights: Sequence[np.ndarray], side: Side) -> dict[str, np.ndarray]:
         """Sums over the scored rollouts of each prompt, under the names that `PairSums` has for that side."""

@@ -15,10 +15,12 @@ from ..method.premise import in_words
 from ..method.quantities import Cost, Quality, Signal
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
+from ..trainer.sampling import ROLLOUT_BATCH
 from ..world.data import DataSettings, load_data
 from ..world.policies import load_processor
 from ..world.pretrained import check_template
-from .measure import Measurement, find_checkpoints
+from .comparable import find_checkpoints
+from .measure import Measurement
 
 TEACHER = "teacher"
 """Name of the external teacher among the sources."""
@@ -53,6 +55,8 @@ def measure_folder(
     distances: int = 20,
     also: Sequence[int] = (),
     quiet: bool = False,
+    rollout_batch: int = ROLLOUT_BATCH,
+    score_batch: int = ROLLOUT_BATCH,
 ) -> MeasuredSignal:
     """Measure any run: a folder of Hugging Face checkpoints, a data set, and a verifier.
 
@@ -70,6 +74,8 @@ def measure_folder(
         distances: Distances above 0 from each origin, at most.
         also: Distances beside the grid, where there is a checkpoint.
         quiet: Without a progress bar.
+        rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
+        score_batch: Responses that are scored at a time, at most, in the same way.
 
     Raises:
         FileNotFoundError: No checkpoint, data file or processor.
@@ -96,6 +102,8 @@ def measure_folder(
         judge,
         settings,
         quiet=quiet,
+        rollout_batch=rollout_batch,
+        score_batch=score_batch,
     )
     return MeasuredSignal(measurement.folder, pairs, measurement.run())
 

@@ -7,9 +7,11 @@ timeout does not end a long run.
 
 import logging
 
+from datasets import Dataset
+from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
-from ..guidance.fingerprints import image_digest, tokenizer_digest
+from ..guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier
@@ -26,30 +28,55 @@ def needs_behaviour(trainer: GRPOTrainer) -> bool:
 
 
 def known_uids(trainer: GRPOTrainer) -> set[str] | None:
-    """Uids of the training data, whose columns are checked; None where they cannot be read, as of a stream.
+    """Uids of the training data, whose columns are checked; None of a stream, which is not read ahead of training.
 
     Raises:
         ValueError: Rows that NPO cannot use.
     """
-    from .dataset import require_columns  # for guidance alone, as the rules for answers and pictures that it reads by
+    # for guidance alone, as the rules for answers and pictures that it reads by
+    from .dataset import require_columns, require_names
 
-    dataset = trainer.train_dataset
-    if not hasattr(dataset, "column_names") or dataset.column_names is None:
+    dataset, answer = trainer.train_dataset, isinstance(trainer.verifier, AnswerVerifier)
+    if not isinstance(dataset, Dataset):
+        require_names(dataset.column_names, answer)
         return None
-    return require_columns(dataset, isinstance(trainer.verifier, AnswerVerifier), trainer.processing_class)
+    return require_columns(dataset, answer, trainer.processing_class)
+
+
+def require_own_rollouts(trainer: GRPOTrainer, what: str) -> None:
+    """Refuse ways of sampling in which a guide would not arrive, or not alone: TRL makes the group elsewhere.
+
+    Args:
+        trainer: A trainer.
+        what: What needs the group to be sampled by the trainer itself.
+
+    Raises:
+        ValueError: The trainer has a rollout function, tools or environments.
+    """
+    given = {
+        "rollout_func": trainer.rollout_func is not None,
+        "environment_factory": trainer.environment_factories is not None,
+        "tools": bool(trainer.tools) and trainer.environment_factories is None,
+    }
+    for name in (name for name, there in given.items() if there):
+        raise ValueError(
+            f"{name} is given together with {what}. A guide takes the place of a whole response that the trainer "
+            f"samples itself, and with {name} it does not: leave one of the two out."
+        )
 
 
 def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
     """Refuse a source, or settings, with which the trainer could not guide.
 
     Raises:
-        ValueError: See `NPOTrainer`; the message says what to change.
+        ValueError: No verifier; `rollout_func`, tools or environments; a group that would be split over two batches or
+            processes; rows without the needed columns; a cache of another tokenizer, with longer responses, or scored
+            at another temperature where the ratio needs its q. The message says what to change.
     """
     args = trainer.args
     if trainer.verifier is None:
         raise ValueError("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=….")
-    if trainer.tools or trainer.environments is not None:
-        raise ValueError("NPO replaces whole responses; tools and environments are not supported with guidance.")
+    require_own_rollouts(trainer, "guidance")
     batch = args.per_device_train_batch_size * args.steps_per_generation
     if batch % trainer.num_generations:
         raise ValueError(
@@ -71,6 +98,12 @@ def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
         raise ValueError(
             f"guides_per_group is {args.guides_per_group}, but {type(source).__name__} has no guides(); "
             "give a source with several guides for a prompt, such as ReplayPool."
+        )
+    processor = trainer.processing_class
+    if isinstance(processor, ProcessorMixin) and tokenizer_of(processor).padding_side != "left":
+        raise ValueError(
+            "The processor's tokenizer pads on the right, where TRL's training would take other tokens of a padded "
+            "prompt for its picture than off-line sampling; set processor.tokenizer.padding_side = 'left'."
         )
     uids = known_uids(trainer)
     inner = source.source if isinstance(source, GuidanceWindow) else source

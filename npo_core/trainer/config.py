@@ -1,12 +1,31 @@
-"""NPOConfig: the arguments of NPOTrainer."""
+"""NPOConfig: the arguments of NPOTrainer, and what its model card cites."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, fields
+from typing import Any
 
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from ..declaration import check_declared
 from . import settings as declared
 from .settings import GuideBehaviour, Placement, RatioMode
+
+PAPER = {
+    "title": "Near-Future Policy Optimization",
+    "id": "2604.20733",
+    "citation": """\
+@misc{npo2026,
+    title         = {{Near-Future Policy Optimization}},
+    year          = 2026,
+    eprint        = {2604.20733},
+    archivePrefix = {arXiv}
+}
+
+"""
+    + GRPOTrainer._paper["citation"].strip(),
+}
+"""What TRL's model card says of a policy that NPOTrainer trained; NPO is a form of GRPO, which is cited beside it."""
 
 
 @dataclass
@@ -65,3 +84,30 @@ class NPOConfig(GRPOConfig):
                 f"{self.importance_sampling_level!r} with loss_type {self.loss_type!r} takes one ratio for a whole "
                 "response. Use ratio_mode 'current' or 'exact', or importance_sampling_level 'token' with another loss."
             )
+
+
+def own_arguments(args: GRPOConfig | None, model: Any) -> NPOConfig:
+    """Arguments of a trainer: those given, NPO's own at their defaults where they are plain GRPO's or none (ours).
+
+    Args:
+        args: What the trainer is given; left as it is.
+        model: The policy, or its name or folder, which names the output folder where there are no arguments.
+
+    Raises:
+        TypeError: Arguments of another kind.
+    """
+    if isinstance(args, NPOConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return NPOConfig(f"{name.split('/')[-1]}-NPO")
+    if type(args) is not GRPOConfig:
+        raise TypeError(
+            f"args is a {type(args).__name__}; NPOTrainer takes an NPOConfig or a GRPOConfig. A class of your own is "
+            "derived from NPOConfig."
+        )
+    own = copy.copy(args)
+    own.__class__ = NPOConfig
+    for name in {each.name for each in fields(NPOConfig)} - {each.name for each in fields(GRPOConfig)}:
+        setattr(own, name, NPOConfig.__dataclass_fields__[name].default)
+    return own

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,12 +106,8 @@ def row_complaints(dataset: Dataset, answer: bool = True, processor: Any = None)
 
 
 def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[str], set[str]]:
-    required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
-    if missing := [name for name in required if name not in dataset.column_names]:
-        return [
-            f"it has the columns {dataset.column_names}, but not {missing}. NPO needs {required} in every row: uid "
-            "names the prompt in the guidance cache, answer is verified"
-        ], set()
+    if missing := _missing(dataset.column_names, answer):
+        return [missing], set()
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
 
@@ -127,7 +123,7 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[
     for index, row in enumerate(rows):
         uid, wanted, prompt = row["uid"], row.get("answer"), row["prompt"]
         if not isinstance(uid, str) or not uid:
-            advice = ", such as str(uid)" if isinstance(uid, int) else ""
+            advice = "; npo_core.with_uids(dataset) writes numbers as text" if isinstance(uid, int) else ""
             complain("uid", f"Row {index} has uid {uid!r}; every row needs a non-empty string{advice}")
             continue
         if answer and (not isinstance(wanted, str) or not normalise_answer(wanted)):
@@ -179,6 +175,46 @@ def _picture_faults(stored: Dataset, places: Mapping[str, int], processor: Any) 
             except (OSError, ValueError) as error:
                 yield uid, str(error)
                 break
+
+
+def require_names(names: Sequence[str] | None, answer: bool = True) -> None:
+    """Refuse a data set without the columns that NPO needs.
+
+    Args:
+        names: Its columns; None for a stream that does not know them.
+        answer: As in `require_columns`.
+
+    Raises:
+        ValueError: A column is missing.
+    """
+    if names is not None and (missing := _missing(names, answer)):
+        raise ValueError(f"The data set cannot be trained on: {missing}.")
+
+
+def _missing(names: Sequence[str], answer: bool) -> str:
+    """A clause on the columns that are not there; empty where all are."""
+    required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
+    missing = [name for name in required if name not in names]
+    if not missing:
+        return ""
+    made = ". npo_core.with_uids(dataset) makes the first" if "uid" in missing else ""
+    return (
+        f"it has the columns {list(names)}, but not {missing}. NPO needs {required} in every row: uid names the prompt "
+        f"in the guidance cache, answer is verified{made}"
+    )
+
+
+def with_uids(dataset: Dataset, name: str = "row") -> Dataset:
+    """The same rows with a text under `uid` that names each one: what stands there already, or its place (ours).
+
+    Args:
+        dataset: Rows; a `uid` that is there, such as a number, is written as text.
+        name: What the place is added to, `name/0`, `name/1`, …, so that two data sets have different uids.
+    """
+    known = "uid" in dataset.column_names
+    uids = [str(uid) for uid in dataset.with_format(None)["uid"][:]] if known else []
+    uids = uids or [f"{name}/{place}" for place in range(len(dataset))]
+    return (dataset.remove_columns("uid") if known else dataset).add_column("uid", uids)
 
 
 def _first_without(dataset: Dataset, name: str) -> int | None:

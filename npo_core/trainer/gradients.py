@@ -30,13 +30,14 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from ..method.signal import LOG_CAP
+from .memory import SHARE, device_memory
 from .sampling import forced_logps
 
 WEIGHTINGS = ("current", "exact", "sequence")
 """Names of the weightings, see the module."""
 
-LARGEST_MATRIX = 4 * 2**30
-"""Bytes that the gradients of one pair of policies may take in memory."""
+PRECISION = 4
+"""Bytes of a number of a gradient."""
 
 CHUNK = 4
 """Trajectories that share a forward pass: more waste time in each other's backward pass, fewer in overhead."""
@@ -89,10 +90,10 @@ def source_gradients(
         parameters: Regular expression that selects parameters by name; "" takes all trainable ones.
 
     Raises:
-        ValueError: No parameter matches, an empty trajectory, or the matrix would not fit `LARGEST_MATRIX`.
+        ValueError: No parameter matches, an empty trajectory, or the matrix would not fit into memory.
     """
     chosen = _checked(model, parameters, completions)
-    size = _fitting(chosen, len(rows), 4, "or gradients")
+    size = _fitting(chosen, len(rows), f"{len(rows)} gradients")
     plain, exact, log_weights = np.empty((len(rows), size), np.float32), np.empty(len(rows)), np.empty(len(rows))
     for start in range(0, len(rows), CHUNK):
         part = slice(start, min(start + CHUNK, len(rows)))
@@ -127,13 +128,18 @@ def own_gram(
         ValueError: As `source_gradients`; here the token gradients of the longest trajectory must fit.
     """
     chosen = _checked(model, parameters, completions)
-    # single precision, and double for the product
-    _fitting(chosen, max(map(len, completions), default=0), 12, "or shorter responses")
+    longest = max(map(len, completions), default=0)
+    _fitting(chosen, longest, f"The gradients of {longest} tokens")
     grams = []
     for row, tokens in zip(rows, completions, strict=True):
         with torch.enable_grad():
-            flat = _gradients(list(_responses(model, processor, [row], [tokens])[0]), chosen).double()
-        grams.append((flat @ flat.T).numpy())
+            grads = _grads(list(_responses(model, processor, [row], [tokens])[0]), chosen)
+        # parameter by parameter: double precision of all at once would take three times the memory
+        gram = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+        for grad in grads:
+            flat = grad.detach().flatten(1).double()
+            gram += (flat @ flat.T).cpu()
+        grams.append(gram.numpy())
     return grams
 
 
@@ -172,14 +178,34 @@ def _checked(model: PreTrainedModel, pattern: str, completions: Sequence[Sequenc
     return selected_parameters(model, pattern)
 
 
-def _fitting(parameters: list[torch.nn.Parameter], rows: int, width: int, remedy: str) -> int:
-    """Number of parameters, if `rows` gradients over them with `width` bytes a number fit `LARGEST_MATRIX`."""
+def require_gradients_fit(model: PreTrainedModel, pattern: str, gradients: int, tokens: int) -> None:
+    """Refuse gradients that would not fit into memory, before anything is sampled for them.
+
+    A pair of policies holds one gradient of each trajectory; a trajectory's token gradients are held at a time.
+
+    Args:
+        model: The policy π.
+        pattern: Regular expression that selects parameters by name; "" takes all trainable ones.
+        gradients: Trajectories with a gradient.
+        tokens: Longest response in tokens.
+
+    Raises:
+        ValueError: No parameter matches, or they do not fit; the message has what would.
+    """
+    chosen = selected_parameters(model, pattern)
+    _fitting(chosen, gradients, f"{gradients} gradients (gradients)")
+    _fitting(chosen, tokens, f"The gradients of {tokens} tokens (max_new_tokens)")
+
+
+def _fitting(parameters: list[torch.nn.Parameter], rows: int, what: str) -> int:
+    """Number of parameters, if `rows` gradients over them fit the share of memory that a batch may take."""
     size = sum(parameter.numel() for parameter in parameters)
-    needed = width * size * rows
-    if needed > LARGEST_MATRIX:
+    needed, allowed = PRECISION * size * rows, int(SHARE * device_memory(parameters[0].device))
+    if needed > allowed:
         raise ValueError(
-            f"{rows} gradients over {size:,} parameters take {needed / 2**30:.1f} GiB, more than "
-            f"{LARGEST_MATRIX / 2**30:.0f}. Select fewer parameters (such as 'layers.35.') {remedy}."
+            f"{what} over {size:,} parameters take {needed / 2**30:.1f} GiB, more than {allowed / 2**30:.1f}. Select "
+            f"fewer parameters, {allowed // (PRECISION * rows):,} at most (parameters, a regular expression of names "
+            "such as 'layers.29.self_attn.o_proj'), or set gradients to 0. What has been sampled is kept."
         )
     return size
 
@@ -194,7 +220,11 @@ def _responses(
 
 def _gradients(values: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """Gradient of each value, shape (values, parameters), float32 on the CPU."""
+    return torch.cat([grad.detach().float().flatten(1) for grad in _grads(values, parameters)], dim=1).cpu()
+
+
+def _grads(values: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    """Gradient of each value by parameter, shapes (values, *parameter)."""
     stacked = torch.stack(list(values))
     each = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device)
-    grads = torch.autograd.grad(stacked, parameters, each, is_grads_batched=True, materialize_grads=True)
-    return torch.cat([grad.detach().float().flatten(1) for grad in grads], dim=1).cpu()
+    return torch.autograd.grad(stacked, parameters, each, is_grads_batched=True, materialize_grads=True)

@@ -23,6 +23,12 @@ from .pictures import pictures_of, prompt_as_seen
 TAKEN = ("conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding")
 """Arguments of `apply_chat_template` that TRL gives itself; as `chat_template_kwargs` they would stand there twice."""
 
+BENDING = (
+    *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "no_repeat_ngram_size"),
+    *("min_length", "min_new_tokens", "bad_words_ids", "sequence_bias", "encoder_repetition_penalty", "guidance_scale"),
+)
+"""Settings that TRL leaves to the policy's `generation_config.json` and that change the distribution of responses."""
+
 SHARED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of a draw that transformers, vLLM and TRL's GRPOTrainer call by the same name."""
 
@@ -135,6 +141,14 @@ def end_tokens(model: PreTrainedModel, processor) -> list[int]:
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     own = tokenizer_of(processor).eos_token_id
     return list(dict.fromkeys(ids if own in ids else [own, *ids]))
+
+
+def inherited(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of the policy's own `generation_config.json` that rollouts obey, in training and off line alike."""
+    plain = {"num_beams": 1, "no_repeat_ngram_size": 0, "min_length": 0, "typical_p": 1.0, "guidance_scale": 1}
+    plain |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0}
+    found = {name: getattr(model.generation_config, name) for name in BENDING}
+    return {name: value for name, value in found.items() if value is not None and value != plain.get(name)}
 
 
 @dataclass(frozen=True)

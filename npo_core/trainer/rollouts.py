@@ -1,4 +1,4 @@
-"""The table of a step's rollouts: filled while the loss goes over them, handed over when every row has been seen."""
+"""The rollouts of a step: their text as rewards get it, and their table, filled while the loss goes over them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from trl.chat_template_utils import parse_response
 
+from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
+from ..guidance.verdicts import completion_text
 
 
 @dataclass
@@ -23,6 +26,7 @@ class StepRollouts:
         prefixes: Tokens that a guide gave, by row, where the policy went on by itself.
         refused: Guides that were judged wrong, so that the sampled rollout stayed.
         verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
+        prompt_ids: Token ids of each row's prompt, as TRL made them; None where a `rollout_func` samples.
         rewards: Weighted reward of each row; NaN where no reward function scored it.
         correct: Verdict on each row, or None without a verifier.
     """
@@ -35,6 +39,7 @@ class StepRollouts:
     prefixes: dict[int, int] = field(default_factory=dict)
     refused: list[Trajectory] = field(default_factory=list)
     verdicts: dict[int, bool] = field(default_factory=dict)
+    prompt_ids: Sequence[Sequence[int]] | None = None
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 
@@ -142,3 +147,34 @@ class RolloutTable:
                 record["behaviour_logps"] = behaviour.tolist()
             record["ratio"] = (current - torch.tensor(record["behaviour_logps"]).to(current)).exp().tolist()
         return not self._place
+
+
+def response_texts(
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    prompt_ids: Callable[[], Sequence[Sequence[int]]],
+) -> list[str]:
+    """Text of each response as TRL hands it to rewards, so that gate, guides and rewards judge the same.
+
+    It is the decoded response; where the tokenizer has a response template (or schema) and the prompt is chat messages,
+    the content that the template finds in it, such as what follows the reasoning.
+
+    Args:
+        processor: Processor or tokenizer.
+        rows: The data set row of each response.
+        completions: Token ids of the responses.
+        prompt_ids: Gives the token ids of each response's prompt; asked only where a template reads them.
+    """
+    tokenizer = tokenizer_of(processor)
+    # as TRL asks: neither attribute is there on every tokenizer
+    parsed = any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+    if not rows:
+        return []
+    if not parsed or isinstance(rows[0]["prompt"], str):
+        return tokenizer.batch_decode([list(ids) for ids in completions], skip_special_tokens=True)
+    messages = [
+        parse_response(tokenizer, list(ids), prefix=list(before))
+        for ids, before in zip(completions, prompt_ids(), strict=True)
+    ]
+    return [completion_text([message]) for message in messages]

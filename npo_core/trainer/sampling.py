@@ -7,21 +7,24 @@ sampling distribution. What will guide is scored at the temperature of training:
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
 from ..guidance.verdicts import Verifier, is_correct
 from ..processes import process_count, process_number, shared
-from .inputs import Sampling, encode_prompts, end_tokens, padding_token
+from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
+from .memory import fitting, sampling_bytes, scoring_bytes
+from .rollouts import response_texts
 
 ROLLOUT_BATCH = 512
-"""Rollouts in one `generate` call."""
+"""Rollouts in one `generate` call, or in a scoring pass, at most: fewer where memory asks for it (`memory`)."""
 
 ENGINE_PROMPTS = 512
 """Prompts, with their pictures, that another sampler gets at a time; each time it is sent the weights first."""
@@ -88,7 +91,7 @@ def sample_rollouts(
         processor: Its processor or tokenizer.
         rows: Data set rows, or a `Dataset`, with uid, prompt, what the verifier reads and, for visual tasks, image.
         k: Responses per row.
-        verifier: `verifier(text, row) -> Verdict` or bool.
+        verifier: `verifier(text, row) -> Verdict` or bool; the text is what rewards get (`rollouts.response_texts`).
         seed: Seed of the sampling.
         max_new_tokens: Longest response in tokens.
         source_step: Policy step of the model, noted in each trajectory.
@@ -99,8 +102,8 @@ def sample_rollouts(
         repetition_penalty: 1 switches it off.
         generation_kwargs: Further settings, as TRL's argument of this name; not for `generate`.
         score: Compute log-probs (at `score_temperature`, untruncated); without it `logps` is empty.
-        batch: Responses that are sampled at a time.
-        score_batch: Responses that are scored at a time.
+        batch: Responses that are sampled at a time, at most: fewer where memory asks for it, which is said once.
+        score_batch: Responses that are scored at a time, at most, in the same way.
         generate: Samples in place of the model, whose weights it has, such as vLLM; takes no seed.
         advance: Called with the number of rollouts done after each batch.
         chat_template_kwargs: As in training, see `encode_prompts`.
@@ -122,16 +125,18 @@ def sample_rollouts(
     try:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
+            if score:  # said before anything is sampled
+                score_batch = fitting(score_batch, scoring_bytes(model, max_new_tokens), model.device, "scored")
+            if generate is None:
+                batch = fitting(batch, sampling_bytes(model, max_new_tokens), model.device, "sampled")
             prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
             for start in range(0, len(rows), prompts):
                 part = [rows[place] for place in range(start, min(start + prompts, len(rows)))]
                 repeated = [row for row in part for _ in range(k)]
                 if generate is None:
-                    encoded = encode_prompts(processor, repeated, chat_template_kwargs)
-                    inputs = {name: value.to(model.device) for name, value in encoded.items()}
-                    # processes that hold a policy together sample in step, to the end of the longest response of all
-                    ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
-                    ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
+                    draw = partial(_drawn, model, processor, settings=settings, template=chat_template_kwargs)
+                    at_once = [repeated[place : place + batch] for place in range(0, len(repeated), batch)]
+                    ids = [row for some in at_once for row in draw(some)]
                 else:
                     ids = generate(part, k, drawn.of_engine)
                 completions = [_until_end(row, ends) for row in ids]
@@ -149,17 +154,19 @@ def sample_rollouts(
                     else [()] * len(repeated)
                 )
                 texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+                asked = partial(_repeated, processor, part, k, chat_template_kwargs)
+                judged = response_texts(processor, repeated, completions, asked)
                 trajectories = [
                     Trajectory(
                         uid=row["uid"],
                         token_ids=tuple(tokens),
                         logps=tuple(scores),
                         source_step=source_step,
-                        correct=is_correct(verifier(text, row)),
+                        correct=is_correct(verifier(read, row)),
                         text=text,
                         temperature=score_temperature,
                     )
-                    for row, tokens, scores, text in zip(repeated, completions, logps, texts, strict=True)
+                    for row, tokens, scores, text, read in zip(repeated, completions, logps, texts, judged, strict=True)
                 ]
                 out += [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
                 if advance is not None:
@@ -167,6 +174,28 @@ def sample_rollouts(
     finally:
         model.train(was_training)
     return out
+
+
+def _drawn(
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    settings: GenerationConfig,
+    template: Mapping[str, Any] | None,
+) -> list[list[int]]:
+    """Token ids of one response per row, padding behind it included."""
+    encoded = encode_prompts(processor, rows, template)
+    inputs = {name: value.to(model.device) for name, value in encoded.items()}
+    # processes that hold a policy together sample in step, to the end of the longest response of all
+    ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _repeated(
+    processor, rows: Sequence[Mapping[str, Any]], k: int, chat_template_kwargs: Mapping[str, Any] | None
+) -> list[list[int]]:
+    """Token ids of the rows' prompts, each k times."""
+    return [ids for ids in prompt_tokens(processor, rows, chat_template_kwargs)[0] for _ in range(k)]
 
 
 def shared_rollouts(
@@ -228,7 +257,7 @@ def completion_logps(
         processor: Its processor or tokenizer.
         rows: One data set row per response.
         completions: Token ids of the responses.
-        batch: Responses in a forward pass.
+        batch: Responses in a forward pass, at most: fewer where memory asks for it, which is said once.
         temperature: The logits are divided by it, as TRL does with those of training.
         chat_template_kwargs: As in training, see `encode_prompts`.
 
@@ -240,6 +269,7 @@ def completion_logps(
     if any(len(tokens) == 0 for tokens in completions):
         raise ValueError("An empty response has no log-probs; leave it out.")
     scores: list[list[float]] = []
+    batch = _scored_at_once(model, completions, batch)
     with torch.no_grad():
         for start in range(0, len(rows), batch):
             tokens = completions[start : start + batch]
@@ -280,6 +310,7 @@ def completion_entropies(
     """
     means: list[float] = []
     was_training = model.training
+    batch = _scored_at_once(model, completions, batch)
     model.eval()
     try:
         with torch.no_grad():
@@ -292,6 +323,11 @@ def completion_entropies(
     finally:
         model.train(was_training)
     return means
+
+
+def _scored_at_once(model: PreTrainedModel, completions: Sequence[Sequence[int]], asked: int) -> int:
+    longest = max(map(len, completions), default=0)
+    return fitting(asked, scoring_bytes(model, longest), model.device, "scored")
 
 
 def _forced(

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from ..guidance.sources import GuidanceSource, ReplaySource
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier, completion_text, is_correct
 from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
-from .admission import RefusedGuides, check_guide, check_source, empty_cache
-from .config import NPOConfig
+from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
+from .config import PAPER, own_arguments
 from .pictures import collapse_pictures, rows_as_seen
-from .rollouts import RolloutTable, StepRollouts, mask_given
+from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
 
 class NPOTrainer(GRPOTrainer):
@@ -38,37 +38,40 @@ class NPOTrainer(GRPOTrainer):
         guidance (`GuidanceSource`, *optional*): Where guides come from, such as a `GuidanceCache`. Without one the
             trainer trains exactly as `GRPOTrainer`. May be set between steps through the attribute of this name.
         verifier (`Callable`, *optional*): `verifier(response text, row) -> Verdict` or bool, in training only; the text
-            is the decoded response, whole. Needed with guidance: it gives the pass rate for the gate, and judges each
-            guide again before it is injected; a wrong one is left out and counted (`npo/refused_guides`). With a
-            verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
+            is what rewards get (`rollouts.response_texts`). Needed with guidance: it gives the pass rate for the gate,
+            and judges each guide again before it is injected; a wrong one is left out and counted
+            (`npo/refused_guides`). With a verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
         rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of the step's rollouts
             while the attribute `record_rollouts` is True. The attribute `guided_sink`, if set, is called as
             `sink(policy_step, rows, refused)` after each step in which a guide was placed or refused, in each process
             with its own: rows of the guided groups, and the refused guides.
-        **kwargs: Arguments of `GRPOTrainer`. With guidance, `train_dataset` needs the columns uid and prompt, and
-            answer where the verifier is `BoxedVerifier`.
+        **kwargs: Arguments of `GRPOTrainer`. Without `args`, or with a `GRPOConfig`, NPO's own settings have their
+            defaults. With guidance, `train_dataset` needs the columns uid and prompt, and answer where the verifier is
+            `BoxedVerifier`.
 
     Raises:
-        ValueError: Guidance without verifier; a data set without the needed columns, or remove_unused_columns; a group
-            that would be split over two batches or processes; tools or environments together with guidance; a cache of
-            another tokenizer, with longer responses, or scored at another temperature where the ratio needs its q.
+        TypeError: `args` of another kind.
+        ValueError: What `admission.check_source` refuses; remove_unused_columns with a verifier; appended places with a
+            `rollout_func`, tools or environments.
         GuidanceRefused: While training: a source gives what is no guide for the prompt, or all its guides are wrong.
     """
 
     _tag_names = ["trl", "grpo", "npo"]  # noqa: RUF012 (TRL's own form)
     _name = "NPO"
+    _paper = PAPER
 
     def __init__(
         self,
-        *args: Any,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *further: Any,
         guidance: GuidanceSource | None = None,
         verifier: Verifier | None = None,
         rollout_sink: Callable[[int, list[dict[str, Any]]], None] | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, NPOConfig):
-            raise TypeError(f"args is a {type(self.args).__name__}; NPOTrainer needs an NPOConfig.")
+        super().__init__(model, reward_funcs, own_arguments(args, model), *further, **kwargs)
         self.verifier = verifier
         self.rollout_sink = rollout_sink
         self.record_rollouts = False
@@ -83,6 +86,8 @@ class NPOTrainer(GRPOTrainer):
                 "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
                 "False, TRL's default for GRPO."
             )
+        if self.args.placement == "append":
+            require_own_rollouts(self, "placement 'append'")
         self.guidance = guidance
 
     @property
@@ -165,6 +170,7 @@ class NPOTrainer(GRPOTrainer):
         return rows
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self._rollouts.prompt_ids = prompt_ids
         if self.use_vllm and self.vllm_mode == "colocate":
             prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -225,12 +231,10 @@ class NPOTrainer(GRPOTrainer):
         return found
 
     def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
-        """Verdicts on token ids by row: on the decoded text, as off line, whatever TRL makes of it for the rewards."""
-        if not responses:
-            return {}
-        ids = [list(tokens) for tokens in responses.values()]
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        rows = self._rollouts.rows
+        """Verdicts on token ids by row: on the text that rewards get, off line too."""
+        rows, prompts = self._rollouts.rows, self._rollouts.prompt_ids
+        asked, before = [rows[row] for row in responses], lambda: [prompts[row] for row in responses]
+        texts = response_texts(self.processing_class, asked, list(responses.values()), before)
         return {row: is_correct(self.verifier(text, rows[row])) for row, text in zip(responses, texts, strict=True)}
 
     def _guides_for(self, uid: str, count: int) -> Sequence[Trajectory]:

@@ -57,6 +57,9 @@ SPECIAL_TOKENS = (
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """Files of a hub model that are fetched: weights as safetensors, configuration, tokenizer, chat template; no code."""
 
+SIDES = {"padding_side": "left", "truncation_side": "left"}
+"""How TRL loads a processor that it is not given: prompts end side by side, where responses begin."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt."""
 
@@ -221,9 +224,9 @@ def load_processor(folder: str | Path):
     config = _policy_config(folder)
     if config.model_type != "qwen3_vl":
         auto = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
-        return auto.from_pretrained(folder, trust_remote_code=False)
+        return auto.from_pretrained(folder, trust_remote_code=False, **SIDES)
     if _has_video_part(folder) and is_torchvision_available():
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **SIDES)
         # a subclass of the same name, so that a saved processor still names the class of transformers
         processor.__class__ = type(type(processor).__name__, (SharedPrompts, type(processor)), {})
         return processor

@@ -179,7 +179,9 @@ def policy_size(config: RunConfig, settings: PretrainedConfig) -> PolicySize:
         wanted = re.compile(adapter_settings(config).target_modules)
         layers = [part for name, part in model.named_modules() if wanted.fullmatch(name)]
         trained = sum(config.lora_rank * (part.in_features + part.out_features) for part in layers)
-    heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    # GPT-2's configuration names neither: every head is kept, and shares the width
+    kept = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = kept * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return PolicySize(
         total=total,
         trained=trained,

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -19,7 +20,9 @@ from npo_core.method.signal import squared_deviations
 from npo_core.runs.measurement import plan_pairs
 from npo_core.runs.settings import SignalSettings
 from npo_core.stages import measure
-from npo_core.stages.measure import Measurement, check_policies, find_checkpoints
+from npo_core.stages.comparable import check_policies, find_checkpoints
+from npo_core.stages.measure import Measurement
+from npo_core.trainer import gradients
 from npo_core.trainer.gradients import both_sided, own_gram, source_gradients
 from npo_core.trainer.sampling import completion_logps
 from npo_core.world.policies import CHAT_TEMPLATE, build_tokenizer, load_policy, save_policy
@@ -323,12 +326,32 @@ def test_what_a_policy_samples_does_not_hang_on_the_pairs_beside_it(policies, me
 
 def test_other_settings_or_prompts_in_the_folder_are_refused(policies, measured):
     folder = measured[0]
-    for change in ({"rollouts": 4}, {"seed": 1}, {"prompts": 7}, {"max_new_tokens": 5}, {"parameters": "norm"}):
+    for change in ({"rollouts": 4}, {"seed": 1}, {"prompts": 7}, {"max_new_tokens": 5}):
         with pytest.raises(ValueError, match="holds other settings or prompts"):
             measurement(policies, folder, settings=replace(SETTINGS, **change))
     tiny, folders = policies
     with pytest.raises(ValueError, match="holds other settings or prompts"):
         Measurement(folder, folders, PAIRS, tiny.processor, list(tiny.dataset)[1:], verifier, SETTINGS)
+
+
+def test_what_was_sampled_is_kept_whatever_is_measured_from_it(policies, measured, tmp_path, monkeypatch, caplog):
+    """With more rollouts scored, other parameters and fewer gradients: as if it had been measured so from the start."""
+    few = PAIRS[:2]
+    other = replace(SETTINGS, scored=SETTINGS.rollouts, gradients=2, parameters="norm")
+    expected = measurement(policies, tmp_path / "anew", few, other).run()
+    measurement(policies, tmp_path / "again", few).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "sample_rollouts", None)
+        found = measurement(policies, tmp_path / "again", few, other).run()
+    assert found == expected
+    assert "other scored, gradients, parameters than before. What was sampled is kept" in caplog.text
+
+
+def test_gradients_that_will_not_fit_are_refused_before_anything_is_sampled(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "sample_rollouts", None)
+    monkeypatch.setattr(gradients, "device_memory", lambda device: 4 * 3 * 400)
+    with pytest.raises(ValueError, match=r"gradients\) over [\d,]+ parameters take .* Select fewer parameters, \d+ at"):
+        measurement(policies, tmp_path).run()
 
 
 def test_another_runs_weights_under_the_same_names_are_refused(policies, measured):
@@ -367,6 +390,41 @@ def test_another_architecture_is_refused(policies, tmp_path):
     (tmp_path / "same").mkdir()
     (tmp_path / "same" / "config.json").write_text(json.dumps(config))
     check_policies({"000000": folders["000000"], "000010": tmp_path / "same"}, tiny.processor)
+
+
+def test_ids_that_trl_writes_into_a_checkpoint_are_no_other_architecture(policies, tmp_path):
+    """Qwen's base names a BOS that its tokenizer lacks, Llama's no pad; TRL's Trainer writes the tokenizer's own."""
+    tiny, folders = policies
+    base, trained = tmp_path / "base", folders["000010"]
+    shutil.copytree(folders["000000"], base)
+    config = json.loads((base / "config.json").read_text())
+    for change in ({"bos_token_id": 0, "pad_token_id": None}, {"bos_token_id": None, "eos_token_id": [2, 0]}):
+        (base / "config.json").write_text(json.dumps({**config, **change}))
+        check_policies({"base": base, "trained": trained}, tiny.processor)
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="differ in architecture"):
+        check_policies({"base": base, "trained": trained}, tiny.processor)
+
+
+def test_a_policy_that_bends_its_own_sampling_is_refused_before_anything_is_sampled(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "sample_rollouts", None)
+
+    def load(folder):
+        model = load_policy(folder)
+        model.generation_config.min_p = 0.05
+        return model
+
+    with pytest.raises(ValueError, match=r"generation_config.json sets \{'min_p': 0.05\}: responses would come from"):
+        measurement(policies, tmp_path, load=load).run()
+
+
+def test_checkpoints_of_adapters_get_a_word_on_merging(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "adapter_config.json").write_text("{}")
+    wanted = r"adapters \(LoRA\) only, such as checkpoint-5; .* python -m npo_core merge --checkpoint .*checkpoint-5"
+    for base in (None, tmp_path / "base"):
+        with pytest.raises(FileNotFoundError, match=wanted):
+            find_checkpoints(tmp_path, base)
 
 
 def test_another_tokenizer_is_refused(policies, tmp_path):

@@ -114,8 +114,8 @@ def asked(monkeypatch):
     """What a measurement was asked for, without making it."""
     found = SimpleNamespace()
 
-    def measurement(folder, policies, pairs, processor, rows, verifier, settings, load=None, quiet=False):
-        vars(found).update(policies=policies, pairs=pairs, processor=processor, rows=rows, verifier=verifier)
+    def measurement(folder, policies, pairs, processor, rows, verifier, settings, load=None, quiet=False, **batches):
+        vars(found).update(policies=policies, pairs=pairs, processor=processor, rows=rows, verifier=verifier, **batches)
         return SimpleNamespace(folder=Path(folder), run=dict)
 
     monkeypatch.setattr(signal_stages, "Measurement", measurement)
@@ -158,8 +158,10 @@ def test_what_is_asked_for_arrives(asked, tmp_path):
     measure_folder(
         folder, data, tmp_path / "out", SETTINGS, verifier=mine, processor=tmp_path / "other",
         teacher=str(tmp_path / "strong"), origins=[20], distances=2, also=[30, 31],
+        rollout_batch=7, score_batch=3,
     )  # fmt: skip
     assert asked.verifier is mine
+    assert (asked.rollout_batch, asked.score_batch) == (7, 3)
     assert asked.processor.folder == tmp_path / "other"
     assert asked.policies["teacher"] == tmp_path / "strong"
     assert [(pair.source, pair.distance) for pair in asked.pairs if pair.kind in ("future", "teacher")] == [

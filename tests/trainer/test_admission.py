@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from trl.trainer import grpo_trainer
 from worlds import VERIFIER, WIDTH, Guides, TinyWorld, correct_in, responses, rig, trainer_of, world
 
 from npo_core.guidance.fingerprints import tokenizer_digest
@@ -250,23 +249,6 @@ def test_what_is_told_of_refused_guides(caplog):
         assert len(caplog.records) == messages
     with pytest.raises(GuidanceRefused, match=str(ALL_REFUSED)):
         RefusedGuides().count(0, ALL_REFUSED, None)
-
-
-def test_the_guide_is_verified_as_it_was_off_line_whatever_trl_reads_into_it(tmp_path, monkeypatch):
-    """A tokenizer with a response template: TRL hands rewards the content without the reasoning."""
-    tiny = world("text")
-    rig(monkeypatch, correct_in(tiny, {}))
-
-    def parsed(tokenizer, ids, prefix=None, tools=None):
-        return {"role": "assistant", "reasoning_content": tokenizer.decode(ids), "content": ""}
-
-    monkeypatch.setattr(grpo_trainer, "parse_response", parsed)
-    monkeypatch.setattr(tiny.processor, "response_template", "x", raising=False)
-    trainer = trainer_of(tiny, tmp_path, guidance=_failing(tiny))
-    trainer.train()
-    line = trainer.state.log_history[0]
-    assert (line["npo/replaced_slots"], line["npo/refused_guides"]) == (4, 0)
-    assert line["reward"] == 0.0, "what the reward functions get is TRL's matter"
 
 
 # Rewards and rows that cannot be counted

@@ -169,7 +169,7 @@ def test_an_empty_response_is_refused(scene):
 def test_what_does_not_fit_in_memory_is_refused_before_it_is_computed(scene, monkeypatch):
     processor, model, rows, completions, behaviour = scene
     size = sum(p.numel() for p in selected_parameters(model, "norm"))
-    monkeypatch.setattr(gradients, "LARGEST_MATRIX", 4 * size * 2)
+    monkeypatch.setattr(gradients, "device_memory", lambda device: int(4 * size * 2 / gradients.SHARE))
     assert len(source_gradients(model, processor, rows[:2], completions[:2], behaviour[:2], "norm").plain) == 2
     monkeypatch.setattr(gradients, "forced_logps", lambda *_: pytest.fail("computed"))
     with pytest.raises(ValueError, match=rf"3 gradients over {size:,} parameters take .* GiB.*Select fewer parameters"):

@@ -11,10 +11,11 @@ from foreign import PARTS, THINKING, TURNS, byte_tokenizer, tiny_model
 from PIL import Image
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from worlds import TinyWorld, trainer_of
+from worlds import Guides, TinyWorld, trainer_of, world
 
-from npo_core.trainer.inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
+from npo_core.trainer.inputs import Sampling, encode_prompts, end_tokens, inherited, padding_token, prompt_tokens
 from npo_core.trainer.sampling import completion_logps, sample_rollouts
+from npo_core.trainer.trainer import NPOTrainer
 from npo_core.world.policies import TinyPolicySpec, build_processor, build_tiny_policy
 from npo_core.world.tasks import make_dataset, sample_problems, vocabulary
 
@@ -191,3 +192,46 @@ def test_template_arguments_that_the_trainer_gives_itself_are_refused():
     for name in ("tools", "chat_template", "tokenize"):
         with pytest.raises(ValueError, match=f"chat_template_kwargs holds {name}"):
             prompt_tokens(habit.processor, habit.rows, {name: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("repetition_penalty", 1.3, False),
+        ("top_k", 1, False),
+        ("temperature", 0.1, False),
+        ("no_repeat_ngram_size", 1, True),
+    ],
+)
+def test_what_the_files_of_a_policy_name_counts_off_line_as_in_training(tmp_path, monkeypatch, name, value, kept):
+    """TRL sets the first three itself; what it leaves out, both take from the policy's generation_config.json."""
+    habit = text_habit()
+    setattr(habit.model.generation_config, name, value)
+    taken = []
+    original = type(habit.model)._sample
+
+    def sample(self, ids, logits_processor, stopping_criteria, generation_config, **rest):
+        taken.append(({type(each).__name__ for each in logits_processor}, generation_config))
+        return original(self, ids, logits_processor, stopping_criteria, generation_config, **rest)
+
+    monkeypatch.setattr(type(habit.model), "_sample", sample)
+    trainer = trainer_of(
+        TinyWorld(habit.processor, Dataset.from_list(habit.rows), lambda: habit.model), tmp_path, GRPOTrainer,
+        prompts=3, n=2, reward=lambda completions, **_: [0.0] * len(completions), max_completion_length=4,
+    )  # fmt: skip
+    trainer.train()
+    sample_rollouts(habit.model, habit.processor, habit.rows, 2, lambda *_: True, seed=0, max_new_tokens=4)
+    (theirs, of_training), (ours, off_line) = taken
+    assert ours == theirs and getattr(off_line, name) == getattr(of_training, name)
+    assert (getattr(off_line, name) == value) is kept
+    assert inherited(habit.model) == ({name: value} if kept else {})
+
+
+def test_a_processor_that_pads_right_is_refused_with_guidance(tmp_path):
+    """TRL pads the types of picture tokens on the tokenizer's side, and the tokens in front."""
+    tiny = world("pictures")
+    trainer = trainer_of(tiny, tmp_path, NPOTrainer)
+    trainer.processing_class = build_processor(vocabulary())
+    trainer.processing_class.tokenizer.padding_side = "right"
+    with pytest.raises(ValueError, match=r"pads on the right.*padding_side = 'left'"):
+        trainer.guidance = Guides()

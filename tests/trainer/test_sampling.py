@@ -426,9 +426,13 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
 
     class Trainer:
         chat_template_kwargs: ClassVar = {"enable_thinking": False}
+        use_vllm = False
+        args = SimpleNamespace(generation_kwargs={"no_repeat_ngram_size": 3})
+        top_p, top_k, min_p, repetition_penalty = 0.9, 40, 0.01, 1.1
 
         def __init__(self, output_dir, guidance, callbacks):
             (self.watch,) = callbacks
+            self.temperature = temperature
 
         def train(self, resume_from_checkpoint):
             self.watch.due = 1
@@ -439,3 +443,6 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
     (_, of_sampling), (_, of_scoring) = asked
     assert of_sampling["chat_template_kwargs"] == of_scoring["chat_template_kwargs"] == {"enable_thinking": False}
     assert of_sampling["temperature"] == of_sampling["score_temperature"] == of_scoring["temperature"] == temperature
+    drawn = {"top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
+    assert {name: of_sampling[name] for name in drawn} == drawn
+    assert of_sampling["generation_kwargs"] == {"no_repeat_ngram_size": 3}

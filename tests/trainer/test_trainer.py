@@ -13,7 +13,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from worlds import (
     VERIFIER,
     WIDTH,
@@ -39,7 +39,8 @@ from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from npo_core.guidance.verdicts import Verdict
 from npo_core.method.ratios import RATIO_MODES
-from npo_core.trainer.trainer import NPOConfig, NPOTrainer
+from npo_core.trainer.config import NPOConfig
+from npo_core.trainer.trainer import NPOTrainer
 
 EPSILON, EPSILON_HIGH, TRUNCATION, GAMMA = 0.2, 0.28, 2.0, 0.1
 CLIP = {"epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
@@ -142,18 +143,6 @@ def test_constructor_refuses_a_uid_that_names_two_answers(tmp_path):
 def test_constructor_refuses_a_group_over_two_batches(tmp_path):
     with pytest.raises(ValueError, match="num_generations"):
         trainer_of(world("text"), tmp_path, guidance=Guides(), n=4, per_device_train_batch_size=6)
-
-
-def test_constructor_refuses_plain_grpo_arguments(tmp_path):
-    tiny = world("text")
-    with pytest.raises(TypeError, match="NPOConfig"):
-        NPOTrainer(
-            model=tiny.build(),
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False),
-            train_dataset=tiny.dataset,
-            processing_class=tiny.processor,
-        )
 
 
 def test_constructor_refuses_a_source_with_one_guide_where_several_are_asked_for(tmp_path):

@@ -358,8 +358,10 @@ def _figures(options: argparse.Namespace) -> int:
 
     source = results_folder() if options.results is None else options.results
     target = project_folder() / "figures" if options.out is None else options.out
-    for path in figures.draw_study(source, target):
-        print(path)
+    drawn = figures.draw_study(source, target)
+    print(*drawn, sep="\n")
+    if len(drawn) == 1:
+        print(f"{source} holds no results of a study; `make study` makes them.")
     return 0
 
 

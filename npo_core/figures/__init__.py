@@ -7,8 +7,10 @@ Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at 
 from .benchmarks import benchmark_table
 from .committed import draw_study
 from .curves import plateau, training_curves
+from .distance import signal_over_distance
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
+from .idea import guided_group
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -22,6 +24,7 @@ __all__ = [
     "draw_study",
     "gain_map",
     "group_before_after",
+    "guided_group",
     "intervention_signals",
     "plateau",
     "proxy_agreement",
@@ -29,6 +32,7 @@ __all__ = [
     "sample_gallery",
     "save_figure",
     "signal_curves",
+    "signal_over_distance",
     "suite_pass_rates",
     "suite_table",
     "training_curves",

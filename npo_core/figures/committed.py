@@ -1,13 +1,15 @@
-"""The figures of the study that are committed, drawn again from its results in seconds."""
+"""The figures that are committed: the idea, and those of the study, drawn again from its results in seconds."""
 
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
 from ..study.results import ABOUT, CORNER, MAP, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
+from .idea import guided_group
 from .style import save_figure
 
 FROM_EVIDENCE = {
@@ -20,11 +22,11 @@ FROM_EVIDENCE = {
 
 
 def draw_study(results: str | Path, target: str | Path) -> list[Path]:
-    """Draw every figure of the study and save it as PNG and SVG.
+    """Draw the idea and, where there are results, every figure of the study; save them as PNG and SVG.
 
     Args:
-        results: Folder that `python -m npo_core study` made; where the map of the gain and its follow-up lie beside it,
-            their figures are drawn too.
+        results: Folder that `python -m npo_core study` made, or one without a study; where the map of the gain and its
+            follow-up lie beside the study, their figures are drawn too.
         target: Folder of the figures.
 
     Returns:
@@ -35,6 +37,13 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
         ResultsRefused: The results do not belong together.
     """
     results = Path(results)
+    figures = {"idea": guided_group()}
+    if (results / ABOUT).is_file():
+        figures |= _of_study(results)
+    return [save_figure(figure, target, name)[0] for name, figure in figures.items()]
+
+
+def _of_study(results: Path) -> dict[str, Figure]:
     evidence = read_evidence(results)
     figures = {name: draw(evidence) for name, draw in FROM_EVIDENCE.items()}
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
@@ -42,4 +51,4 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
         figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
     if (results / CORNER / ABOUT).is_file():
         figures["evidence_corner"] = controls(read_evidence(results / CORNER))
-    return [save_figure(figure, target, name)[0] for name, figure in figures.items()]
+    return figures

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .record import AVERAGE_WEIGHT, RunRecord
-from .style import COLORS, GREY, WIDTH, canvas, settle, style
+from .style import COLORS, GREY, WIDTH, arm_looks, canvas, settle, style
 
-CLOCKS = {"policy_step": "policy step", "compute_step": "compute step (optimiser steps executed)"}
+CLOCKS = {"compute_step": "compute step (optimiser steps executed)", "policy_step": "policy step"}
+"""The two clocks, in the order of the panels: what was spent on the left, where that led on the right."""
 DOTTED = (0, (1.0, 0.6))
 CURVES = {"npo/pass_rate": "on-policy pass rate (fraction)", "npo/entropy": "token entropy (nats)"}
 
@@ -33,7 +34,7 @@ def training_curves(runs: Mapping[str, str | Path]) -> Figure:
     if not runs:
         raise ValueError("runs is empty; give at least one run folder with its label.")
     records = {label: RunRecord.read(folder) for label, folder in runs.items()}
-    colors = {label: COLORS[index % len(COLORS)] for index, label in enumerate(records)}
+    colors = {label: color for label, (color, _) in arm_looks(list(records)).items()}
     marks: dict[str, Any] = {
         "single step": Line2D([], [], color=GREY, lw=0.8, alpha=0.5),
         f"moving average (weight {AVERAGE_WEIGHT})": Line2D([], [], color=GREY, lw=1.8),
@@ -46,7 +47,7 @@ def training_curves(runs: Mapping[str, str | Path]) -> Figure:
                 for label, record in records.items():
                     _draw_curve(axes, record, clock, name, label, colors[label], marks)
         for row in grid:
-            _draw_jumps(row[0], {colors[label]: record.of_kind("rollback") for label, record in records.items()}, marks)
+            _draw_jumps(row[1], {colors[label]: record.of_kind("rollback") for label, record in records.items()}, marks)
         for axes, label in zip(grid[1], CLOCKS.values(), strict=True):
             axes.set_xlabel(label)
         lines = [Line2D([], [], color=colors[label], lw=1.8, label=label) for label in records]
@@ -71,7 +72,7 @@ def _draw_curve(
             axes.plot(
                 steps[lost], average[lost], color=color, lw=1.4, ls=DOTTED, alpha=0.5, label=f"{label}, abandoned"
             )
-            marks["abandoned stretch (left panels)"] = Line2D([], [], color=GREY, lw=1.4, ls=DOTTED, alpha=0.5)
+            marks["abandoned stretch (right panels)"] = Line2D([], [], color=GREY, lw=1.4, ls=DOTTED, alpha=0.5)
     warned = [warning["compute_step"] for warning in record.of_kind("warning")]
     for index in np.flatnonzero(np.isin(record.values("compute_step"), warned)):
         shape = {"ls": "", "marker": "^", "ms": 6, "mec": "black", "mew": 0.7}
@@ -103,7 +104,7 @@ def _draw_jumps(axes: Axes, rollbacks: Mapping[str, Sequence[Mapping[str, Any]]]
         style = {"arrowstyle": "-|>", "color": color, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
         place = axes.get_xaxis_transform()
         axes.annotate("", xy=(low, height), xytext=(high, height), xycoords=place, textcoords=place, arrowprops=style)
-        marks["from t back to t − Δ (left panels)"] = Line2D(
+        marks["from t back to t − Δ (right panels)"] = Line2D(
             [], [], color=GREY, lw=1.2, marker="<", ms=4, markevery=[0]
         )
 

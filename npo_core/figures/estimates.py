@@ -30,7 +30,8 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def signed(value: float, digits: int) -> str:
     """ "+0.012" or "−0.012", with a true minus; zero has no sign."""
-    return f"{value:{'+' if value else ''}.{digits}f}".replace("-", "−")
+    shown = round(value, digits) + 0.0  # what rounds to zero is zero, and has no sign
+    return f"{shown:{'+' if shown else ''}.{digits}f}".replace("-", "−")
 
 
 def difference_text(values: np.ndarray, digits: int, between: str = " ") -> str:

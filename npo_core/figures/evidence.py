@@ -20,30 +20,12 @@ from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
 from .estimates import difference_text, interval, quoted, require_arms
 from .record import AVERAGE_WEIGHT, RunRecord
-from .style import COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, style
+from .style import ARM_LOOKS, COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, style
 
 GROUPS = {"baseline": "Baselines", "npo": "NPO", "control": "Controls"}
 """Titles of the kinds of arms."""
 AT_EQUAL = {"compute": ("o", COLORS[0], "at equal compute"), "policy": ("s", COLORS[1], "at equal policy step")}
 """Marker, colour and name of the clock that a comparison holds equal."""
-ARM_LOOKS = {
-    "GRPO": (COLORS[0], "-"),
-    "GRPO, longer": (COLORS[0], "--"),
-    "LUFFY": (COLORS[9], "-"),
-    "LUFFY, base's form": (COLORS[9], "--"),
-    "ExGRPO": (COLORS[7], "-"),
-    "RLEP": (COLORS[5], "-"),
-    "NPO early": (COLORS[1], "-"),
-    "NPO late": (COLORS[2], "-"),
-    "NPO": (COLORS[3], "-"),
-    "AutoNPO": (COLORS[4], "-"),
-    "NPO, exact ratio": (COLORS[2], "--"),
-    "LUFFY, no correction": (COLORS[5], "--"),
-    "NPO, own resample": (COLORS[7], "--"),
-    "NPO, no guide": (COLORS[1], "--"),
-    "NPO, random": (COLORS[4], "--"),
-}
-"""Colour and line of an arm's curves."""
 METRICS = {"pass_rate": CURVES["npo/pass_rate"], "entropy": CURVES["npo/entropy"]}
 PAIRS = (("NPO", "NPO, exact ratio"), ("LUFFY", "LUFFY, no correction"))
 """Arms that differ in the importance ratio of the guided slot only."""
@@ -126,20 +108,20 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
         figure, grid = canvas(2, 2, (WIDTH, 5.6), sharex="col", sharey="row")
         for row, metric in zip(grid, METRICS, strict=True):
             row[0].set_ylabel(METRICS[metric])
-            for axes, clock in zip(row, reversed(CLOCKS), strict=True):
+            for axes, clock in zip(row, CLOCKS, strict=True):
                 for arm in arms:
                     _draw_curve(axes, records[arm], metric, clock, arm, single=arm in apart)
                 _draw_rollbacks(axes, {arm: {jump[clock] for jump in jumps[arm][0]} for arm in alike})
             bottom, top = row[0].get_ylim()
             row[0].set_ylim(bottom - 0.06 * len(apart) * (top - bottom), top)
-            for axes, clock in zip(row, reversed(CLOCKS), strict=True):
+            for axes, clock in zip(row, CLOCKS, strict=True):
                 for level, arm in enumerate(apart):
                     places = [jump[clock] for seed in jumps[arm] for jump in seed]
                     axes.vlines(
                         places, 0.055 * level, 0.055 * level + 0.05, color=ARM_LOOKS[arm][0], lw=1.2, alpha=0.6,
                         zorder=3, transform=axes.get_xaxis_transform(), label=f"{arm}, roll-backs of single seeds",
                     )  # fmt: skip
-        for axes, clock in zip(grid[1], reversed(CLOCKS), strict=True):
+        for axes, clock in zip(grid[1], CLOCKS, strict=True):
             axes.set_xlabel(CLOCKS[clock] + (", final trajectory" if clock == "policy_step" else ""))
         _legend_of_curves(figure, evidence, records, apart)
         marks = _curve_marks(records)

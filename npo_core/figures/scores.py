@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..runs.validation import SUITES
 from .record import RunRecord
-from .style import COLORS, GREY, WIDTH, canvas, settle, style
+from .style import COLORS, GREY, WIDTH, arm_looks, canvas, settle, style
 
 LOG_RANGE = 20.0
 """Ratio of the largest to the smallest V̂ from which its axis is logarithmic."""
@@ -95,7 +95,7 @@ def suite_pass_rates(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     found = {suite for scores in results.values() for suite in scores["suites"]}
     suites = [*(suite for suite in SUITES if suite in found), *sorted(found - set(SUITES))]
     places = {"average": 0.0} | {suite: 1.3 + index for index, suite in enumerate(suites)}
-    width = 0.8 / len(results)
+    width, looks = 0.8 / len(results), arm_looks(list(results))
     with style():
         figure, ((axes,),) = canvas(1, 1, (WIDTH, 3.4))
         for index, (label, scores) in enumerate(results.items()):
@@ -103,7 +103,7 @@ def suite_pass_rates(results: Mapping[str, Mapping[str, Any]]) -> Figure:
             limits = {"average": scores.get("interval"), **scores.get("suite_intervals", {})}
             x = {name: places[name] + (index - (len(results) - 1) / 2) * width for name in places if name in rates}
             heights = [rates[name] for name in x]
-            axes.bar(x.values(), heights, width * 0.94, color=COLORS[index % len(COLORS)], label=label)
+            axes.bar(x.values(), heights, width * 0.94, color=looks[label][0], label=label)
             for name in (name for name in x if limits.get(name) is not None):
                 around = [[max(rates[name] - limits[name][0], 0.0)], [max(limits[name][1] - rates[name], 0.0)]]
                 axes.errorbar(x[name], rates[name], around, fmt="none", ecolor="black", elinewidth=0.9, capsize=2)

@@ -79,8 +79,8 @@ def signal_curves(folder: str | Path, quality: str = Quality.MANY) -> Figure:
     if quality not in tuple(Quality):
         raise ValueError(f"quality is {quality!r}; allowed are {', '.join(Quality)}.")
     quality = Quality(quality)
-    table, summary = _read(folder)
-    ahead = _ahead(table, folder)
+    table, summary = read_measurement(folder)
+    ahead = rows_ahead(table, folder)
     origins = sorted(ahead["origin"].unique())
     costs = {cost: color for cost, color in COST_COLORS.items() if cost in table}
     names = {Quality.MANY: f"Q, {summary['settings']['rollouts']} rollouts", Quality.ONE: "Q, 1 rollout"}
@@ -149,7 +149,7 @@ def quality_stability(folder: str | Path, cost: str | None = None) -> Figure:
         FileNotFoundError: The folder holds no finished measurement.
         ValueError: No pair, or a cost that was not measured.
     """
-    table, summary = _read(folder)
+    table, summary = read_measurement(folder)
     cost = cost or (Cost.GRADIENT_EXACT if summary["settings"]["gradients"] else Cost.KL)
     _require(table, cost, tuple(Cost), folder)
     origins = sorted(table["origin"].unique())
@@ -210,9 +210,9 @@ def proxy_agreement(folder: str | Path, cost: str = Cost.GRADIENT_EXACT) -> Figu
         FileNotFoundError: The folder holds no finished measurement.
         ValueError: No pair, none with a distance of 0 or more, or a cost that was not measured.
     """
-    table, summary = _read(folder)
+    table, summary = read_measurement(folder)
     _require(table, cost, MEASURED_COSTS, folder)
-    ahead = _ahead(table, folder)
+    ahead = rows_ahead(table, folder)
     colors = {origin: COLORS[index % len(COLORS)] for index, origin in enumerate(sorted(ahead["origin"].unique()))}
     with style():
         height = 4.6 + 0.3 * len(colors)
@@ -282,7 +282,7 @@ def interval_text(found: dict[str, Any] | None) -> str:
     return f"{found['value']:.2f}{ends}".replace("-", "−")
 
 
-def _read(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_measurement(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     table = pd.read_parquet(Path(folder) / "table.parquet")
     if table.empty:
         raise ValueError(f"{folder} compares nothing: its table has no row. Measure at least one pair of policies.")
@@ -291,7 +291,7 @@ def _read(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     )
 
 
-def _ahead(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+def rows_ahead(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     """Rows of the origin's resample and of later checkpoints, in the order of the distance."""
     rows = table[table["distance"] >= 0].sort_values(["origin", "distance"])
     if rows.empty:

@@ -1,5 +1,6 @@
 """Look of all figures, in a context of its own, and how a figure is written to disk."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,39 @@ FONT = 8.0
 """Smallest font size in points."""
 COLORS = seaborn.color_palette("colorblind").as_hex()
 GREY = "0.35"
+ARM_LOOKS = {
+    "GRPO": (COLORS[0], "-"),
+    "GRPO, longer": (COLORS[0], "--"),
+    "LUFFY": (COLORS[9], "-"),
+    "LUFFY, base's form": (COLORS[9], "--"),
+    "ExGRPO": (COLORS[7], "-"),
+    "RLEP": (COLORS[5], "-"),
+    "NPO early": (COLORS[1], "-"),
+    "NPO late": (COLORS[2], "-"),
+    "NPO": (COLORS[3], "-"),
+    "AutoNPO": (COLORS[4], "-"),
+    "NPO, exact ratio": (COLORS[2], "--"),
+    "LUFFY, no correction": (COLORS[5], "--"),
+    "NPO, own resample": (COLORS[7], "--"),
+    "NPO, no guide": (COLORS[1], "--"),
+    "NPO, random": (COLORS[4], "--"),
+}
+"""Colour and line of an arm, in every figure that draws it."""
 SEED = {"ls": "", "ms": 4, "alpha": 0.8, "mec": "white", "mew": 0.5, "zorder": 3.5}
 """Look of a single seed."""
 MEAN = {"ls": "", "mec": "black", "mew": 0.7, "zorder": 4}
 """Look of a mean over seeds."""
 LAYOUT_PASSES = 2
 """Layouts of a figure until it is fixed; the second knows the sizes that the first gave."""
+
+
+def arm_looks(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and line of some runs: an arm's own, and for other labels the colours that none of the arms has here."""
+    known = {label: ARM_LOOKS[label] for label in labels if label in ARM_LOOKS}
+    free = [color for color in COLORS if color not in {color for color, _ in known.values()}]
+    others = [label for label in labels if label not in known]
+    found = known | {label: (free[place % len(free)], "-") for place, label in enumerate(others)}
+    return {label: found[label] for label in labels}
 
 
 def style() -> AbstractContextManager:

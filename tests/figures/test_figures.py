@@ -117,17 +117,17 @@ def read(run, name):
 def test_curves_are_the_metrics_in_the_order_of_execution(grpo, autonpo):
     figure = training_curves({"GRPO": grpo, "AutoNPO": autonpo})
     for row, name in enumerate(["npo/pass_rate", "npo/entropy"]):
-        axes = figure.axes[2 * row + 1]
+        axes = figure.axes[2 * row]
         for label, run in [("GRPO", grpo), ("AutoNPO", autonpo)]:
             (raw,) = lines_of(axes, f"{label}, single step")
             assert raw.get_xdata().tolist() == list(range(1, TOTAL + 1))
             assert raw.get_ydata().tolist() == read(run, name)
     labels = [axes.get_ylabel() for axes in figure.axes[::2]] + [axes.get_xlabel() for axes in figure.axes[2:]]
-    assert "fraction" in labels[0] and "nats" in labels[1] and labels[2] == "policy step" and "compute" in labels[3]
+    assert "fraction" in labels[0] and "nats" in labels[1] and "compute" in labels[2] and labels[3] == "policy step"
 
 
 def test_policy_clock_shows_the_final_trajectory_and_the_abandoned_stretch_fainter(autonpo):
-    axes = training_curves({"AutoNPO": autonpo}).axes[0]
+    axes = training_curves({"AutoNPO": autonpo}).axes[1]
     values = read(autonpo, "npo/pass_rate")
     (raw,), (average,) = lines_of(axes, "AutoNPO, single step"), lines_of(axes, "AutoNPO, average")
     assert raw.get_xdata().tolist() == list(range(1, TOTAL - ORIGIN + 1))
@@ -140,7 +140,7 @@ def test_policy_clock_shows_the_final_trajectory_and_the_abandoned_stretch_faint
 def test_average_starts_at_the_first_value_and_goes_on_from_the_step_rolled_back_to(tmp_path):
     lines = [{**metric(t, c, b), "npo/pass_rate": v} for t, c, b, v in [(1, 1, 0, 1.0), (2, 2, 0, 0.0), (2, 3, 1, 1.0)]]
     run = write_run(tmp_path / "run", lines, [segment(0, 0, 0), segment(1, 1, 2, "guidance/x", 2)])
-    (average,) = lines_of(training_curves({"x": run}).axes[1], "x, average")
+    (average,) = lines_of(training_curves({"x": run}).axes[0], "x, average")
     # weights 0.9 and 1: (0.9 · 1 + 0) / 1.9 on the first branch; only ones on the second branch's own past
     assert average.get_ydata().tolist() == pytest.approx([1.0, 0.9 / 1.9, 1.0])
 
@@ -152,16 +152,16 @@ def test_marks_stand_where_the_events_were_and_undone_events_are_left_out(grpo, 
         assert [line.get_xdata()[0] for line in lines_of(axes, "AutoNPO, warning")] == [WARNED]
         assert lines_of(axes, "GRPO, roll-back") == lines_of(axes, "GRPO, warning") == []
         (shade,) = [patch for patch in axes.patches if patch.get_label() == "AutoNPO, guided replay"]
-        expected = (ORIGIN, WARNED) if index % 2 == 0 else (WARNED, WARNED + WARNED - ORIGIN)
+        expected = (ORIGIN, WARNED) if index % 2 == 1 else (WARNED, WARNED + WARNED - ORIGIN)
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == expected
         arrows = [(text.xyann[0], text.xy[0]) for text in axes.texts]
-        assert arrows == ([(WARNED, ORIGIN)] if index % 2 == 0 else [])
+        assert arrows == ([(WARNED, ORIGIN)] if index % 2 == 1 else [])
 
 
 def test_replay_is_shaded_only_as_far_as_it_was_executed(tmp_path):
     lines = [metric(t, t, 0) for t in range(1, 41)] + [metric(t - 20, t, 1) for t in range(41, 46)]
     run = write_run(tmp_path / "run", lines, [segment(0, 0, 0), segment(1, 20, 40, "guidance/x", 40)])
-    policy, compute = training_curves({"x": run}).axes[:2]
+    compute, policy = training_curves({"x": run}).axes[:2]
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for axes in (policy, compute) for patch in axes.patches]
     assert spans == [(20, 25), (40, 45)]
 
@@ -172,7 +172,7 @@ def test_overlapping_arrows_are_kept_apart(tmp_path):
     events = [
         {"event": "rollback", "compute_step": t, "policy_step": t, "to": to, "distance": t - to} for t, to in jumps
     ]
-    axes = training_curves({"x": write_run(tmp_path / "run", lines, [segment(0, 0, 0), *events])}).axes[0]
+    axes = training_curves({"x": write_run(tmp_path / "run", lines, [segment(0, 0, 0), *events])}).axes[1]
     heights = [text.xy[1] for text in axes.texts]
     assert heights[0] != heights[1] and heights[0] == heights[2]
 

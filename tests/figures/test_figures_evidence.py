@@ -23,6 +23,7 @@ from npo_core.figures import (
     suite_table,
     training_with_interventions,
 )
+from npo_core.figures.estimates import signed
 from npo_core.runs.folder import project_folder
 from npo_core.runs.validation import SUITES
 from npo_core.study.arms import ARMS
@@ -315,7 +316,7 @@ def test_suites_stand_over_those_of_the_paper(drawn, paper):
     for y, arm in enumerate(arms[1:], 1):
         for x in range(9):
             gain = 100 * LIFTS[arm] * (1 if x == 0 else x / 4.5)
-            assert shown[x + 0.5, y + 0.5] == f"{gain:+.1f}\n±{half:.1f}".replace("-", "−")
+            assert shown[x + 0.5, y + 0.5] == f"{signed(gain, 1)}\n±{half:.1f}"
     spread = np.ptp(t_interval([0, 0.03, 0.06])) / 2
     assert shown[0.5, 0.5] == f"41.0\n±{100 * spread:.1f}"
     printed = texts_of(theirs)
@@ -462,5 +463,5 @@ def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is
     cells().to_csv(tmp_path / "map.csv", index=False)
     drawn = figures.draw_study(tmp_path, tmp_path / "figures")
     names = ["differences", "training", "correction", "controls", "suites", "map"]
-    assert [path.name for path in drawn] == [f"evidence_{name}.png" for name in names]
+    assert [path.name for path in drawn] == ["idea.png", *(f"evidence_{name}.png" for name in names)]
     assert all(path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file() for path in drawn)

@@ -10,7 +10,13 @@ from legible import assert_legible
 from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
 
-from npo_core.figures import proxy_agreement, quality_stability, save_figure, signal_curves
+from npo_core.figures import (
+    proxy_agreement,
+    quality_stability,
+    save_figure,
+    signal_curves,
+    signal_over_distance,
+)
 from npo_core.figures.signal import COST_COLORS, PROXY_NAMES, interval_text, log_axis
 from npo_core.figures.style import canvas
 from npo_core.method.quantities import ESTIMATES, MEASURED_COSTS, SIGNALS, Cost
@@ -349,3 +355,74 @@ def test_drawing_leaves_the_style_of_the_session_alone_and_no_figure_open(measur
     quality_stability(measured)
     assert matplotlib.rcParams == before
     assert plt.get_fignums() == []
+
+
+# S over the distance, one panel
+
+
+def lines_of(figure):
+    [axes] = figure.axes
+    return axes, {line.get_label(): line for line in axes.lines}
+
+
+def test_one_panel_shows_s_its_interval_over_prompts_and_its_maximum(tmp_path):
+    write(tmp_path, {0: rows_of(0)})
+    figure = signal_over_distance(tmp_path, signal="signal_gradient_exact")
+    axes, lines = lines_of(figure)
+    expected = [estimates(0, d)["quality"] / estimates(0, d)["gradient_exact"] for d in DISTANCES]
+    [curve] = [line for line in axes.lines if len(line.get_xdata()) == len(DISTANCES)]
+    assert list(curve.get_xdata()) == list(DISTANCES)
+    assert curve.get_ydata() == pytest.approx(expected)
+    best = int(np.argmax(expected))
+    assert 0 < best < len(DISTANCES) - 1
+    star = lines[f"Δ* = {DISTANCES[best]}"]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (DISTANCES[best], pytest.approx(expected[best]))
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0.8 * min(expected))
+    assert axes.collections[0].get_label() == "95 % interval over prompts, one run"
+    assert_legible({"S": figure})
+
+
+def test_a_maximum_at_the_edge_is_said_to_be_one(tmp_path):
+    rows = [r if r["distance"] != 160 else {**r, "signal_kl": 9.0} for r in rows_of(0)]
+    write(tmp_path, {0: rows})
+    _, lines = lines_of(signal_over_distance(tmp_path))
+    star = lines["Δ* = 160, at the edge: no maximum inside"]
+    assert star.get_markerfacecolor() == "white"
+
+
+def test_over_seeds_the_interval_is_students_t(tmp_path):
+    scales = (0.9, 1.0, 1.4)
+    for seed, scale in enumerate(scales):
+        rows = [
+            {**r, "signal_kl": scale * (1 + r["distance"] / 100)} for r in rows_of(0) if r["distance"] in (0, 10, 40)
+        ]
+        write(tmp_path / str(seed), {0: rows})
+    figure = signal_over_distance([tmp_path / str(seed) for seed in range(3)])
+    axes, _ = lines_of(figure)
+    mean = np.mean(scales)
+    [thick] = [line for line in axes.lines if line.get_linewidth() > 1 and line.get_marker() == "o"]
+    assert thick.get_ydata() == pytest.approx([mean, mean * 1.1, mean * 1.4])
+    half = 4.302653 * np.std(scales, ddof=1) / np.sqrt(3)  # t at 0.975 with two degrees of freedom
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx((mean + half) * 1.4, rel=1e-5)
+    assert axes.collections[0].get_label() == "95 % interval over 3 seeds"
+    assert_legible({"S": figure})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"origin": 7}, "measures from .*not from policy step 7"),
+        ({"signal": "signal_of_hope"}, "holds no 'signal_of_hope'; available: signal_"),
+    ],
+)
+def test_an_unknown_origin_or_s_is_refused(tmp_path, arguments, message):
+    write(tmp_path, {0: rows_of(0)})
+    with pytest.raises(ValueError, match=message):
+        signal_over_distance(tmp_path, **arguments)
+
+
+def test_no_folder_is_refused():
+    with pytest.raises(ValueError, match="folders is empty"):
+        signal_over_distance([])

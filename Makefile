@@ -118,9 +118,10 @@ $(VLLM_STAMP):
 	@$(VLLM)/bin/python -m pip -qq uninstall -y torchaudio torchcodec
 	@touch $@
 
-# Driven by playwright, which goes into a folder of its own; the browser is the distribution's.
+# Driven by playwright, which goes into a folder of its own with the extra explore; the browser is the distribution's.
 $(PLAYWRIGHT)/.installed: | $(DEV_STAMP)
-	@PIP_NO_INPUT=1 $(BIN)/python -m pip -qq --disable-pip-version-check install --target $(PLAYWRIGHT) playwright==1.65.2
+	@$(PIP) install --target $(PLAYWRIGHT) -c requirements.txt playwright==1.65.2
+	@$(PIP) install --target $(PLAYWRIGHT) --no-deps anywidget==0.11.0 psygnal==0.16.1
 	@touch $@
 
 test-browser: ## Run the explorer's tests in headless Chromium, where there is one (BROWSER)
@@ -128,7 +129,8 @@ ifeq ($(BROWSER),)
 	@echo "No browser found (chromium, chromium-browser, google-chrome): the tests in a browser are left out."
 else
 	@$(MAKE) --no-print-directory $(PLAYWRIGHT)/.installed
-	PYTHONPATH=$(PLAYWRIGHT) NPO_BROWSER=$(BROWSER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/explore/test_browser.py $(ARGS)
+	PYTHONPATH=$(PLAYWRIGHT) NPO_BROWSER=$(BROWSER) JUPYTER_PATH=$(CURDIR)/$(PLAYWRIGHT)/share/jupyter \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/explore $(ARGS)
 endif
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM path on the CPU, in an environment of its own (.venv-vllm)

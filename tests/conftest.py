@@ -24,6 +24,7 @@ settings.load_profile("npo")
 
 NEEDED = {
     "test_browser.py": ("NPO_BROWSER" in os.environ and find_spec("playwright"), "no browser: `make test-browser`"),
+    "test_widget.py": (find_spec("anywidget"), "no anywidget: `make test-browser`"),
     "test_maths.py": (shutil.which("node"), "no node (Node.js 20 or newer): the page's maths is not compared"),
 }
 """Files of tests/explore that need a program from outside: whether it is here, and what to say if not."""

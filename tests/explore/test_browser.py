@@ -2,10 +2,17 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 from made_runs import HOSTILE, make_run, make_trl_run
+from nbclient import NotebookClient
 from playwright.sync_api import Page, expect, sync_playwright
 
 from npo_core.explore.notebook import Shown
@@ -263,3 +270,76 @@ def test_it_opens_within_a_second(tab, address):
         return page.evaluate("performance.getEntriesByName('npo-explorer')[0].startTime")
 
     assert min(opening() for _ in range(3)) < 1000, "milliseconds from the click to the drawn page"
+
+
+@pytest.fixture(scope="module")
+def lab(run, tmp_path_factory):
+    """JupyterLab over a folder with a notebook that was executed, saved and trusted, and one that was not executed."""
+    folder = tmp_path_factory.mktemp("lab")
+    cells = [
+        nbformat.v4.new_code_cell(f"import npo_core\nnpo_core.explore({str(run)!r})"),
+        nbformat.v4.new_code_cell(f"import npo_core\nex = npo_core.explore({str(run)!r}, live=True)\nex"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    whole = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(whole, folder / "live.ipynb")
+    saved = nbformat.v4.new_notebook(cells=cells[:1], metadata=kernel)
+    NotebookClient(saved, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    nbformat.write(saved, folder / "saved.ipynb")
+    subprocess.run([sys.executable, "-m", "jupyter", "trust", folder / "saved.ipynb"], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=5).read()
+            break
+        except OSError:
+            assert server.poll() is None, "JupyterLab did not start"
+            time.sleep(0.2)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.mark.slow
+def test_a_notebook_that_was_saved_shows_the_page_when_it_is_opened_again(browser, lab):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{lab}/doc/tree/saved.ipynb")
+    frame = page.frame_locator(".jp-OutputArea-output iframe")
+    expect(frame.locator(".npo-explorer")).to_be_visible(timeout=90_000)
+    frame.locator('[data-filter="guided"]').click()
+    expect(frame.locator(".row")).to_have_count(1)
+    page.close()
+
+
+@pytest.mark.slow
+def test_the_widget_tells_python_where_the_reader_is(browser, lab):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{lab}/doc/tree/live.ipynb")
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
+    widget = page.locator(".jp-OutputArea-output .npo-explorer")
+    for _ in range(10):  # what is run before the kernel is connected is forgotten
+        page.locator(".jp-Notebook-cell .cm-content").nth(1).click()
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(2000)
+        if page.locator(".jp-InputPrompt").nth(1).inner_text().strip() != "[ ]:":
+            break
+    expect(widget).to_be_visible(timeout=90_000)
+    widget.locator('[data-action="without"]').click()
+    assert widget.locator(".slots .advantage .value").all_inner_texts() == ["0.00"] * 4
+
+    def said(code: str, expected: str) -> None:
+        page.locator(".jp-Notebook-cell .cm-content").last.click()
+        page.keyboard.type(code)
+        page.keyboard.press("Shift+Enter")
+        expect(page.locator(".jp-OutputArea-executeResult").last).to_contain_text(expected, timeout=30_000)
+
+    said("ex.select(1, group=1); ex.chosen['group']", "0")
+    expect(widget.locator(".grouphead .uid")).to_have_text("b")
+    said("ex.selected.reward.tolist()", "[1.0, 0.0, 1.0, 0.0]")
+    page.close()

@@ -14,8 +14,19 @@ const KEYS = [
 ];
 
 export function render({ model, el }) {
-  const data = model.get("data");
-  const runs = data.runs.map(prepare);
+  let mounted = mount(model, el, null);
+  // a widget's Python side may read the run again while it is trained, or lead to a step
+  model.on("change:data", () => {
+    const kept = mounted.kept();
+    mounted.stop();
+    mounted = mount(model, el, kept);
+  });
+  model.on("change:wanted", () => mounted.go(model.get("wanted")));
+  return () => mounted.stop();
+}
+
+function mount(model, el, kept) {
+  const runs = structuredClone(model.get("data").runs).map(prepare);
   const state = { run: 0, clock: "compute", place: 0, group: null, filter: "all", search: "", tau: 0.6, without: false, ratioMode: "current",
     decision: 0, delta: 0, c: 3.3, prompt: null, poolSearch: "", markdown: true };
   const view = layout(el, runs);
@@ -99,12 +110,11 @@ export function render({ model, el }) {
     const address = `#${new URLSearchParams({ ...(at ? { step: at.s, branch: at.b } : {}), ...(entry ? { group: entry.i } : {}), ...(state.run ? { run: state.run } : {}) })}`;
     // a page inside a frame without an address of its own has nothing to link to
     if (view.linked && window.location.hash !== address) window.history.replaceState(null, "", address);
-    if (at) model.set("selected", { run: run().name, policy_step: at.s, compute_step: at.c, branch: at.b, group: entry?.i ?? null, uid: entry?.prompt.uid ?? null });
+    if (at) model.set("chosen", { run: run().name, policy_step: at.s, compute_step: at.c, branch: at.b, group: entry?.i ?? null, uid: entry?.prompt.uid ?? null });
     model.save_changes();
   }
 
-  function follow() {
-    const wanted = readAddress(window.location.hash);
+  function follow(wanted) {
     if (wanted.run !== null && runs[wanted.run]) state.run = wanted.run;
     settle();
     const found = wanted.step === null ? null : findLine(run(), wanted.step, wanted.branch);
@@ -172,8 +182,9 @@ export function render({ model, el }) {
     m: () => pick({ markdown: !state.markdown }), y: copy, t: theme, "?": help, "/": () => view.search.focus() };
 
   // a page is all explorer; in a notebook the other cells have keys of their own
-  const keyed = document.body.classList.contains("npo-page") ? document : view.root;
-  keyed.addEventListener("keydown", (event) => {
+  const page = document.body.classList.contains("npo-page");
+  const closing = new AbortController();
+  (page ? document : view.root).addEventListener("keydown", (event) => {
     const typing = event.target.matches("input[type=search], textarea, select");
     if (event.key === "Escape" && typing) return event.target.blur();
     const ranging = event.target.matches("input[type=range]") && event.key.startsWith("Arrow");
@@ -181,7 +192,7 @@ export function render({ model, el }) {
     event.preventDefault();
     actions[event.key]();
     return undefined;
-  });
+  }, { signal: closing.signal });
   for (const [name, choice] of Object.entries(view.clocks)) choice.addEventListener("click", () => pick({ clock: name }));
   view.earlier.addEventListener("click", () => stepBy(-1));
   view.later.addEventListener("click", () => stepBy(1));
@@ -197,7 +208,7 @@ export function render({ model, el }) {
   view.runs?.addEventListener("change", (event) => pick({ run: Number(event.target.value) }));
   view.board.list.addEventListener("click", () => view.board.list.focus({ preventScroll: true }));
   view.distanceParts(decisionControls(pick));
-  if (view.linked) window.addEventListener("hashchange", () => follow());
+  if (view.linked) window.addEventListener("hashchange", () => follow(readAddress(window.location.hash)), { signal: closing.signal });
   let width = 0;
   const resized = new ResizeObserver(() => {
     if (Math.abs(view.root.clientWidth - width) < 2) return;
@@ -205,12 +216,25 @@ export function render({ model, el }) {
     pick({ clock: state.clock });
     drawDecision(view.decision, context(), pick);
   });
-  follow();
+  if (kept) {
+    const { step, branch, ...rest } = kept;
+    Object.assign(state, rest, { run: Math.min(rest.run, runs.length - 1) });
+    const tau = state.tau;
+    follow({ ...readAddress(""), run: state.run, step, branch, group: rest.group });
+    pick({ ...rest, tau });
+  } else follow(view.linked ? readAddress(window.location.hash) : readAddress(""));
   width = view.root.clientWidth;
   resized.observe(view.root);
   performance.mark("npo-explorer");
-  view.root.focus({ preventScroll: true });
-  return () => resized.disconnect();
+  if (page) view.root.focus({ preventScroll: true });
+  return {
+    stop: () => { resized.disconnect(); closing.abort(); },
+    go: (wanted) => follow({ ...readAddress(""), ...wanted }),
+    kept: () => {
+      const { place: _place, run: number_, ...rest } = state;
+      return { ...rest, run: number_, step: line()?.s ?? null, branch: line()?.b ?? null };
+    },
+  };
 }
 
 function runFacts(run) {
@@ -257,7 +281,9 @@ function layout(el, runs) {
     decision.append(h("header", {}, h("h2", {}, "Why this Δ"), parts.list), parts.words,
       h("div", { class: "sliders" }, h("label", {}, "Δ", parts.distance, parts.distanceText), h("label", {}, "c", parts.constant, parts.constantText)), parts.plot, parts.facts);
   };
-  view.root = h("div", { class: "npo-explorer", tabindex: -1 },
+  // in JupyterLab its own theme decides
+  const lab = document.body.dataset.jpThemeLight;
+  view.root = h("div", { class: "npo-explorer", tabindex: -1, "data-theme": lab === undefined ? null : lab === "true" ? "light" : "dark" },
     h("header", { class: "top" }, h("div", { class: "title" }, h("h1", {}, runs[0].name), view.facts), h("div", { class: "tools" }, view.runs, h("span", { class: "joined", role: "group", "aria-label": "Clock" }, Object.values(view.clocks)), view.theme, view.helpButton)), view.notes,
     h("section", { class: "run", "aria-label": "Run line" }, view.runline, h("div", { class: "underline" }, view.legend, h("span", { class: "moves" }, view.now, view.earlier, view.later, view.guided))),
     h("div", { class: "middle" },

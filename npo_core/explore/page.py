@@ -4,7 +4,7 @@ import base64
 import gzip
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -28,8 +28,8 @@ def write_page(
     Args:
         runs: Run folders, or names of runs in `runs_folder()`; folders of TRL's log_completions too.
         out: File to write; None is `explorer.html` in the first run's folder.
-        limit_mb: Size of the page in megabytes (10⁶ bytes): past it whole rollout tables, oldest first, and then the
-            other groups are left out, and the page says so.
+        limit_mb: Size of the page in megabytes (10⁶ bytes). What does not fit is left out, rollout tables first and
+            older steps before newer ones, and the page says so; curves, pass rates and decisions always stay.
 
     Returns:
         The file, and what it shows.
@@ -72,33 +72,50 @@ def packed(content: Any) -> str:
 
 
 def within(runs: Sequence[Mapping[str, Any]], limit_mb: float) -> list[dict[str, Any]]:
-    """Runs whose data fits in a page of a size: steps are left out, whole tables first, the oldest of them first."""
-    left = limit_mb * 1e6 - len(_assembled([{**run, "steps": []} for run in runs]).encode())
-    kept: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(runs))}
+    """Runs whose data fits in a page of a size.
+
+    Guided groups come before whole tables, newer before older; a step that fits without its pictures goes without.
+    """
+    bare = [{**run, "steps": [], "prompts": [_without(prompt) for prompt in run["prompts"]]} for run in runs]
+    left = limit_mb * 1e6 - len(_assembled(bare).encode())
+    kept: list[list[dict[str, Any]]] = [[] for _ in runs]
+    shown: list[set[int]] = [set() for _ in runs]
     order = [(step["whole"], -step["c"], number, step) for number, run in enumerate(runs) for step in run["steps"]]
-    dropped = dict.fromkeys(kept, 0)
     for _, _, number, step in sorted(order, key=lambda entry: entry[:3]):
-        size = _size(step)
-        if size <= left:
-            left -= size
-            kept[number].append(step)
-        else:
-            dropped[number] += 1
-    shown = []
-    for number, run in enumerate(runs):
-        notes = list(run["notes"])
-        if dropped[number]:
-            notes.append(
-                f"The rollouts of {dropped[number]} of {len(run['steps'])} recorded steps are left out of this page, "
-                f"to keep it within {limit_mb:g} MB (--limit-mb)."
-            )
-        steps = sorted(kept[number], key=lambda step: (step["c"], step["whole"]))
-        shown.append({**run, "notes": notes, "steps": steps})
-    return shown
+        prompts = runs[number]["prompts"]
+        new = {group["p"] for group in step["groups"]} - shown[number]
+        pictures = sum(len(prompts[place].get("picture", "")) for place in new)
+        size = len(packed(step))
+        if size > left:
+            continue
+        kept[number].append(step)
+        left -= size
+        if pictures <= left:
+            shown[number] |= new
+            left -= pictures
+    return [_fitted(run, kept[number], shown[number], limit_mb) for number, run in enumerate(runs)]
 
 
-def _size(content: Any) -> int:
-    return len(packed(content))
+def _without(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in prompt.items() if name != "picture"}
+
+
+def _fitted(
+    run: Mapping[str, Any], steps: Sequence[dict[str, Any]], shown: Set[int], limit_mb: float
+) -> dict[str, Any]:
+    """A run with some of its steps and the pictures of some of its prompts, and a note on what is left out."""
+    prompts = [
+        prompt if place in shown else _without(prompt) | ({"left": True} if "picture" in prompt else {})
+        for place, prompt in enumerate(run["prompts"])
+    ]
+    missing = {
+        "rollouts of {} recorded steps": len(run["steps"]) - len(steps),
+        "pictures of {} prompts": sum("left" in prompt for prompt in prompts),
+    }
+    words = " and the ".join(text.format(count) for text, count in missing.items() if count)
+    left_out = [f"Left out to keep this page within {limit_mb:g} MB (--limit-mb): the {words}."] if words else []
+    ordered = sorted(steps, key=lambda step: (step["c"], step["whole"]))
+    return {**run, "notes": [*run["notes"], *left_out], "steps": ordered, "prompts": prompts}
 
 
 def asset(name: str) -> str:

@@ -197,7 +197,7 @@ def test_what_a_policy_wrote_is_text(tab, address):
     expect(page.locator(".slots .completion").first.locator("strong")).to_have_text("bold")
     assert page.evaluate("window.hacked") is None
     assert page.locator(".slots img, .slots script").count() == 0
-    expect(page.locator(".slots .completion").nth(1).locator(".unfold")).to_have_text("… 780 more characters …")
+    expect(page.locator(".slots .completion").nth(1).locator(".unfold")).to_have_text("… 880 more characters …")
     page.locator(".slots .completion").nth(1).locator(".unfold").click()
     assert page.locator(".slots .completion").nth(1).inner_text().count("x") == 600
     assert page.locator(".slots .completion").nth(2).locator(".item").count() == 2

@@ -176,13 +176,21 @@ def test_the_page_holds_no_markup_from_a_run_and_asks_for_nothing(run):
 def test_a_page_is_kept_within_its_limit_by_leaving_whole_tables_out_first(run):
     read = read_run(run)
     whole = within([read], 2.0)[0]
-    assert whole == {**read, "steps": sorted(read["steps"], key=lambda step: step["c"])}
+    assert whole["steps"] == sorted(read["steps"], key=lambda step: step["c"])
+    assert whole["notes"] == [] and [p.get("picture") for p in whole["prompts"][:2]] == [
+        p["picture"] for p in read["prompts"][:2]
+    ]
     sizes = [len(packed(step)) / (2 if step["whole"] else 1) for step in read["steps"]]
-    room = len(page([{**read, "steps": []}])) + sum(sizes) + 10
+    bare = [{name: value for name, value in prompt.items() if name != "picture"} for prompt in read["prompts"]]
+    base = len(page([{**read, "steps": [], "prompts": bare}]))
+    room = base + sum(sizes) + len(read["prompts"][0]["picture"]) + 10
     (small,) = within([read], room / 1e6)
     assert [step["whole"] for step in small["steps"]] == [False, False], "guided groups stay longest"
-    assert "1 of 3 recorded steps are left out" in small["notes"][0]
-    assert len(page([read], room / 1e6)) <= room
+    assert ["picture" in prompt for prompt in small["prompts"][:2]] == [True, False]
+    assert small["notes"][0].endswith("the rollouts of 1 recorded steps and the pictures of 1 prompts.")
+    assert len(page([read], room / 1e6)) <= room + 200, "the note itself is not counted"
+    (bald,) = within([read], (room - len(read["prompts"][0]["picture"])) / 1e6)
+    assert len(bald["steps"]) == 2 and not any("picture" in prompt for prompt in bald["prompts"])
 
 
 def test_several_runs_are_in_one_page_and_the_first_ones_folder_gets_it(run, trl_run, tmp_path):

@@ -62,7 +62,7 @@ export function decisionControls(pick) {
   const distance = h("input", { type: "range", id: "npo-delta", min: 0, max: 0, step: 1, oninput: (event) => pick({ delta: Number(event.target.value) }) });
   const constant = h("input", { type: "range", id: "npo-c", min: 0, max: 40, step: 0.1, oninput: (event) => pick({ c: Number(event.target.value) }) });
   return { distance, constant, distanceText: h("output", { for: "npo-delta" }), constantText: h("output", { for: "npo-c" }),
-    list: h("div", { class: "choices", role: "group", "aria-label": "Decisions" }), plot: h("div", { class: "curves" }), words: h("p", { class: "aloud", "aria-live": "polite" }), facts: h("p", { class: "dim" }) };
+    list: h("div", { class: "choices", role: "group", "aria-label": "Decisions" }), sliders: h("div", { class: "sliders" }), plot: h("div", { class: "curves" }), words: h("p", { class: "aloud", "aria-live": "polite" }), facts: h("p", { class: "dim" }) };
 }
 
 /** Draw a decision into its controls. */
@@ -73,6 +73,7 @@ export function drawDecision(parts, context, pick) {
     h("button", { type: "button", "aria-pressed": String(number_ === place), "data-decision": number_, onclick: () => pick({ decision: number_ }) }, title(each))));
   if (!decision) {
     parts.plot.replaceChildren();
+    parts.sliders.hidden = true;
     parts.words.textContent = run.events.some((event) => event.event === "warning") ? "No decision was taken: this run only watches." : "No decision was taken in this run.";
     parts.facts.textContent = "";
     return null;
@@ -81,6 +82,7 @@ export function drawDecision(parts, context, pick) {
   const { candidates } = found;
   const at = candidates[Math.min(delta ?? 0, candidates.length - 1)];
   parts.distance.max = Math.max(candidates.length - 1, 0);
+  parts.sliders.hidden = !candidates.length;
   parts.distance.value = delta ?? 0;
   parts.distance.disabled = candidates.length < 2;
   parts.distanceText.textContent = at ? `Δ = ${at.distance}` : "–";

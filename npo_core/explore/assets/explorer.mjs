@@ -279,7 +279,8 @@ function layout(el, runs) {
   view.distanceParts = (parts) => {
     view.decision = { ...parts, section: decision };
     decision.append(h("header", {}, h("h2", {}, "Why this Δ"), parts.list), parts.words,
-      h("div", { class: "sliders" }, h("label", {}, "Δ", parts.distance, parts.distanceText), h("label", {}, "c", parts.constant, parts.constantText)), parts.plot, parts.facts);
+      parts.sliders, parts.plot, parts.facts);
+    parts.sliders.append(h("label", {}, "Δ", parts.distance, parts.distanceText), h("label", {}, "c", parts.constant, parts.constantText));
   };
   // in JupyterLab its own theme decides
   const lab = document.body.dataset.jpThemeLight;

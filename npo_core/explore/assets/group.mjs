@@ -27,6 +27,7 @@ export function drawGroup(box, context, pick) {
 }
 
 function picture(prompt) {
+  if (prompt.left) return h("p", { class: "empty picture" }, "The picture is left out of this page.");
   if (!prompt.picture || !/^data:image\/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+$/.test(prompt.picture)) {
     return prompt.picture === "" ? h("p", { class: "empty picture" }, "The picture cannot be read.") : null;
   }

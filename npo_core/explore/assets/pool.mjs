@@ -85,7 +85,7 @@ export function drawPrompt(box, context, pick) {
       ...guides.map(({ cache, guide }) => h("div", { class: "cached" }, h("p", { class: "origin" }, `guide from policy step ${cache.s}`, h("span", { class: "dim" }, ` ${cache.file}, ${guide[2]} tokens, log q ${number(guide[3], 2, true)}`)), completion(guide[1]))),
       guides.length ? null : h("p", { class: "dim" }, "No guide in any cache."));
   });
-  box.replaceChildren(h("h3", {}, record.uid), record.question ? completion(record.question, { className: "question" }) : null,
+  box.replaceChildren(h("h3", {}, record.uid), record.question ? completion(record.question, { markdown: context.markdown, className: "question" }) : null,
     record.answer !== undefined ? h("p", { class: "answer" }, h("span", { class: "dim" }, "answer "), record.answer) : null, h("div", { class: "courses" }, ...columns));
 }
 

@@ -49,7 +49,7 @@ export function drawRunLine(box, context, pick) {
     svg.append(s("text", { x: x(value), y: bottom + 15, class: "tick middle" }, number(value, 0)));
   }
   svg.append(s("text", { x: LEFT, y: 12, class: "label" }, key === "p" ? "pass rate, on policy" : "reward"),
-    s("text", { x: LEFT + 4, y: TOP + HIGH + GAP - 3, class: "label" }, "entropy, nats per token"),
+    s("text", { x: width - RIGHT, y: TOP + HIGH + GAP - 2, class: "label end" }, "entropy, nats per token"),
     s("text", { x: width - RIGHT, y: height - 2, class: "label end" }, `${clock} step`));
 
   for (const other of runs) {

@@ -2,7 +2,7 @@ import { h } from "./dom.mjs";
 
 // Texts that a policy wrote: folded where they are long, with the little Markdown that models use. Text nodes only.
 
-const FOLD = 420;
+const FOLD = 320;
 
 /** A completion, folded at `FOLD` characters: its beginning and its end, where the answer is. */
 export function completion(text, { markdown = false, className = "completion" } = {}) {

@@ -12,7 +12,7 @@ import torch
 from npo_core.explore.page import asset, module
 from npo_core.method.groups import gate, group_advantages, pass_rate
 from npo_core.method.ratios import RATIO_MODES, gradient_weight
-from npo_core.method.signal import variance_cost
+from npo_core.method.signal import ratio_sums, variance_cost
 from npo_core.method.trigger import Candidate, choose_distance
 
 NODE = shutil.which("node")
@@ -87,12 +87,12 @@ def test_the_distance_that_is_chosen_is_the_controllers(node):
 
 
 def test_the_cost_and_the_probes_sums_are_those_of_the_controller(node):
-    source, policy = torch.tensor([[-0.5, -1.0, -2.0]]), torch.tensor([[-0.7, -1.1, -1.9]])
-    mask = torch.ones_like(source, dtype=torch.bool)
-    kl = float((source - policy).mean())
+    source, policy = np.array([-0.5, -1.0, -2.0]), np.array([-0.7, -1.1, -1.9])
+    sums = ratio_sums([policy - source], "source").total()
     for c in (0.0, 1.0, 17.0):
-        assert node("m.varianceCost(kl, c)", kl=kl, c=c) == pytest.approx(
-            variance_cost(policy, source, mask, "kl", c=c), rel=1e-6
+        expected = float(variance_cost(sums, "kl", c))
+        assert node("m.varianceCost(kl, c)", kl=float((source - policy).mean()), c=c) == pytest.approx(
+            expected, rel=1e-6
         )
     assert node("m.varianceCost(-3, 5)") == 1
     probe = {"k": 8, "prompts": [{"correct": 2, "failedAt": 3}, {"correct": 8, "failedAt": 9}],

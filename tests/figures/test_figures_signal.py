@@ -81,7 +81,8 @@ def write(folder, tables, measured=True):
     """A measurement's folder; without `measured` as after gradients = 0."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame([r for rows in tables.values() for r in rows])
-    summary = {"settings": {"rollouts": 8, "c": 2.0}, "origins": {str(o): entry(o, rows) for o, rows in tables.items()}}
+    about = {"rollouts": 8, "c": 2.0, "gradients": 16 * measured}
+    summary = {"settings": about, "origins": {str(o): entry(o, rows) for o, rows in tables.items()}}
     if measured:
         summary["c"] = {kl: {cost: {"value": 4.0} for cost in MEASURED_COSTS} for kl in ("token_kl", "token_kl_policy")}
     else:

@@ -266,9 +266,14 @@ def test_some_distances_are_named_beside_their_points(figures):
             assert text.xy == pytest.approx((point["gradient_exact"], point["quality"]))
 
 
+def test_without_gradients_the_plane_is_that_of_the_proxy(proxies_only):
+    [axes, *_] = quality_stability(proxies_only).axes
+    assert "exp(c·KL" in axes.get_xlabel()
+
+
 def test_a_cost_that_is_not_there_is_refused_with_those_that_are(proxies_only, measured):
     with pytest.raises(ValueError, match=r"no cost 'gradient_exact'; available: kl, kl_policy, .*sequence_policy\."):
-        quality_stability(proxies_only)
+        quality_stability(proxies_only, "gradient_exact")
     with pytest.raises(ValueError, match=r"available: none\."):
         proxy_agreement(proxies_only)
     with pytest.raises(ValueError, match="available: gradient_current, gradient_exact, gradient_sequence"):

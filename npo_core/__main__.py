@@ -25,7 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        return options.stage(options)
+        status = options.stage(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads, as `| head`, has read enough; the interpreter must not flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
         if error.name not in FIGURE_PACKAGES:
             raise

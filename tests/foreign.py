@@ -1,5 +1,6 @@
 """Policies with other people's habits: text tokenizers that pad on either side or not at all, and models for them."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,3 +82,19 @@ def tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast, **settings: Any) -
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return getattr(transformers, head)(config)
+
+
+def boxed_policy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A Qwen3 that answers every chat with `\\boxed{1}` or `\\boxed{2}`, evenly: each token follows from the last."""
+    size = len(tokenizer)
+    model = tiny_model("Qwen3", tokenizer, hidden_size=size + size % 2, intermediate_size=8)
+    follows = [("\n", "\\"), *pairwise("\\boxed{"), ("{", "1"), ("{", "2"), ("1", "}"), ("2", "}")]
+    ids = [[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(letter))[0] for letter in pair] for pair in follows]
+    ids.append([tokenizer.convert_tokens_to_ids("}"), tokenizer.eos_token_id])
+    with torch.no_grad():
+        for parameter in (*model.model.layers.parameters(), model.lm_head.weight):
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size, model.config.hidden_size))
+        for before, after in ids:
+            model.lm_head.weight[after, before] = 2.0
+    return model

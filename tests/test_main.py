@@ -83,6 +83,15 @@ def test_a_stream_without_greek_gets_all_that_is_printed():
         assert shown == text.encode(encoding, "backslashreplace")
 
 
+def test_a_reader_that_has_read_enough_ends_nothing_with_a_traceback():
+    """As `python -m npo_core settings | head -1`."""
+    command = [sys.executable, "-m", "npo_core", "settings"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait() == 0
+
+
 def test_all_settings_are_listed(capsys):
     assert main(["settings"]) == 0
     blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]

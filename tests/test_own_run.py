@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from factories import even
+from foreign import boxed_policy, byte_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from worlds import WIDTH, world
 
 import npo_core.control.watch
@@ -49,10 +52,55 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def foreign_place(folder, monkeypatch, model):
+    """A stranger's folder: two checkpoints of a policy, and questions of which the first has no right answer."""
+    for name in ("out/checkpoint-100", "out/checkpoint-200"):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    prompts = [[{"role": "user", "content": f"What is {'half of ' * (n % 3)}two?"}] for n in range(6)]
+    rows = [{"uid": str(n), "prompt": prompt, "answer": "1" if n else "7"} for n, prompt in enumerate(prompts)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(folder)
+
+
+def test_the_first_script_runs_as_it_is_printed(tmp_path, monkeypatch, capsys):
+    """With a tokenizer that pads right, on this machine's CPU; nothing of the page is replaced."""
+    foreign_place(tmp_path, monkeypatch, boxed_policy(byte_tokenizer()))
+    (code, _), found = examples("docs/own_run.md"), {}
+    exec(compile(code, "example", "exec"), found)
+    assert found["trainer"].state.global_step == 20 and "later" not in found
+    assert {guide.uid for guide in GuidanceCache.load("guides.parquet")} == {"1", "2", "3", "4", "5"}
+    filled = found["cache"].filled
+    assert f"5 of 6 prompts have a guide: of 48 responses {filled.wrong} were wrong" in capsys.readouterr().out
+    assert 8 < filled.wrong < 48
+    lines = [line for line in found["trainer"].state.log_history if "npo/pass_rate" in line]
+    assert lines and 0.2 < sum(line["npo/pass_rate"] for line in lines) / len(lines) < 0.8
+
+
+def test_the_first_script_with_adapters(tmp_path, monkeypatch):
+    """As the page says in words: adapters are loaded by peft's class, and train on from an earlier checkpoint."""
+    boxed_policy(byte_tokenizer()).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    foreign_place(tmp_path, monkeypatch, get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")))
+    page = (ROOT / "docs" / "own_run.md").read_text()
+    (code, _), found = examples("docs/own_run.md"), {}
+    for name in ("AutoPeftModelForCausalLM", "is_trainable=True", 'LoraConfig(task_type="CAUSAL_LM")'):
+        assert name in page
+    code = code.replace("AutoModelForCausalLM.from", "AutoPeftModelForCausalLM.from").replace("steps=20", "steps=1")
+    code = code.replace("import torch\n", "import torch\nfrom peft import AutoPeftModelForCausalLM\n")
+    earlier = 'AutoPeftModelForCausalLM.from_pretrained("out/checkpoint-100", is_trainable=True)'
+    code = code.replace('model="out/checkpoint-100"', f"model={earlier}")
+    exec(compile(code, "example", "exec"), found)
+    assert len(found["cache"]) == 5 and found["trainer"].state.global_step == 1
+    found["trainer"].save_model("final")
+    assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
+
+
 def test_guides_from_a_later_checkpoint(place):
     code, _ = examples("docs/own_run.md")
     lengths = {f"{name}=512": f"{name}={WIDTH}" for name in ("max_completion_length", "max_new_tokens")}
-    sizes = lengths | {"k=8": "k=64", "tau_gate=0.6": "tau_gate=1.0, max_steps=2"}
+    sizes = lengths | {"k=8": "k=64", "tau_gate=0.6": "tau_gate=1.0", "max_steps=20": "max_steps=2"}
+    sizes["bf16=torch.cuda.is_available()"] = "bf16=False"
     found = run(code, sizes)
     lines = [line for line in found["trainer"].state.log_history if "npo/reward" in line]
     assert sum(line["npo/replaced_slots"] for line in lines) > 0

@@ -35,6 +35,9 @@ SAME = {
 }
 """Arguments that say what `RunConfig` says too, under the name that it has there."""
 
+ROWS_OF_A_GROUP = "num_generations (and guides_per_group, where guides are appended)"
+"""Settings that the rows of a group follow from."""
+
 IN_MODE = {"truncated": "ratio_truncation", "shaped": "ratio_gamma"}
 """Setting of a ratio mode, of no meaning in the other modes."""
 
@@ -93,7 +96,8 @@ def _arguments(trainer: NPOTrainer, config: RunConfig) -> list[str]:
     for name, theirs in {**SAME, **mode}.items():
         given, wanted = getattr(args, name), getattr(config, theirs)
         if given != wanted:
-            found.append(f"{name} is {given!r}; it must be {wanted!r}, as {theirs} of RunConfig")
+            named = ROWS_OF_A_GROUP if theirs == "group_rows" else theirs
+            found.append(f"{name} is {given!r}; it must be {wanted!r}, as {named} of RunConfig")
     for name, (wanted, why) in FIXED.items():
         given = getattr(args, name)
         if given != wanted:

@@ -50,6 +50,27 @@ class GuidanceRefused(ValueError):
     """A trajectory that may not guide: wrong, over-long, without end of sequence, or of an unknown prompt."""
 
 
+@dataclass
+class Filled:
+    """What became of the candidates of a cache.
+
+    Attributes:
+        candidates: Off-line rollouts.
+        wrong: Those that the verifier found wrong.
+        refused: Those that were right and cannot guide.
+        example: Why the first of these cannot.
+    """
+
+    candidates: int = 0
+    wrong: int = 0
+    refused: int = 0
+    example: str = ""
+
+    def __str__(self) -> str:
+        first = f" (the first: {self.example})" if self.refused else ""
+        return f"of {self.candidates} responses {self.wrong} were wrong, {self.refused} right but no guides{first}"
+
+
 class GuidanceCache:
     """Guide trajectories by prompt uid: the near-future source of NPO. `NPOTrainer.new_cache` makes one that fits it.
 
@@ -60,6 +81,9 @@ class GuidanceCache:
             if unknown, then a trainer cannot tell whether they are its own.
         known_uids: Prompts that may be guided; None allows any.
         image_digest: Fingerprint of the picture settings that the guides were sampled under; empty if unknown.
+
+    Attributes:
+        filled: What became of the candidates that `fill` got last; as text, why prompts are without a guide.
     """
 
     def __init__(
@@ -76,6 +100,7 @@ class GuidanceCache:
         self.image_digest = image_digest
         self.known_uids = None if known_uids is None else frozenset(known_uids)
         self._guides: dict[str, Trajectory] = {}
+        self.filled = Filled()
 
     def __len__(self) -> int:
         return len(self._guides)
@@ -129,24 +154,28 @@ class GuidanceCache:
         """
         if rule not in RULES:
             raise ValueError(f"Unknown cache rule {rule!r}. Allowed: {', '.join(RULES)}.")
-        refused = 0
         usable: dict[str, list[Trajectory]] = {}
+        self.filled = Filled()
         for trajectory in candidates:
+            self.filled.candidates += 1
             if not trajectory.correct:
+                self.filled.wrong += 1
                 continue
             try:
                 self.check(trajectory)
-            except GuidanceRefused:
-                refused += 1
+            except GuidanceRefused as refusal:
+                self.filled.refused += 1
+                self.filled.example = self.filled.example or str(refusal)
                 continue
             usable.setdefault(trajectory.uid, []).append(trajectory)
         for uid, choices in usable.items():
             self._guides[uid] = _choose(choices, rule)
-        return refused
+        return self.filled.refused
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to a parquet file; under another name first, then renamed."""
+        """Write the cache to a parquet file, its folder if need be; under another name first, then renamed."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         columns = {name: [] for name in _SCHEMA.names}
         for guide in self:
             values = (

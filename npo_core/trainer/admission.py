@@ -138,7 +138,9 @@ def _check_cache(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | No
             min(other),
             trainer.temperature,
         )
-    if uids is not None and not any(guide.uid in uids for guide in cache):
+    if not len(cache):
+        logger.warning("The guidance cache is empty (%s), so nothing will be guided.", cache.filled)
+    elif uids is not None and not any(guide.uid in uids for guide in cache):
         logger.warning(
             "None of the %d prompts of the guidance cache is in the training data, so nothing will be guided.",
             len(cache),

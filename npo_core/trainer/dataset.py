@@ -38,7 +38,8 @@ def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed:
     if not whole:
         raise ValueError(
             f"A step takes {prompts_per_step} distinct prompts, but the data set has {len(dataset)}; "
-            "lower prompts_per_step or add prompts."
+            f"lower prompts_per_step to {len(dataset)} or less (and micro_batch to a divisor of prompts_per_step × "
+            "num_generations), or add prompts."
         )
     rng = np.random.default_rng([seed, 7])
     passes = [rng.permutation(len(dataset))[:whole] for _ in range(-(-steps * prompts_per_step // whole))]

@@ -22,7 +22,6 @@ class StepRollouts:
         guided: Guides by row.
         overwritten: Token ids of the rollout that a guide took the place of, and whether it was correct, by row.
         void: Rows that hold nothing: places for appended guides in groups that have none.
-        gated: Groups that got a guide.
         prefixes: Tokens that a guide gave, by row, where the policy went on by itself.
         refused: Guides that were judged wrong, so that the sampled rollout stayed.
         verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
@@ -35,7 +34,6 @@ class StepRollouts:
     guided: dict[int, Trajectory] = field(default_factory=dict)
     overwritten: dict[int, tuple[list[int], bool]] = field(default_factory=dict)
     void: list[int] = field(default_factory=list)
-    gated: int = 0
     prefixes: dict[int, int] = field(default_factory=dict)
     refused: list[Trajectory] = field(default_factory=list)
     verdicts: dict[int, bool] = field(default_factory=dict)

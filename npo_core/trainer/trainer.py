@@ -204,7 +204,6 @@ class NPOTrainer(GRPOTrainer):
         rates = torch.zeros(len(guides))
         rates[asked] = pass_rate(torch.tensor(list(step.verdicts.values())).view(-1, own))
         gated = gate(rates, asked, self.args.tau_gate)
-        step.gated = int(gated.sum())
         placed: dict[int, Trajectory] = {}
         for row, index in place_guides(gated, offered, n, count).tolist():
             placed[row] = guides[row // n][index]
@@ -276,7 +275,7 @@ class NPOTrainer(GRPOTrainer):
             step.rewards[scored].sum(),
             scored.sum(),
             is_guide.sum(),
-            torch.tensor(step.gated),
+            torch.tensor(0),
             torch.tensor(0),
             torch.tensor(0),
             torch.tensor(len(step.refused)),
@@ -290,6 +289,7 @@ class NPOTrainer(GRPOTrainer):
             for row, (_, was_correct) in step.overwritten.items():
                 on_policy[row] = was_correct
             rates = pass_rate(on_policy.view(groups, self.num_generations)[:, : self._own_slots])
+            sums[3] = gate(rates, torch.ones_like(rates, dtype=torch.bool), self.args.tau_gate).sum()
             sums[4], sums[5] = rates.sum(), (rates == 0).sum()
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
@@ -300,8 +300,8 @@ class NPOTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         metrics["npo/reward"].append(reward / rows if rows else float("nan"))
         metrics["npo/replaced_slots"].append(replaced)
-        metrics["npo/gated_groups"].append(gated / groups)
         if step.correct is not None:
+            metrics["npo/gated_groups"].append(gated / groups)
             metrics["npo/pass_rate"].append(rate / groups)
             metrics["npo/all_wrong_groups"].append(wrong / groups)
         if replaced or refused:

@@ -62,7 +62,11 @@ def test_what_does_no_harm_is_the_factorys_own(trainer, monkeypatch, changes):
     ("name", "value", "message"),
     [
         ("max_completion_length", 6, r"max_completion_length is 6; it must be 12, as max_completion_length of RunC"),
-        ("num_generations", 8, r"num_generations is 8; it must be 4, as group_rows of RunConfig"),
+        (
+            "num_generations",
+            8,
+            r"num_generations is 8; it must be 4, as num_generations \(and guides_per_group, where guides are appended",
+        ),
         ("temperature", 0.6, r"temperature is 0\.6; it must be 1\.0"),
         ("tau_gate", 0.5, r"tau_gate is 0\.5; it must be 1\.0"),
         ("ratio_mode", "exact", "ratio_mode is 'exact'; it must be 'current'"),

@@ -111,6 +111,20 @@ def test_an_unusable_trajectory_is_counted_and_passed_over():
     assert len(guides.guide("a", 0).token_ids) == 4
 
 
+def test_why_prompts_are_without_a_guide_is_said(tmp_path):
+    filled = cache()
+    wrong, unended = of("a", 2, -1.0, correct=False), replace(of("b", 2, -1.0), token_ids=(5, 6))
+    assert filled.fill([wrong, unended, wrong, of("c", 2, -1.0)]) == 1
+    text = str(filled.filled)
+    assert text.startswith(
+        "of 4 responses 2 were wrong, 1 right but no guides (the first: Guide for 'b' does not end with"
+    )
+    assert filled.fill([of("c", 2, -1.0)]) == 0
+    assert str(filled.filled) == "of 1 responses 0 were wrong, 0 right but no guides", "of the last filling alone"
+    filled.save(tmp_path / "not" / "there" / "guides.parquet")
+    assert len(GuidanceCache.load(tmp_path / "not" / "there" / "guides.parquet")) == 1
+
+
 def test_the_closest_needs_log_probs_of_the_policy_to_be_guided():
     with pytest.raises(ValueError, match="policy_logps"):
         cache().fill([of("a", 3, -1.0), replace(of("a", 3, -1.0), policy_logps=None)], "closest")

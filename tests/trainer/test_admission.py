@@ -82,6 +82,11 @@ def test_a_cache_for_other_prompts_is_told(tmp_path, caplog):
     strangers.add(replace(tiny.guide(tiny.dataset[0]["uid"]), uid="stranger"))
     trainer_of(tiny, tmp_path, NPOTrainer, guidance=strangers)
     assert "None of the 1 prompts of the guidance cache is in the training data" in caplog.text
+    caplog.clear()
+    empty = GuidanceCache([tiny.processor.eos_token_id], WIDTH, "")
+    empty.fill([replace(tiny.guide(tiny.dataset[0]["uid"]), correct=False)])
+    trainer_of(tiny, tmp_path, NPOTrainer, guidance=empty)
+    assert "The guidance cache is empty (of 1 responses 1 were wrong, 0 right but no guides), so" in caplog.text
 
 
 def test_a_data_set_needs_an_answer_for_our_verifier_only(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from worlds import world
 
-from npo_core.trainer.dataset import require_columns, training_schedule
+from npo_core.trainer.dataset import require_columns, training_schedule, with_uids
 from npo_core.world.tasks import make_dataset, sample_problems
 
 
@@ -152,3 +152,16 @@ def test_pictures_that_no_step_could_show_are_refused_and_none_is_decoded(monkey
     whole = Dataset.from_dict({"uid": ["a"], "prompt": ["p"], "answer": ["1"], "image": [good]})
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("a picture was decoded"))
     assert require_columns(whole.cast_column("image", Pictured()), processor=processor) == {"a"}
+
+
+def test_uids_are_made_where_there_are_none_and_numbers_are_written_as_text():
+    rows = [{"prompt": text, "answer": "1"} for text in ("a", "b")]
+    made = with_uids(Dataset.from_list(rows), "mine")
+    assert made["uid"][:] == ["mine/0", "mine/1"]
+    counted = Dataset.from_list([{**row, "uid": 10 * place} for place, row in enumerate(rows)])
+    with pytest.raises(ValueError, match=r"npo_core.with_uids\(dataset\) writes numbers as text"):
+        require_columns(counted)
+    assert require_columns(with_uids(counted)) == {"0", "10"}
+    with pytest.raises(ValueError, match=r"npo_core.with_uids\(dataset\) makes the first"):
+        require_columns(Dataset.from_list(rows))
+    assert require_columns(made) == {"mine/0", "mine/1"}

@@ -10,6 +10,7 @@ import numpy as np
 from ..guidance.trajectories import Trajectory
 from ..method.signal import RatioSums, quality, ratio_sums, shown, variance_cost
 from ..method.trigger import Candidate, Decision, Mistake, choose_distance
+from ..streams import DIVERGENCE, PROBE
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import trainer_generate
 from .agreement import prompt_order
@@ -85,11 +86,10 @@ class AutoNPO(Controller):
 
     def _probe(self, trainer: NPOTrainer, mistakes: Sequence[Mistake], step: int) -> list[list[Trajectory]]:
         """Rollouts of the current policy on a random subset of the pool, a list per prompt."""
-        rng = np.random.default_rng([self.config.seed, step, 1])
-        chosen = rng.permutation(len(mistakes))[: self.config.probe_prompts]
+        chosen = PROBE.generator(self.config.seed, step).permutation(len(mistakes))[: self.config.probe_prompts]
         policy = trainer.accelerator.unwrap_model(trainer.model)
         uids = [mistakes[i].uid for i in sorted(chosen)]
-        return self._sample(policy, uids, self.config.probe_rollouts, step, 1, trainer_generate(trainer))
+        return self._sample(policy, uids, self.config.probe_rollouts, step, PROBE, (step,), trainer_generate(trainer))
 
     def _candidates(
         self,
@@ -106,7 +106,7 @@ class AutoNPO(Controller):
         """
         failed_at = {mistake.uid: mistake.step for mistake in mistakes}
         flat = [trajectory for group in probed for trajectory in group]
-        keep = np.random.default_rng([self.config.seed, step, 2]).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
+        keep = DIVERGENCE.generator(self.config.seed, step).permutation(len(flat))[:DIVERGENCE_ROLLOUTS]
         judged = [flat[i] for i in sorted(keep)]
         candidates: list[Weighed] = []
         for origin, folder in origins.items():

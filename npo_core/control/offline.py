@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier
 from ..processes import join
 from ..runs.config import RunConfig
+from ..streams import CACHE, Stream
 from ..trainer.inputs import Sampling, end_tokens
 from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
 from .factory import TrainerFactory
@@ -52,18 +52,17 @@ class Offline:
         uids: Sequence[str],
         k: int,
         step: int,
-        stream: int,
+        stream: Stream,
+        place: Sequence[int],
         generate: Generate | None = None,
-        turn: int = 0,
     ) -> list[list[Trajectory]]:
-        key = [stream, turn] if turn else [stream]
         return shared_rollouts(
             policy,
             self.processor,
             Lazily(self.rows.__getitem__, uids),
             k,
             self.verifier,
-            seed=int(np.random.SeedSequence([self.config.seed, step, *key]).generate_state(1)[0]),
+            seed=stream.seed(self.config.seed, *place),
             max_new_tokens=self.config.max_completion_length,
             source_step=step,
             **asdict(self.sampling),
@@ -104,7 +103,7 @@ class Offline:
         config = self.config
         if config.cache_stop:
             return self._sample_until_solved(guide, uids, step, generate, known)
-        sampled = self._sample(guide, uids, config.cache_rollouts, step, 3, generate)
+        sampled = self._sample(guide, uids, config.cache_rollouts, step, CACHE, (step, 0), generate)
         flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
         if config.cache_rule == "closest" and flat:
             scores = self._score(self._learner(learner_folder), flat)
@@ -135,7 +134,7 @@ class Offline:
         turn = done = spent = 0
         while waiting and done < self.config.cache_rollouts:
             k = min(max(1, done), self.config.cache_rollouts - done)
-            sampled = self._sample(guide, waiting, k, step, 3, generate, turn)
+            sampled = self._sample(guide, waiting, k, step, CACHE, (step, turn), generate)
             cache.fill([trajectory for group in sampled for trajectory in group])
             turn, done, spent = turn + 1, done + k, spent + k * len(waiting)
             waiting = [uid for uid in waiting if uid not in cache]

@@ -9,10 +9,9 @@ guide. The steps are settings; the paper's are not public.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..runs.checkpoints import checkpoint_folder, require_complete
 from ..runs.config import RunConfig
+from ..streams import RANDOM_PLAN
 from ..trainer.trainer import NPOTrainer
 from .agreement import prompt_order
 from .controller import Controller
@@ -79,7 +78,7 @@ def random_plan(config: RunConfig) -> tuple[Intervention, ...]:
     the budget allows. Fewer than asked for when the budget is spent earlier. A roll-back may fall into the replay of
     the one before, whose guidance ends there.
     """
-    rng = np.random.default_rng([config.seed, 5])
+    rng = RANDOM_PLAN.generator(config.seed)
     every = config.checkpoint_every
     place = spent = 0
     plan = []

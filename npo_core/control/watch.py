@@ -17,6 +17,7 @@ from ..progress import ProgressBar
 from ..runs.checkpoints import checkpoint_folder, mark_complete, retain
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
+from ..streams import BRANCH
 from ..trainer.trainer import NPOTrainer
 from .agreement import require_same_prompts
 
@@ -129,8 +130,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         segment = self.segments[-1]
         if segment.reseed and state.global_step == segment.start:
-            seed = int(np.random.SeedSequence([self.config.seed, segment.branch, 4]).generate_state(1)[0])
-            set_seed((seed + process_number()) % 2**32)
+            set_seed((BRANCH.seed(self.config.seed, segment.branch) + process_number()) % 2**32)
         every = self.config.rollout_every
         self.trainer.record_rollouts = bool(every) and (state.global_step % every == 0)
 

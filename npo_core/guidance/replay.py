@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_table, write_table
+from ..streams import OWN_PAST, POOL
 from .sources import Entropies
 from .trajectories import GuidanceCache, GuidanceRefused, Trajectory
 
@@ -61,7 +62,7 @@ class ReplayPool(GuidanceCache):
     def guides(self, uid: str, policy_step: int, count: int) -> Sequence[Trajectory]:
         """`count` of the prompt's trajectories, drawn without return; all of them if there are fewer."""
         kept = self._pool.get(uid, [])
-        rng = np.random.default_rng([self.seed, policy_step, *uid.encode()])
+        rng = POOL.generator(self.seed, policy_step, uid)
         return [kept[index] for index in rng.permutation(len(kept))[:count]]
 
 
@@ -131,7 +132,7 @@ class OwnPast:
 
     def _draw(self, policy_step: int, count: int, staying: Iterable[str]) -> list[str]:
         """Prompts to replay, without return: first a bucket, then one of its prompts."""
-        rng = np.random.default_rng([self.seed, policy_step])
+        rng = OWN_PAST.generator(self.seed, policy_step)
         buckets: dict[int, list[str]] = {}
         for uid, solved in sorted(self._solved.items()):
             if uid not in staying:

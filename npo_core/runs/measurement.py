@@ -16,6 +16,7 @@ from ..method.curve import SUMS, PairSums, SignalCurve, calibrated_c, curve_fits
 from ..method.premise import Premise, premise
 from ..method.quantities import ESTIMATES, MEASURED_COSTS, PROXY_COSTS, SIGNALS, Cost, Divergence, Quality, Signal
 from ..method.stats import Estimate
+from ..streams import PAIRS, PREMISE
 from .settings import SignalSettings
 
 PROXIES: tuple[Divergence | Cost, ...] = (*Divergence, *PROXY_COSTS[2:])
@@ -123,7 +124,7 @@ def curves(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[int
             {p.distance: sums for p, sums in pairs.items() if p.origin == origin and (p.distance or 0) >= 0
              and p.distance is not None},
             settings.c,
-            np.random.default_rng([settings.seed, origin]),
+            PAIRS.generator(settings.seed, origin),
             settings.resamples,
         )
         for origin in dict.fromkeys(pair.origin for pair in pairs)
@@ -136,7 +137,7 @@ def premises(pairs: Mapping[Pair, PairSums], origin: int, settings: SignalSettin
     later = {distance: sums.shown for distance, sums in here.items() if distance > 0}
     if 0 not in here or not later:
         return []
-    rng = np.random.default_rng([settings.seed, origin, 1])
+    rng = PREMISE.generator(settings.seed, origin)
     return premise(here[0].failed, here[0].shown, later, rng, settings.resamples)
 
 
@@ -187,7 +188,7 @@ def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dic
     rows = []
     for pair, sums in pairs.items():
         distance = 0 if pair.distance is None else pair.distance
-        rng = np.random.default_rng([settings.seed, pair.origin])
+        rng = PAIRS.generator(settings.seed, pair.origin)
         curve = signal_curve({distance: sums}, settings.c, rng, settings.resamples)
         row = {**asdict(pair), "kind": pair.kind, "failing": curve.failing}
         for of in (*ESTIMATES, *SIGNALS):

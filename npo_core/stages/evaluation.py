@@ -10,6 +10,7 @@ from ..guidance.verdicts import Verifier
 from ..method.stats import bootstrap_interval, pass_at_k
 from ..processes import process_count
 from ..progress import progress
+from ..streams import TEST_ITEMS
 from ..trainer.sampling import ROLLOUT_BATCH, Generate, shared_rollouts
 
 
@@ -74,7 +75,7 @@ def evaluate(
     rates = solved / k
     suites = np.array([row["suite"] for row in rows])
     names = list(dict.fromkeys(suites.tolist()))
-    rng = np.random.default_rng(seed)
+    rng = TEST_ITEMS.generator(seed)
     scores, intervals = {}, {}
     for name in names:
         estimate = bootstrap_interval(rates[suites == name], np.mean, rng)

@@ -32,6 +32,7 @@ from ..method.signal import ratio_sums, shown, squared_deviations
 from ..progress import ProgressBar, progress
 from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
 from ..runs.settings import SignalSettings
+from ..streams import MEASURED
 from ..trainer.gradients import both_sided, own_gram, require_gradients_fit, source_gradients
 from ..trainer.inputs import inherited
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
@@ -163,7 +164,6 @@ class Measurement:
         path, settings, model = self._sample_file(name, stream), self.settings, None
         if not path.exists():
             # a policy's seed hangs on its name, not on its place in the list: pairs may be added later
-            entropy = [settings.seed, stream, *name.encode()]
             model = self.load(self.policies[name])
             if bent := inherited(model):
                 raise ValueError(
@@ -178,7 +178,7 @@ class Measurement:
                 self.rows,
                 settings.rollouts,
                 self.verifier,
-                seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                seed=MEASURED.seed(settings.seed, stream, name),
                 max_new_tokens=settings.max_new_tokens,
                 source_step=int(name) if name.isdecimal() else -1,
                 score=False,

@@ -21,6 +21,7 @@ from ..method.stats import (
     stratified_bootstrap,
 )
 from ..runs.folder import moving_average
+from ..streams import TEST_ITEMS
 from .results import Evidence
 
 PRIMARY = ("LUFFY", "ExGRPO", "RLEP", "NPO early", "NPO late", "NPO", "AutoNPO")
@@ -195,7 +196,7 @@ def arm_markdown(evidence: Evidence) -> str:
     head = ("arm", "pass rate", "at equal compute", "p, Holm", "at equal policy step", "p, Holm")
     lines = _head(*head, "steps on the trajectory", "off-line rollouts")
     adjusted = primary(evidence).set_index(["arm", "clock"]).get("p_holm", pd.Series(dtype=float))
-    for row in arm_table(evidence, np.random.default_rng(0)).to_dict("records"):
+    for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         arm, cells = row["arm"], {}
         for clock in CLOCKS:
             found, p = against_grpo(evidence, arm, clock), adjusted.get((arm, clock), np.nan)
@@ -219,7 +220,7 @@ def secondary_markdown(evidence: Evidence) -> str:
     robust = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
     by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm")
     finals = [("plain", "pass_rate"), ("plain", "pass_at_8"), ("paper", "entropy"), ("paper", "all_wrong_groups")]
-    for row in arm_table(evidence, np.random.default_rng(0)).to_dict("records"):
+    for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         arm, own = row["arm"], f"{row['IQM']:.3f}"
         if row["IQM low"] is not None:
             own += f" ({row['IQM low']:.3f} to {row['IQM high']:.3f})"

@@ -31,6 +31,7 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 from ..runs.measurement import RESAMPLE, Pair
 from ..stages import run as stages
+from ..streams import GAIN
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import sample_rollouts
 from ..world.policies import load_policy, quiet_transformers
@@ -193,7 +194,6 @@ class GainStudy:
             rows = {row["uid"]: row for row in self.world.train}
             step = pair.origin if pair.source == RESAMPLE else int(pair.source) if pair.source.isdecimal() else -1
             folder = self.sources[pair.source] if step < 0 else self._checkpoint(step) if step else self.world.base
-            entropy = [config.seed, pair.origin, *pair.source.encode()]
             guide = load_policy(folder)
             groups = sample_rollouts(
                 guide,
@@ -201,7 +201,7 @@ class GainStudy:
                 [rows[uid] for uid in uids],
                 config.cache_rollouts,
                 self.world.verifier,
-                seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+                seed=GAIN.seed(config.seed, pair.origin, pair.source),
                 max_new_tokens=config.max_completion_length,
                 source_step=step,
                 temperature=config.temperature,

@@ -13,6 +13,7 @@ from datasets.features.features import require_decoding
 
 from ..guidance.answers import normalise_answer
 from ..guidance.fingerprints import image_digest, tokenizer_of
+from ..streams import DATA_ORDER
 from .pictures import inspect_picture, tokens_of_size
 
 REQUIRED_COLUMNS = ("uid", "prompt", "answer")
@@ -41,7 +42,7 @@ def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed:
             f"lower prompts_per_step to {len(dataset)} or less (and micro_batch to a divisor of prompts_per_step × "
             "num_generations), or add prompts."
         )
-    rng = np.random.default_rng([seed, 7])
+    rng = DATA_ORDER.generator(seed)
     passes = [rng.permutation(len(dataset))[:whole] for _ in range(-(-steps * prompts_per_step // whole))]
     return dataset.select(np.concatenate(passes)[: steps * prompts_per_step])
 

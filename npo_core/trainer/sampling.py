@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,6 +18,7 @@ from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
 from ..guidance.verdicts import Verifier, is_correct
 from ..processes import process_count, process_number, shared
+from ..streams import PROCESS
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
 from .memory import fitting, sampling_bytes, scoring_bytes
 from .rollouts import response_texts
@@ -214,7 +214,7 @@ def shared_rollouts(
     their number.
     """
     number = process_number()
-    own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
+    own_seed = PROCESS.seed(seed, number) if number else seed
 
     def part(mine: Sequence[int]) -> list[list[Trajectory]]:
         own = Lazily(rows.__getitem__, mine)

@@ -11,6 +11,7 @@ from npo_core.control.controller import Controller
 from npo_core.guidance.verifiers import BoxedVerifier
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
+from npo_core.streams import PROBE
 from npo_core.trainer.inputs import encode_prompts, end_tokens
 from npo_core.trainer.sampling import (
     Lazily,
@@ -417,7 +418,7 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
             return 1
 
         def _decide(self, trainer, watch, step, segments):
-            self._sample(None, [], 2, step, 1)
+            self._sample(None, [], 2, step, PROBE, (step,))
             self._score(None, [])
             raise StopIteration
 

@@ -98,7 +98,7 @@ explore: setup ## Write a page to look at a run with (RUN=folder or name; severa
 	$(BIN)/python -m npo_core explore $(RUN) $(ARGS)
 
 lab: setup ## Open the notebooks in JupyterLab
-	$(THREADS) $(BIN)/jupyter lab notebooks $(ARGS)
+	$(THREADS) $(BIN)/jupyter lab --notebook-dir . $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 PYTEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from npo_core import files
-from npo_core.files import Holder, Lock, Locked, write_json
+from npo_core import lock as locks
+from npo_core.files import write_json
+from npo_core.lock import Holder, Lock, Locked
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
 
 HOLD = """
 import sys
 from pathlib import Path
-from npo_core.files import Lock
+from npo_core.lock import Lock
 with Lock(Path(sys.argv[1]), "It").holding():
     print("held", flush=True)
     sys.stdin.readline()
@@ -29,9 +30,9 @@ with Lock(Path(sys.argv[1]), "It").holding():
 COUNT = """
 import sys, time
 from pathlib import Path
-from npo_core import files
-from npo_core.files import Lock
-files.LOOK = 0.01
+from npo_core import lock as locks
+from npo_core.lock import Lock
+locks.LOOK = 0.01
 counter = Path(sys.argv[2])
 for _ in range(15):
     with Lock(Path(sys.argv[1]), "It").holding():
@@ -45,7 +46,7 @@ CONFIG = resolve_config("grpo", "smoke", 1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(files, "LOOK", 0.02)
+    monkeypatch.setattr(locks, "LOOK", 0.02)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_clock_that_was_set_does_not_make_a_living_holder_dead(path, other):
 
 @pytest.mark.parametrize("date", [0, None, 2**32])
 def test_a_machine_that_gives_signs_of_life_is_honoured_whatever_its_clock_says(path, monkeypatch, date):
-    monkeypatch.setattr(files, "SILENCE", 1.0)
+    monkeypatch.setattr(locks, "SILENCE", 1.0)
     holder = elsewhere(path)
     os.utime(path, None if date is None else (date, date))
     lock, looks = Lock(path, "The run"), []
@@ -147,7 +148,7 @@ def test_a_machine_that_gives_signs_of_life_is_honoured_whatever_its_clock_says(
 
 @pytest.mark.parametrize("date", [0, None, 2**32])
 def test_a_machine_that_is_silent_is_taken_for_dead(path, monkeypatch, date):
-    monkeypatch.setattr(files, "SILENCE", 0.5)
+    monkeypatch.setattr(locks, "SILENCE", 0.5)
     elsewhere(path)
     os.utime(path, None if date is None else (date, date))
     started = time.monotonic()
@@ -167,7 +168,7 @@ def test_a_container_with_the_same_host_name_is_another_machine(path, monkeypatc
 
 
 def test_the_holder_gives_signs_of_life_until_it_lets_go(path, monkeypatch):
-    monkeypatch.setattr(files, "BEAT", 0.02)
+    monkeypatch.setattr(locks, "BEAT", 0.02)
     lock = Lock(path, "It")
     with lock.holding():
         os.utime(path, (0, 0))
@@ -183,7 +184,7 @@ def test_the_holder_gives_signs_of_life_until_it_lets_go(path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", '{"host": "far"', "[]"])
 def test_a_lock_that_was_cut_off_by_a_kill_is_taken_over_after_a_while(path, monkeypatch, text):
-    monkeypatch.setattr(files, "SILENCE", 0.3)
+    monkeypatch.setattr(locks, "SILENCE", 0.3)
     path.write_text(text)
     with pytest.raises(Locked, match="has not said who it is"):
         Lock(path, "It").require()

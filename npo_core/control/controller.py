@@ -78,6 +78,7 @@ class Controller(Offline):
         super().__init__(make_trainer, config, rows, processor, verifier)
         self.run_folder = run
         self.quiet = quiet or not is_writer()
+        self.label = config.method  # on the bar
 
     def run(self) -> NPOTrainer:
         """Train until the compute budget is spent; return the trainer with the final policy.
@@ -94,7 +95,7 @@ class Controller(Offline):
         resume_from = self._resume_point(segments[-1])
         done = self._lineage(segments)
         spent = done[-1]["compute_step"] if done else segments[-1].compute_start
-        with progress(self.config.compute_steps, self.config.method, self.quiet, start=spent) as bar:
+        with progress(self.config.compute_steps, self.label, self.quiet, start=spent) as bar:
             while True:
                 watch = Watch(
                     self.config, self.run_folder, segments, bar, self.acts_on_warnings, self._stop_at(segments)
@@ -116,9 +117,9 @@ class Controller(Offline):
                     place(trainer, resume_from)
                 if due is None or watch.compute_step >= self.config.compute_steps:
                     return trainer
-                bar.label(f"{self.config.method}, deciding at {due}")
+                bar.label(f"{self.label}, deciding at {due}")
                 following = self._decide(trainer, watch, due, segments)
-                bar.label(self.config.method)
+                bar.label(self.label)
                 if following is None:
                     resume_from = checkpoint_folder(self._branch(segments[-1]), due)
                 else:

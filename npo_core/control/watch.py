@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from ..guidance.sources import ReplaySource
+from ..method.alarm import Alarm, AlarmSettings
 from ..method.trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
 from ..processes import agree, collect, is_writer, process_number
 from ..progress import ProgressBar
@@ -23,6 +24,15 @@ from .agreement import require_same_prompts
 
 CLOCKS = ("policy_step", "compute_step", "branch", "groups")
 """Entries of a metric line that a trainer's own of these names do not replace."""
+
+
+ALARMED = {
+    "reward": "npo/reward",
+    "entropy": "npo/entropy",
+    "length": "completions/mean_length",
+    "clipped": "completions/clipped_ratio",
+}
+"""Metrics that the alarm watches; TRL's two count guide rows too, a slot of a group."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Watch(TrainerCallback):
         due: Policy step at which training stopped for a decision, or None.
         compute_step: Optimiser steps executed so far.
         pool: Mistake pool of the current trajectory.
+        complaints: What the alarm has to say of the newest line.
     """
 
     def __init__(
@@ -86,6 +97,16 @@ class Watch(TrainerCallback):
                 cooldown=config.trigger_cooldown,
             )
         )
+        self.alarm = Alarm(
+            AlarmSettings(
+                ema=config.trigger_ema,
+                window=config.trigger_window,
+                reward_tolerance=config.trigger_reward_tolerance,
+                rise=config.alarm_rise,
+                clipped=config.alarm_clipped,
+            )
+        )
+        self.complaints: list[str] = []
         self.pool = MistakePool(config.pool_cutoff, config.pool_capacity, config.pool_expiry)
         self.due: int | None = None
         self.compute_step = 0
@@ -112,7 +133,7 @@ class Watch(TrainerCallback):
 
     def observe(self, line: Mapping[str, Any]) -> PlateauWarning | None:
         """Feed one metric line; a warning that calls for an intervention, or None."""
-        step = line["policy_step"]
+        step, self.complaints = line["policy_step"], []
         for uid, rate in line["groups"].items():
             self.pool.add(uid, step, rate)
         replay_end = next((s.guide_until for s in self.segments if s.branch == line["branch"]), 0)
@@ -120,7 +141,9 @@ class Watch(TrainerCallback):
             # the guided replay is judged when it is over: until then the averages hold the intervention itself
             if step == replay_end:
                 self.trigger.reset(step)
+                self.alarm.reset()
             return None
+        self.complaints = self.alarm.update(step, {key: line.get(name, math.nan) for key, name in ALARMED.items()})
         if not all(math.isfinite(line.get(name, math.nan)) for name in ("npo/reward", "npo/entropy")):
             return None  # no row of the policy was scored, every response was masked, or the step diverged
         warning = self.trigger.update(step, line["npo/reward"], line["npo/entropy"])
@@ -157,6 +180,10 @@ class Watch(TrainerCallback):
             self.run_folder.event(
                 "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(warning)
             )
+        if self.complaints:
+            clocks = {"compute_step": self.compute_step, "policy_step": state.global_step}
+            self.run_folder.event("alarm", **clocks, complaints=self.complaints)
+            self.bar.say(f"Alarm at step {state.global_step}: {'; '.join(self.complaints)}.")
         if self.due is not None or self.compute_step >= self.config.compute_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -3,11 +3,10 @@
 Every choice that the paper leaves open is a field here; `docs/implementation.md` lists each with its source.
 """
 
-import ast
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from typing import Any
@@ -255,24 +254,6 @@ def settings_markdown() -> str:
         allowed = allowed_text(one).replace("'", "`")
         lines.append(f"| `{one.name}` | `{shown}` | {allowed} | {setting.source} | {setting.help} |")
     return "\n".join(lines)
-
-
-def check_parameters(cells: Sequence[str], allowed: Sequence[str]) -> None:
-    """Refuse a parameter that a notebook does not have; papermill itself only warns.
-
-    Args:
-        cells: Sources of the cells run so far; in a notebook that is `In`.
-        allowed: Names of the notebook's parameters.
-
-    Raises:
-        ValueError: A cell that papermill injected sets another name.
-    """
-    for source in cells:
-        if not source.lstrip().startswith("# Parameters"):
-            continue
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in allowed:
-                raise ValueError(f"Unknown parameter {node.id!r}{nearest(node.id, allowed)} Allowed: {allowed}.")
 
 
 def preset_names() -> list[str]:

@@ -23,15 +23,14 @@ import numpy as np
 
 from ..declaration import declarations
 from ..files import (
-    Lock,
     append_line,
     as_json,
     read_lines,
-    remove_unfinished,
     unfinished_name,
     write_json,
     write_whole,
 )
+from ..lock import Lock, remove_unfinished
 from ..progress import ProgressBar, progress
 from .config import RunConfig
 
@@ -116,6 +115,11 @@ class RunFolder:
                 "Give another root, or set NPO_RUNS to a folder that you may write to."
             ) from error
 
+    @property
+    def written_elsewhere(self) -> bool:
+        """Whether another process writes the run."""
+        return self._lock.taken
+
     @contextmanager
     def writing(self, quiet: bool = False) -> Iterator[None]:
         """Be the one process that writes the run; wait for another that does. Within it, it may be asked for again.
@@ -190,6 +194,14 @@ class RunFolder:
         self._lock.require()
         append_line(self.metrics_path, line)
 
+    def steps_done(self) -> int:
+        """Optimiser steps that are on disk; read by one process, whoever writes."""
+        return max((line["compute_step"] for line in metric_lines(self.metrics_path)), default=0)
+
+    def reached(self) -> str:
+        """How far the run is, in words."""
+        return f"step {self.steps_done()} of {self.config.compute_steps}"
+
     def drop_metrics_after(self, compute_step: int) -> None:
         """Forget metric lines past `compute_step`: an interrupted run repeats those steps from its checkpoint."""
         self._rewrite_metrics([record for record in self.metrics() if record["compute_step"] <= compute_step])
@@ -230,8 +242,8 @@ class _Waiting:
     def __call__(self) -> None:
         if self.bar is None:
             label = f"{self.run.config.method}, another process"
-            self.bar = self.stack.enter_context(progress(self.run.config.compute_steps, label, self.quiet))
-        reached = max((line["compute_step"] for line in metric_lines(self.run.metrics_path)), default=0)
+            self.bar = self.stack.enter_context(progress(self.run.config.compute_steps, label, self.quiet, stays=False))
+        reached = self.run.steps_done()
         self.bar.advance(reached - self.seen)
         self.seen = reached
 

@@ -244,6 +244,18 @@ class Settings:
     )
     trigger_warmup: int = _auto(40, "Steps before the first warning.", bounds=WHOLE)
     trigger_cooldown: int = _auto(40, "Steps between warnings.", bounds=WHOLE)
+    alarm_rise: float = _auto(
+        0.5,
+        "Alarm: relative rise of entropy or length over the window that is told when reward does not rise; 0 for none.",
+        bounds=WHOLE,
+        names_run=False,
+    )
+    alarm_clipped: float = _auto(
+        0.5,
+        "Alarm: share of responses cut off at the longest length above which it is told; 0 for none.",
+        bounds=SHARE,
+        names_run=False,
+    )
     max_interventions: int = _auto(3, "Roll-backs in a run.", bounds=WHOLE)
     pool_cutoff: float = _auto(
         0.125, "A prompt enters the mistake pool at a group pass rate of at most this.", bounds=SHARE

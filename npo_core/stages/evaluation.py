@@ -54,7 +54,7 @@ def evaluate(
         that suite), `pass_at` (unbiased pass@j per suite for j = 1, 2, 4, … up to k), `items` and `k`. The intervals
         hold for this one policy; they say nothing about other seeds.
     """
-    with progress(len(rows) * k, label, quiet) as bar:
+    with progress(len(rows) * k, label, quiet, stays=False) as bar:
         groups = shared_rollouts(
             model,
             processor,

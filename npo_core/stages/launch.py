@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,21 +45,34 @@ class BackgroundRun:
             raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
         return RunFolder(self.config, self.root)
 
-    def follow(self, quiet: bool = False) -> RunFolder:
+    def follow(self, quiet: bool = False, label: str = "") -> RunFolder:
         """Wait for the end of the run with a progress bar here, which reads its metric lines; return its folder."""
+        self.draw(self.bar(quiet, label))
+        return self.wait()
+
+    def bar(self, quiet: bool = False, label: str = "") -> ProgressBar | None:
+        """A progress bar for the run, None if it is finished, which is said."""
+        label = label or self.config.method
+        if self.process is None:
+            tell(label, f"loaded, {stages.loaded_words(RunFolder(self.config, self.root).result())}", quiet)
+            return None
+        done = RunFolder(self.config, self.root).steps_done()
+        return progress(self.config.compute_steps, label, quiet, start=done)
+
+    def draw(self, bar: ProgressBar | None) -> None:
+        """Move a bar on with the metric lines until the process ends."""
+        if bar is None:
+            return
         folder = RunFolder(self.config, self.root)
-        with progress(self.config.compute_steps, self.config.method, quiet) as bar:
-            seen = 0
-            while self.process is not None:
+        with bar:
+            seen, done = folder.steps_done(), False
+            while not done:
                 done = self.process.poll() is not None
-                last = folder.metrics()[-1:]
-                reached = last[0]["compute_step"] if last else 0
+                reached = folder.steps_done()
                 bar.advance(reached - seen)
                 seen = reached
-                if done:
-                    break
-                time.sleep(LOOK_SECONDS)
-        return self.wait()
+                if not done:
+                    time.sleep(LOOK_SECONDS)
 
     def stop(self) -> None:
         """End the process if it still runs; the run can be resumed later."""
@@ -67,7 +82,7 @@ class BackgroundRun:
 
 
 def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: bool = False) -> dict[str, RunFolder]:
-    """Do several runs side by side: the last one here, with a progress bar, the others in processes of their own.
+    """Do several runs side by side: the last one here, the others in processes of their own, with a bar each.
 
     Runs with a `launcher` or with vLLM are done one after the other: each takes all the devices.
 
@@ -80,18 +95,31 @@ def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: b
         Run folders by label, in the given order.
     """
     if any(config.launcher or config.vllm != "off" for config in configs.values()):
-        return {label: run_launched(config, root, quiet) for label, config in configs.items()}
+        return {label: run_launched(config, root, quiet, label) for label, config in configs.items()}
     *others, here = configs
     started = {label: start(configs[label], root) for label in others}
+    drawing = []
     try:
-        folder = stages.run(configs[here], root, quiet)
-        return {**{label: background.wait() for label, background in started.items()}, here: folder}
+        for label, background in started.items():
+            bar = background.bar(quiet, label)
+            # a copy of the context: what a thread draws belongs to the cell that started it
+            drawing.append(threading.Thread(target=copy_context().run, args=(background.draw, bar)))
+            drawing[-1].start()
+        folder = stages.run(configs[here], root, quiet, here)
+        with in_one_sentence(", ".join(others), lambda: _reached(started.values())):
+            return {**{label: background.wait() for label, background in started.items()}, here: folder}
     finally:
         for background in started.values():
             background.stop()
+        for thread in drawing:
+            thread.join()
 
 
-def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = False) -> RunFolder:
+def _reached(started: Iterable[BackgroundRun]) -> str:
+    return ", ".join(RunFolder(background.config, background.root).reached() for background in started)
+
+
+def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = False, label: str = "") -> RunFolder:
     """Do a run through its launcher, with a progress bar here; without a launcher it is done in this process.
 
     A run with vLLM gets a process of its own too: vLLM does not give memory back, and one process holds one engine.
@@ -100,12 +128,14 @@ def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = Fals
         config: Settings.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
+        label: Name of the run on its bar; its method if there is none.
     """
     if not config.launcher and config.vllm == "off":
-        return stages.run(config, root, quiet)
+        return stages.run(config, root, quiet, label)
     background = start(config, root)
     try:
-        return background.follow(quiet)
+        with in_one_sentence(label or config.method, lambda: _reached([background])):
+            return background.follow(quiet, label)
     finally:
         background.stop()
 

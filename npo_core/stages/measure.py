@@ -23,12 +23,14 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from ..files import Lock, read_table, write_json, write_table
+from ..files import read_table, write_json, write_table
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
+from ..lock import Lock
 from ..method.curve import RATIO_COLUMNS
 from ..method.quantities import MEASURED_COSTS, Side
 from ..method.signal import ratio_sums, shown, squared_deviations
+from ..notebook import in_one_sentence
 from ..progress import ProgressBar, progress
 from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
 from ..runs.settings import SignalSettings
@@ -137,8 +139,12 @@ class Measurement:
 
     def run(self) -> dict[str, Any]:
         """Measure what is left to measure; return what `signal.json` holds. One process at a time does."""
-        with self._lock.holding():
+        with in_one_sentence("signal", self._reached), self._lock.holding():
             return self._measure()
+
+    def _reached(self) -> str:
+        done = sum((self.folder / "pairs" / pair.file).exists() for pair in self.pairs)
+        return f"pair {done} of {len(self.pairs)}"
 
     def _measure(self) -> dict[str, Any]:
         origins = list(dict.fromkeys(pair.origin for pair in self.pairs))

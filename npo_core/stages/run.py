@@ -17,7 +17,9 @@ from ..control.auto import AutoNPO
 from ..control.baselines import GuidedByOwnPast, GuidedByPolicy
 from ..control.controller import Controller
 from ..control.scheduled import ScheduledNPO
+from ..notebook import in_one_sentence
 from ..processes import agree, is_writer, join
+from ..progress import duration, tell
 from ..runs.checkpoints import checkpoint_folder
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
@@ -56,13 +58,14 @@ CONTROLLERS: Mapping[str, type[Controller]] = {
 """What drives the training of each method."""
 
 
-def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> RunFolder:
+def run(config: RunConfig, root: Path | None = None, quiet: bool = False, label: str = "") -> RunFolder:
     """Do a whole run, or what is left of it: train, evaluate, write `result.json`.
 
     Args:
         config: Settings; `config.method` names what is done, see `CONTROLLERS`.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
+        label: Name of the run on its bar; its method if there is none.
 
     Returns:
         The run folder; `RunFolder.result()` holds the scores. A finished run is returned as it is. While another
@@ -72,17 +75,25 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False) -> Run
         Locked: The run is being written on another machine.
     """
     device = join().device
-    folder = open_run(config, root)
-    if folder.result() is not None:
-        return folder
+    folder, label = open_run(config, root), label or config.method
     quiet = quiet or not is_writer()
-    with folder.writing(quiet):
+    if (made := folder.result()) is not None:
+        tell(label, f"loaded, {loaded_words(made)}", quiet)
+        return folder
+    with in_one_sentence(label, folder.reached), folder.writing(quiet):
         if folder.result() is None:  # while this process waited, another one may have finished the run
-            _sit(config, folder, root, quiet, device)
+            _sit(config, folder, root, quiet, device, label)
     return folder
 
 
-def _sit(config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device) -> None:
+def loaded_words(result: Mapping[str, Any]) -> str:
+    """What a finished run was, in words."""
+    return f"{result['compute_steps']} steps in {duration(result['wall_seconds'])}"
+
+
+def _sit(
+    config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device, label: str
+) -> None:
     """One sitting of a run, to its end."""
     shared = agree(lambda: take_prefix(folder))
     if shared and not quiet:
@@ -91,7 +102,7 @@ def _sit(config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, d
     before, started = torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(config.threads)
     try:
-        scores = _execute(config, folder, root, quiet, device)
+        scores = _execute(config, folder, root, quiet, device, label)
     finally:
         torch.set_num_threads(before)
         folder.event("sitting", seconds=round(time.monotonic() - started, 1))
@@ -99,7 +110,7 @@ def _sit(config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, d
 
 
 def _execute(
-    config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device
+    config: RunConfig, folder: RunFolder, root: Path | None, quiet: bool, device: torch.device, label: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train what is left to train; scores of the base and of the final policy."""
     guide = _guide_folder(config, root, quiet)
@@ -112,10 +123,11 @@ def _execute(
     extra = {} if guide is None else {"guide_folder": guide}
     kind = CONTROLLERS[config.method]
     controller = kind(maker, config, folder, world.rows, world.processor, world.verifier, quiet, **extra)
+    controller.label = label
     with quiet_transformers():
         trainer = controller.run()
     policy, generate = trainer.accelerator.unwrap_model(trainer.model), trainer_generate(trainer)
-    return base_scores, evaluate_policy(config, policy, world, config.method, quiet, generate=generate)
+    return base_scores, evaluate_policy(config, policy, world, label, quiet, generate=generate)
 
 
 def _base_scores(
@@ -274,12 +286,12 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
 
 
 def compare(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
-    """One line per run for a table: final average, base average, both clocks, rollouts, interventions."""
+    """One line per run for a table: pass rates of base and final policy, both clocks, rollouts, interventions."""
     return [
         {
             "run": label,
-            "base": result["base"]["average"],
-            "final": result["final"]["average"],
+            "base pass rate": round(result["base"]["average"], 3),
+            "final pass rate": round(result["final"]["average"], 3),
             "policy steps": result["policy_steps"],
             "compute steps": result["compute_steps"],
             "rollouts": result["rollouts"],

@@ -88,6 +88,22 @@ def settings_for(config: RunConfig, **given: Any) -> SignalSettings:
     return SignalSettings(**out)
 
 
+def checked_origins(config: RunConfig, origins: Sequence[int]) -> list[int]:
+    """The origins, or the default ones if there are none.
+
+    Raises:
+        ValueError: There will be no checkpoint at one, or none after it; said before the run is made.
+    """
+    every = config.checkpoint_every
+    for origin in origins:
+        if origin % every or not 0 <= origin < config.compute_steps:
+            raise ValueError(
+                f"Policy step {origin} cannot be measured from: it must be a multiple of checkpoint_every = {every}, "
+                f"from 0 to below compute_steps = {config.compute_steps}."
+            )
+    return list(origins) or default_origins(config)
+
+
 def default_origins(config: RunConfig) -> list[int]:
     """The base policy, the start of the plateau (`late_start`), and the middle of the run, each with a checkpoint."""
     every = config.checkpoint_every

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import write_json, write_whole
+from ..notebook import in_one_sentence
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.config import RunConfig
@@ -110,11 +111,15 @@ def run_cells(
     done = {cell: _steps(cell, root) for cell in cells}
     running: dict[Cell, subprocess.Popen] = {}
     at_a_time = processes or os.cpu_count() or 1
-    with progress(total, f"study, {len(cells)} runs", quiet, start=sum(done.values())) as bar:
+    label = f"study, {len(cells)} runs"
+    stop = in_one_sentence(label, lambda: f"step {sum(done.values())} of {total}")
+    with stop, progress(total, label, quiet, start=sum(done.values())) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_a_time:
-                    cell = waiting.pop(0)
+                    # what another study makes is left to it as long as there is something else to do
+                    free = (cell for cell in waiting if not cell.folder(root).written_elsewhere)
+                    waiting.remove(cell := next(free, waiting[0]))
                     running[cell] = _begin(cell, root)
                 time.sleep(0.2 if quiet else 1.0)
                 for cell in list(running):
@@ -157,10 +162,8 @@ def _finished(run: RunFolder) -> bool:
 
 
 def _steps(cell: Cell, root: Path | None) -> int:
-    """Compute steps of a cell that are done; a metrics file grows by a line a step."""
-    path = cell.folder(root).metrics_path
-    lines = path.read_bytes().count(b"\n") if path.exists() else 0
-    return min(lines, cell.config.compute_steps)
+    """Compute steps of a cell that are done, those that it paid for before its first line included."""
+    return cell.folder(root).steps_done()
 
 
 # Scores

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..files import Lock, write_json
+from ..files import write_json
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.sources import GuidanceWindow
 from ..guidance.trajectories import GuidanceCache
+from ..lock import Lock
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, require_complete
 from ..runs.config import RunConfig

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ..declaration import declarations
-from ..files import Lock, unfinished_name
+from ..files import unfinished_name
+from ..lock import Lock
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder, shipped_policies
@@ -178,7 +179,7 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     patches = prompts["pixel_values"].view(len(problems), -1, prompts["pixel_values"].shape[-1])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    with progress(config.warmstart_steps, "warm start", quiet) as bar:
+    with progress(config.warmstart_steps, "warm start", quiet, stays=False) as bar:
         for step in range(config.warmstart_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.warmstart_learning_rate * _schedule(step, config.warmstart_steps)

@@ -15,7 +15,6 @@ from npo_core.declaration import declarations
 from npo_core.runs.config import (
     METHOD_SETTINGS,
     RunConfig,
-    check_parameters,
     load_preset,
     preset_names,
     resolve_config,
@@ -221,7 +220,8 @@ def test_the_digest_changes_with_every_setting_that_decides(setting):
 
 def test_trackers_addresses_and_what_is_kept_for_a_reader_decide_nothing():
     nameless = {name for name, setting in declarations(RunConfig).items() if not setting.names_run}
-    assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory", "record_mib"}
+    alarms = {"alarm_rise", "alarm_clipped"}
+    assert nameless == {"report_to", "vllm_host", "vllm_port", "gpu_memory", "record_mib"} | alarms
 
 
 def test_the_digest_is_the_same_in_another_process():
@@ -277,10 +277,3 @@ def test_the_suites_are_those_of_the_world():
 
 def test_a_step_has_prompts_times_rollouts():
     assert resolve_config(overrides={"prompts_per_step": 4, "micro_batch": 8}).rollouts_per_step == 32
-
-
-def test_a_notebook_refuses_a_parameter_that_it_does_not_have():
-    allowed = ["preset", "seed", "overrides"]
-    check_parameters(["x = 1", '# Parameters\npreset = "smoke"\nseed = 3\n'], allowed)
-    with pytest.raises(ValueError, match="Unknown parameter 'sead'; did you mean 'seed'"):
-        check_parameters(["# Parameters\nsead = 3\n"], allowed)

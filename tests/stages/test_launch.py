@@ -18,7 +18,7 @@ def test_a_run_without_a_launcher_is_done_here(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "run", lambda *arguments: asked.append(arguments) or "folder")
     assert launch.run_launched(config(), tmp_path, True) == "folder"
-    assert asked == [(config(), tmp_path, True)]
+    assert asked == [(config(), tmp_path, True, "")]
 
 
 @pytest.mark.slow

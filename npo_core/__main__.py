@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     whole.set_defaults(stage=_merge)
     whole.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     whole.add_argument("--out", type=Path, required=True, help="folder to write")
+    whole = stages.add_parser("check", help="Say whether a run folder is whole, and where it would go on.")
+    whole.set_defaults(stage=_check)
+    whole.add_argument("run", type=Path, help="a run folder")
     draw = stages.add_parser("figures", help="Draw the committed figures of the study from its results.")
     draw.set_defaults(stage=_figures)
     draw.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
@@ -368,6 +371,14 @@ def _figures(options: argparse.Namespace) -> int:
     if len(drawn) == 1:
         print(f"{source} holds no results of a study; `make study` makes them.")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .runs.check import check_run
+
+    found = check_run(options.run)
+    print(found)
+    return 0 if found.whole else 1
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -137,16 +137,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def tell(label: str, text: str, quiet: bool = False) -> None:
+def tell(label: str, text: str) -> None:
     """A bar that is full at once, such as that of a run that is loaded; in a terminal a line.
 
     Args:
         label: Words before the bar.
         text: Words behind it.
-        quiet: Say nothing.
     """
-    if quiet:
-        return
     if notebook_shell() is None:
         print(f"{label}: {text}", flush=True)
         return

@@ -136,7 +136,7 @@ def ran(monkeypatch):
 
     asked = []
 
-    def run(config, root, quiet):
+    def run(config, root, quiet, label=""):
         asked.append((config, root, quiet))
         result = {"base": {"average": 0.25}, "final": {"average": 0.5}}
         return SimpleNamespace(path=Path(config.run_name), result=lambda: result)

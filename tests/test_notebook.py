@@ -78,7 +78,6 @@ def test_times_are_in_words(seconds, words):
 
 def test_in_a_terminal_a_loaded_run_is_a_line(capsys):
     tell("GRPO", "loaded, 400 steps in 12 min")
-    tell("GRPO", "never said", quiet=True)
     assert capsys.readouterr().out == "GRPO: loaded, 400 steps in 12 min\n"
     assert bars.notebook_shell() is None
 

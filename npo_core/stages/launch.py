@@ -10,7 +10,8 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..progress import progress
+from ..notebook import in_one_sentence
+from ..progress import ProgressBar, progress, tell
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 from ..runs.launchers import read_launcher
@@ -54,7 +55,8 @@ class BackgroundRun:
         """A progress bar for the run, None if it is finished, which is said."""
         label = label or self.config.method
         if self.process is None:
-            tell(label, f"loaded, {stages.loaded_words(RunFolder(self.config, self.root).result())}", quiet)
+            if not quiet:
+                tell(label, f"loaded, {stages.loaded_words(RunFolder(self.config, self.root).result())}")
             return None
         done = RunFolder(self.config, self.root).steps_done()
         return progress(self.config.compute_steps, label, quiet, start=done)

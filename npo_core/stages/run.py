@@ -78,7 +78,8 @@ def run(config: RunConfig, root: Path | None = None, quiet: bool = False, label:
     folder, label = open_run(config, root), label or config.method
     quiet = quiet or not is_writer()
     if (made := folder.result()) is not None:
-        tell(label, f"loaded, {loaded_words(made)}", quiet)
+        if not quiet:
+            tell(label, f"loaded, {loaded_words(made)}")
         return folder
     with in_one_sentence(label, folder.reached), folder.writing(quiet):
         if folder.result() is None:  # while this process waited, another one may have finished the run

@@ -71,25 +71,6 @@ def pass_at_k(
     return np.asarray(1.0 - np.prod(wrong_left / left, axis=-1))
 
 
-def avg_at_k(correct: Bool[np.ndarray, "items k"]) -> Float[np.ndarray, " items"]:
-    """avg@k, the share of an item's k samples that are correct (ours; its mean over items is the benchmark's score).
-
-    Args:
-        correct: verdicts, items × k samples.
-
-    Returns:
-        Share in [0, 1], one per item.
-
-    Raises:
-        ValueError: there is no sample.
-    """
-    if correct.ndim != 2 or correct.shape[1] == 0:
-        raise ValueError(
-            f"avg@k needs items x k verdicts with k >= 1; got shape {correct.shape}. Sample at least once."
-        )
-    return correct.mean(axis=1, dtype=np.float64)
-
-
 def interquartile_mean(scores: Real[np.ndarray, "*shape"] | Bool[np.ndarray, "*shape"]) -> float:
     """Mean of the middle half of all scores pooled, the lowest and highest quarter dropped (Agarwal et al. 2021).
 

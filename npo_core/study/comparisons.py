@@ -277,14 +277,6 @@ def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFram
 # Course of training
 
 
-def last_steps(evidence: Evidence, column: str, steps: int = 20) -> pd.DataFrame:
-    """Mean of a training metric over the last compute steps of each run: a row per seed, a column per arm."""
-    table = evidence.training
-    newest = table.groupby(["arm", "seed"])["compute_step"].transform("max")
-    recent = table[table["compute_step"] > newest - steps]
-    return recent.pivot_table(index="seed", columns="arm", values=column, aggfunc="mean").reindex(columns=evidence.arms)
-
-
 def entropy_widening(evidence: Evidence, arm: str, steps: int = 20) -> pd.Series:
     """Entropy of the first replayed steps over that of the same policy steps before the roll-back, mean per seed.
 

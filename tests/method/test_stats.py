@@ -10,7 +10,6 @@ import scipy.stats
 
 from npo_core.method.stats import (
     Estimate,
-    avg_at_k,
     bootstrap_interval,
     detectable_difference,
     holm,
@@ -55,14 +54,6 @@ def test_pass_at_k_takes_another_n_per_item():
 def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(ValueError, match="needs"):
         pass_at_k(n, c, k)
-
-
-def test_avg_at_k_is_pass_at_1():
-    correct = np.array([[True, False, False, True], [False] * 4, [True] * 4])
-    assert avg_at_k(correct).tolist() == [0.5, 0.0, 1.0]
-    assert avg_at_k(correct) == pytest.approx(pass_at_k(4, correct.sum(axis=1), 1))
-    with pytest.raises(ValueError, match="at least once"):
-        avg_at_k(np.zeros((3, 0), dtype=bool))
 
 
 def test_interquartile_mean_drops_the_outer_quarters_of_all_scores_pooled():

@@ -15,7 +15,6 @@ from npo_core.study.comparisons import (
     by_suite,
     difference,
     entropy_widening,
-    last_steps,
     policy_ends,
     primary,
     secondary_markdown,
@@ -149,12 +148,6 @@ def test_entropy_of_a_replay_over_that_of_the_first_pass():
     # the made-up entropy is 1.2 times as high in the replay of the same policy steps
     assert entropy_widening(found, "NPO").tolist() == pytest.approx([1.2] * 3)
     assert entropy_widening(found, "GRPO").empty
-
-
-def test_the_last_steps_of_a_metric():
-    found = evidence({"NPO": GAINS})
-    expected = np.mean([1 - step / 100 for step in range(STEPS - 19, STEPS + 1)])
-    assert last_steps(found, "entropy")["GRPO"].tolist() == pytest.approx([expected] * 3)
 
 
 def test_the_speed_up_counts_scout_and_offline_rollouts():

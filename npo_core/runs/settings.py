@@ -150,8 +150,14 @@ class Settings:
     vllm_tensor_parallel: int = _generation(1, "GPUs of a vLLM engine in mode colocate; only 1.", bounds=COUNT)
     vllm_host: str = _generation("0.0.0.0", "Host of TRL's vLLM server in mode server.", names_run=False)
     vllm_port: int = _generation(8000, "Port of TRL's vLLM server in mode server.", names_run=False, bounds=COUNT)
-    rollout_batch: int = _generation(512, "Responses that transformers samples at a time off line.", bounds=COUNT)
-    score_batch: int = _generation(512, "Responses in a scoring pass off line.", bounds=COUNT)
+    rollout_batch: int = _generation(
+        512,
+        "Responses that transformers samples at a time off line, at most: fewer where memory asks for it.",
+        bounds=COUNT,
+    )
+    score_batch: int = _generation(
+        512, "Responses in a scoring pass off line, at most: fewer where memory asks for it.", bounds=COUNT
+    )
 
     # Guidance
     tau_gate: float = declared.TAU_GATE.field()

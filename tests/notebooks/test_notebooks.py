@@ -1,6 +1,7 @@
 """The notebooks, run by papermill at the smallest size."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,11 @@ def execute(name, tmp_path, **parameters):
         NOTEBOOKS / f"{name}.ipynb", target, parameters={"preset": "smoke", **parameters}, progress_bar=False
     )
     return nbformat.read(target, as_version=4)
+
+
+def printed(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
 def pictures(notebook):
@@ -134,3 +140,16 @@ def test_an_unknown_parameter_is_refused(tmp_path):
 def test_an_unknown_setting_is_refused(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown setting 'tau'"):
         execute("03_autonpo", tmp_path, overrides={"tau": 0.5})
+
+
+def test_00_idea_says_what_its_text_promises(tmp_path):
+    target = tmp_path / "00_idea.ipynb"
+    papermill.execute_notebook(NOTEBOOKS / "00_idea.ipynb", target, progress_bar=False)
+    notebook = nbformat.read(target, as_version=4)
+    text = printed(notebook)
+    assert len(notebook.cells) == 15 and pictures(notebook) == 1
+    assert "last one replaced -0.35" in text and "2.47" in text
+    assert "distance 20: signal" in text and "an edge of the range" not in text
+    assert "def train_table" in text
+    rates = dict(re.findall(r"(GRPO, 40 steps|the same 40 steps, guided) +0.\d+ -> (0.\d+)", text))
+    assert float(rates["the same 40 steps, guided"]) > float(rates["GRPO, 40 steps"])

@@ -42,6 +42,12 @@ def printed(notebook):
     return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
+def html_of(notebook):
+    return [
+        output.get("data", {}).get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    ]
+
+
 def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
@@ -61,6 +67,8 @@ def test_03_autonpo_tells_the_whole_story(runs, story):
         for ending in ("png", "svg"):
             assert (folder / "figures" / f"{name}.{ending}").stat().st_size > 1000
     assert pictures(story) == 4
+    assert sum("<iframe srcdoc=" in text for text in html_of(story)) == 1
+    assert (folder / "explorer.html").is_file()
     (grpo,) = runs.glob("grpo-smoke-s0-*")
     assert json.loads((grpo / "result.json").read_text())["compute_steps"] == result["compute_steps"]
 

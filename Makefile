@@ -27,7 +27,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-all test-browser test-vllm lint clean
+.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,19 @@ test: $(DEV_STAMP) ## Run the tests but the long ones, JOBS files at a time (ARG
 
 test-all: $(DEV_STAMP) ## Run all tests, the long ones too (ARGS goes to pytest)
 	$(PYTEST) $(ARGS)
+
+# Both ends of the ranges, each in an environment of its own; what the tests import is pinned as everywhere.
+test-range: $(BIN)/python ## Run TRL's contract and a training with the lowest and the newest packages of pyproject.toml
+	@for end in lowest newest; do \
+		echo "== $$end" && $(BIN)/python -m venv --clear .venv-range && \
+		$(BIN)/python tests/ranges.py $$end > .venv-range/ends.txt && \
+		PIP_NO_INPUT=1 .venv-range/bin/python -m pip -qq --disable-pip-version-check install -r .venv-range/ends.txt \
+			$$(grep -E '^(pytest|hypothesis|beartype)==' requirements.txt) -e . && \
+		.venv-range/bin/python -m pip list --format=freeze 2>/dev/null | \
+			grep -E "^($$(sed 's/[<>=].*//' .venv-range/ends.txt | paste -sd '|'))=" | paste -sd ' ' && \
+		$(THREADS) .venv-range/bin/python -m pytest -q tests/trainer/test_trl_contract.py tests/trainer/test_trainer.py $(ARGS) && \
+		$(THREADS) .venv-range/bin/python -m npo_core autonpo --preset smoke --root .venv-range/runs --quiet || exit 1; \
+	done
 
 # vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from npo_core.guidance.fingerprints import tokenizer_of
@@ -175,6 +182,8 @@ def trainer_of(
         **arguments,
     }
     guided = issubclass(kind, NPOTrainer)
+    if not guided and isinstance(tiny.processor, ProcessorMixin):  # TRL does this itself from 1.16 on
+        settings.setdefault("generation_kwargs", {"suppress_tokens": [tiny.processor.image_token_id]})
     extra = {"guidance": guidance, "verifier": verifier} if guided else {}
     trainer = kind(
         model=tiny.build(),
@@ -270,16 +279,22 @@ def prompt_logps(tiny: TinyWorld, model, response: tuple[int, ...] = ()) -> torc
 
 
 class TabularPolicy(nn.Module):
-    """Next token given the last one only: a table of logits. Answers TRL's fused call like a language model."""
+    """Next token given the last one only: a table of logits. Answers TRL's fused call, and that before 1.16."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
         self.logits = nn.Parameter(logits.clone())
 
-    def forward(self, input_ids, attention_mask=None, labels=None, fused_lm_head=False):
+    def forward(
+        self, input_ids, attention_mask=None, labels=None, fused_lm_head=False, logits_to_keep=0, use_cache=False
+    ):
         scores = self.logits[input_ids[:, :-1]].log_softmax(-1)
         chosen = scores.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-        return SimpleNamespace(log_probs=chosen, entropy=-(scores.exp() * scores).sum(-1))
+        return SimpleNamespace(
+            log_probs=chosen,
+            entropy=-(scores.exp() * scores).sum(-1),
+            logits=self.logits[input_ids[:, -logits_to_keep:]],
+        )
 
     def sequence_logps(self, sequences: torch.Tensor) -> torch.Tensor:
         before = torch.cat([torch.zeros_like(sequences[:, :1]), sequences[:, :-1]], dim=1)

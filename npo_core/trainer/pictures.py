@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import ProcessorMixin
 
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
@@ -146,6 +147,16 @@ def picture_tokens(processor: Any) -> list[int]:
     """Token ids that stand for pictures and videos in a prompt."""
     names = ("image_token_id", "video_token_id")
     return [getattr(processor, name) for name in names if getattr(processor, name, None) is not None]
+
+
+def keep_pictures_out(trainer: Any) -> None:
+    """Let a trainer's own generation sample no image token, as TRL does by itself from 1.16 on.
+
+    A response with one would have to bring a picture along, and the next forward pass would fail.
+    """
+    if not trainer.use_vllm and isinstance(trainer.processing_class, ProcessorMixin):
+        given = trainer.generation_kwargs.setdefault("suppress_tokens", [trainer.model.config.image_token_id])
+        trainer.generation_config.suppress_tokens = given
 
 
 def never_sampled(processor: Any) -> dict[str, Any]:

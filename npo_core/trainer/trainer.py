@@ -27,7 +27,7 @@ from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
 from .config import PAPER, own_arguments
-from .pictures import collapse_pictures, rows_as_seen
+from .pictures import collapse_pictures, keep_pictures_out, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
 
@@ -72,6 +72,7 @@ class NPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, reward_funcs, own_arguments(args, model), *further, **kwargs)
+        keep_pictures_out(self)
         self.verifier = verifier
         self.rollout_sink = rollout_sink
         self.record_rollouts = False

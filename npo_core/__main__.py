@@ -22,8 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one that has no Greek shows what it has not as \\u0394
             stream.reconfigure(errors="backslashreplace")
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         status = options.stage(options)
         sys.stdout.flush()
@@ -90,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     whole.set_defaults(stage=_merge)
     whole.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     whole.add_argument("--out", type=Path, required=True, help="folder to write")
-    whole = stages.add_parser("check", help="Say whether a run folder is whole, and where it would go on.")
-    whole.set_defaults(stage=_check)
-    whole.add_argument("run", type=Path, help="a run folder")
+    look = stages.add_parser("check", help="Say whether a run folder is whole, and where it would go on.")
+    look.set_defaults(stage=_check)
+    look.add_argument("run", type=Path, help="a run folder")
     draw = stages.add_parser("figures", help="Draw the committed figures of the study from its results.")
     draw.set_defaults(stage=_figures)
     draw.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
@@ -365,8 +364,7 @@ def _figures(options: argparse.Namespace) -> int:
     from .study.findings import results_folder
 
     source = results_folder() if options.results is None else options.results
-    target = project_folder() / "figures" if options.out is None else options.out
-    drawn = figures.draw_study(source, target)
+    drawn = figures.draw_study(source, options.out or project_folder() / "figures")
     print(*drawn, sep="\n")
     if len(drawn) == 1:
         print(f"{source} holds no results of a study; `make study` makes them.")
@@ -376,8 +374,7 @@ def _figures(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from .runs.check import check_run
 
-    found = check_run(options.run)
-    print(found)
+    print(found := check_run(options.run))
     return 0 if found.whole else 1
 
 

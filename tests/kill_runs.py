@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"warmstart_steps": 60, "compute_steps": 12, "trigger_warmup": 3, "trigger_cooldown": 3, "late_step": 6}
+SMALL = {"compute_steps": 12, "trigger_warmup": 3, "trigger_cooldown": 3, "late_step": 6}
 SMALL |= {"late_start": 4, "scout_steps": 2, "early_window": 2, "rlep_source_steps": 4}
 """Settings that make a target short: all stages are still gone through."""
 

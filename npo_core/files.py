@@ -28,7 +28,7 @@ def unfinished_name(path: Path) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a half."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda unfinished: unfinished.write_text(text))
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -112,7 +112,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """JSON lines of a file; none if it does not exist; a torn last line (a kill while writing) is left out."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
+    # of the line ends that Python knows, some may stand inside a text that others wrote
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for index, line in enumerate(lines):
         try:
             yield json.loads(line)

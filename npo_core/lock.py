@@ -93,7 +93,7 @@ def _system() -> str:
     """Machine, boot and process namespace of this process."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     parts = [platform.node()]
-    parts += [boot.read_text().strip()] if boot.is_file() else []
+    parts += [boot.read_text(encoding="utf-8").strip()] if boot.is_file() else []
     parts += [str(namespace.readlink())] if namespace.is_symlink() else []
     return " ".join(parts)
 
@@ -102,7 +102,7 @@ def _started(process: int) -> str | None:
     """When a process began, or None if it has ended; a dead one that its parent has not asked for counts as ended."""
     if Path("/proc/self/stat").is_file():  # in ticks since boot: a clock that is set does not change it
         try:
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if fields[0] in ("Z", "X") else fields[19]

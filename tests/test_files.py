@@ -56,6 +56,15 @@ def test_what_json_does_not_know_is_refused_and_the_log_stays_as_it_was(tmp_path
     assert list(read_lines(tmp_path / "log.jsonl")) == [{"a": 1}]
 
 
+def test_a_text_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
+    """Other programs do not escape them; nor do they all end the last line."""
+    rows = [{"text": "a\u2028b\u2029c\x85d\x1ce"}, {"text": "Δ"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for end in ("", "\n", "\r\n"):
+        (tmp_path / "log.jsonl").write_bytes((text + end).encode())
+        assert list(read_lines(tmp_path / "log.jsonl")) == rows
+
+
 def test_no_file_has_no_lines(tmp_path):
     assert list(read_lines(tmp_path / "none.jsonl")) == []
 

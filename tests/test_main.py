@@ -92,6 +92,14 @@ def test_a_reader_that_has_read_enough_ends_nothing_with_a_traceback():
         assert running.wait() == 0
 
 
+def test_a_plan_is_made_where_the_locale_knows_ascii_only_and_the_folder_has_other_letters(tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "npo_core", "plan", "--preset", "smoke", "--root", str(tmp_path / "Δ a=1 [b]")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    assert (done.returncode, done.stdout.isascii()) == (0, True), done.stderr
+    assert done.stdout.count(b"\n") > 5
+
+
 def test_all_settings_are_listed(capsys):
     assert main(["settings"]) == 0
     blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")]

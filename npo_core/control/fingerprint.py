@@ -63,7 +63,7 @@ def _settle(path: Path, ours: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, ours)
         return
-    theirs = json.loads(path.read_text())
+    theirs = json.loads(path.read_text(encoding="utf-8"))
     found = [
         f"  - {MEANING.get(name, name)} was {str(theirs[name])[:SHOWN]}, now it is {str(ours[name])[:SHOWN]}"
         for name in theirs

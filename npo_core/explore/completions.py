@@ -121,7 +121,7 @@ def _lines(path: Path, rates: Mapping[int, list[Any]]) -> list[dict[str, Any]]:
         (*path.glob("checkpoint-*/trainer_state.json"), *path.glob("trainer_state.json")),
         key=lambda state: state.stat().st_mtime,
     )
-    history = json.loads(states[-1].read_text())["log_history"] if states else []
+    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
     logged = {entry["step"]: entry for entry in history if "reward" in entry}
     lines = []
     for step in sorted(logged.keys() | rates.keys()):

@@ -287,7 +287,7 @@ def read_measurement(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if table.empty:
         raise ValueError(f"{folder} compares nothing: its table has no row. Measure at least one pair of policies.")
     return table.assign(distance=pd.to_numeric(table["distance"])), json.loads(
-        (Path(folder) / "signal.json").read_text()
+        (Path(folder) / "signal.json").read_text(encoding="utf-8")
     )
 
 

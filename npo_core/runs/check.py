@@ -55,7 +55,9 @@ def check_run(folder: str | Path) -> Finding:
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
     found = Finding()
     config = _read(
-        found, lambda: RunConfig.from_mapping(json.loads((folder / "config.json").read_text())), "config.json"
+        found,
+        lambda: RunConfig.from_mapping(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        "config.json",
     )
     lines = _read(found, lambda: metric_lines(folder / "metrics.jsonl"), "metrics.jsonl") or []
     events = _read(found, lambda: list(read_lines(folder / "events.jsonl")), "events.jsonl") or []
@@ -102,7 +104,7 @@ def _result(found: Finding, folder: Path) -> dict[str, Any] | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    return _read(found, lambda: dict(json.loads(path.read_text())), "result.json")
+    return _read(found, lambda: dict(json.loads(path.read_text(encoding="utf-8"))), "result.json")
 
 
 def _torn(found: Finding, folder: Path) -> None:

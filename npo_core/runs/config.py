@@ -270,7 +270,7 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise ValueError(f"Unknown preset {name!r}{nearest(name, preset_names())} Allowed: {preset_names()}.")
-    text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text()
+    text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     tables = tomllib.loads(text)
     parent = tables.pop("extends", None)
     settings = load_preset(parent) if parent else {}

@@ -91,7 +91,7 @@ class RunFolder:
             self._make()
         saved = self.path / "config.json"
         settings = json.loads(config.to_json())
-        found = json.loads(saved.read_text()) if saved.exists() else None
+        found = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else None
         if found is not None and _deciding(found) != _deciding(settings):
             raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
         if found is None or (found != settings and not finished):
@@ -209,12 +209,12 @@ class RunFolder:
     def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
         self._lock.require()
         text = "".join(json.dumps(as_json(record)) + "\n" for record in kept)
-        write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text))
+        write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is not finished."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write `result.json`; from then on the run is loaded, not run again."""

@@ -50,7 +50,7 @@ def read_launcher(name: str) -> Launcher:
             f"launcher is {name!r}{nearest(name, launcher_names())} Allowed: {', '.join(launcher_names())}, or a YAML "
             "file that `accelerate config` wrote."
         )
-    content = yaml.safe_load(file.read_text())
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
     missing = [key for key in ("num_processes", "num_machines", "distributed_type") if key not in (content or {})]
     if missing:
         raise ValueError(f"{file} says nothing about {', '.join(missing)}; write it with `accelerate config`.")

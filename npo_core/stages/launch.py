@@ -43,7 +43,8 @@ class BackgroundRun:
         """
         if self.process is not None and self.process.wait() != 0:
             log = RunFolder(self.config, self.root).path / "process.log"
-            raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
+            end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{end}")
         return RunFolder(self.config, self.root)
 
     def follow(self, quiet: bool = False, label: str = "") -> RunFolder:

@@ -113,7 +113,7 @@ class Measurement:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _settle(self, about: dict[str, Any]) -> None:
         """Note the settings in a new folder; in one that has some, keep what was sampled if it is of the same sampling.

@@ -72,7 +72,7 @@ class Cell:
         run = self.folder(root)
         log = run.path / "failed.json"
         if log.exists():
-            return json.loads(log.read_text())["reason"]
+            return json.loads(log.read_text(encoding="utf-8"))["reason"]
         if run.result() is None:
             return None
         for line in run.metrics():
@@ -152,7 +152,7 @@ def _begin(cell: Cell, root: Path | None) -> subprocess.Popen:
 def _note_end(cell: Cell, status: int, root: Path | None) -> None:
     if status != 0:
         folder = cell.folder(root).path
-        tail = (folder / "process.log").read_text()[-2000:].strip()
+        tail = (folder / "process.log").read_text(encoding="utf-8", errors="replace")[-2000:].strip()
         reason = f"exit status {status}: {tail.splitlines()[-1] if tail else 'no output'}"
         write_json(folder / "failed.json", {"reason": reason, "log": tail})
 
@@ -206,7 +206,7 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
         policy = load_policy(checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
         label = f"{run.config.method} at {step}"
         write_json(path, stages.evaluate_policy(run.config, policy, world, label, True, plain=sampling == "plain"))
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
@@ -273,7 +273,7 @@ def _policy_end(run: RunFolder) -> int:
 
 
 def _about(cell: Cell, run: RunFolder) -> dict[str, Any]:
-    made = json.loads((run.path / "env.json").read_text())
+    made = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")

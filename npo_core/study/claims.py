@@ -284,7 +284,7 @@ def _overhead(evidence: Evidence) -> Claim:
 def signal_results(folder: Path | None = None) -> dict[str, Any] | None:
     """Content of `signal.json` in a folder of results (the project's `data/results` if None), or None without one."""
     path = (results_folder() if folder is None else Path(folder)) / "signal.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write(evidence: Evidence, folder: Path | None = None) -> str:

@@ -153,7 +153,7 @@ class GainStudy:
             finally:
                 torch.set_num_threads(before)
             gc.collect()
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _scores(self, model) -> dict[str, Any]:
         scores = stages.evaluate_policy(self.config, model, self.world, "gain", quiet=True)

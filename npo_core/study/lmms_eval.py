@@ -203,7 +203,7 @@ def read_scores(folder: str | Path, *, judge: str | None = None) -> BenchmarkSco
     files = [path for path in sorted(folder.rglob("*_results.json")) if RESULTS.fullmatch(path.name)]
     if not files:
         raise FileNotFoundError(f"{folder} holds no <date>_results.json of {HARNESS}; benchmarks.command makes it.")
-    contents = {path: json.loads(path.read_text()) for path in files}
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
     places: dict[str, Path] = {}
     settings: dict[str, Any] = {}
     for path, content in contents.items():

@@ -134,7 +134,11 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
             f"{arm}, seed {seed}, rate {rate:g}, share {share:g}" for arm, seed, rate, share in open_cells
         )
         raise ResultsRefused(f"{len(open_cells)} runs of the map are missing: {listed}. Run `make map` to the end.")
-    made = {key: json.loads((run.path / "env.json").read_text()) for key, run in runs.items() if key not in lost}
+    made = {
+        key: json.loads((run.path / "env.json").read_text(encoding="utf-8"))
+        for key, run in runs.items()
+        if key not in lost
+    }
     versions = {json.dumps([env["python"], env["packages"], env["device"]], sort_keys=True) for env in made.values()}
     if len(versions) > 1:
         raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))

@@ -104,7 +104,7 @@ def read_evidence(folder: Path | None = None) -> Evidence:
     missing = [name for name in (SCORES, TRAINING, ABOUT) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core study` makes them.")
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if about.get("schema") != SCHEMA:
         raise ResultsRefused(f"{folder / ABOUT} has schema {about.get('schema')}; this version reads {SCHEMA}.")
     scores = pd.read_csv(folder / SCORES)

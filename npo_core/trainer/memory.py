@@ -36,7 +36,7 @@ def device_memory(device: torch.device | str) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = CONTAINER.read_text().strip() if CONTAINER.is_file() else "max"
+    allowed = CONTAINER.read_text(encoding="utf-8").strip() if CONTAINER.is_file() else "max"
     return min(machine, int(allowed) if allowed.isdecimal() else machine) // process_count()
 
 

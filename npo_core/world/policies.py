@@ -341,7 +341,7 @@ def _base_folder(folder: str | Path) -> Path:
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return Path(folder)
-    name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not Path(name).is_dir():
         try:
             # as it was trained on: the hub may have another revision by now
@@ -354,7 +354,7 @@ def _base_folder(folder: str | Path) -> Path:
 def _has_video_part(folder: Path) -> bool:
     """Whether a processor was saved with its video part: in a file of its own, or as transformers 5 does, in one."""
     whole = folder / "processor_config.json"
-    within = whole.is_file() and "video_processor" in json.loads(whole.read_text())
+    within = whole.is_file() and "video_processor" in json.loads(whole.read_text(encoding="utf-8"))
     return within or (folder / "video_preprocessor_config.json").is_file()
 
 

@@ -60,8 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         stage = stages.add_parser(name, help=text, description=text)
         stage.set_defaults(stage=function)
         _settings(stage)
-        stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-        stage.add_argument("--quiet", action="store_true", help="no progress bars")
         if name == "plan":
             stage.add_argument("--method", default="autonpo", help="training method (default: autonpo)")
         if name == "warmstart":
@@ -114,6 +112,8 @@ def _settings(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a setting; VALUE is JSON or a bare word; may be given several times",
     )
+    parser.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _signal_parser(stages) -> None:
@@ -125,8 +125,6 @@ def _signal_parser(stages) -> None:
     stage = stages.add_parser("signal", help="Measure Q, V and S over distances, on any checkpoints.", description=text)
     stage.set_defaults(stage=_signal)
     _settings(stage)
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--quiet", action="store_true", help="no progress bars")
     own = stage.add_argument_group("your own run")
     own.add_argument("--checkpoints", type=Path, help="folder that holds checkpoint-<step> folders")
     own.add_argument("--data", type=Path, help="parquet or jsonl file with uid, prompt, answer and maybe image")
@@ -154,8 +152,6 @@ def _gain_parser(stages) -> None:
     stage.add_argument("--distances", type=int, nargs="+", help="distances of the guides; the run's end is added")
     stage.add_argument("--window", type=int, help="guided steps of an arm")
     stage.add_argument("--modes", nargs="+", help="ratio modes of the guide slot")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _evidence_parser(stages) -> None:

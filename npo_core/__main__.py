@@ -47,11 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         ("grpo", _train, "Train plain GRPO and evaluate it."),
         ("npo", _train, "Train with manual interventions (scout and restart, plateau and roll-back) and evaluate it."),
         ("autonpo", _train, "Train with AutoNPO's own interventions and evaluate it."),
-        (
-            "warmstart",
-            _warmstart,
-            "Make the base policy of a preset and keep it in data/base; an installed copy, in data/runs/base.",
-        ),
+        ("warmstart", _warmstart, "Make a preset's base policy in data/base (installed copy: in data/runs/base)."),
         ("luffy", _train, "Train the baseline LUFFY (external teacher) and evaluate it."),
         ("exgrpo", _train, "Train the baseline ExGRPO (own past successes) and evaluate it."),
         ("rlep", _train, "Train the baseline RLEP (replay of a converged run) and evaluate it."),
@@ -75,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     _evidence_parser(stages)
     _map_parser(stages)
-    decide = stages.add_parser(
-        "claims", help="The table of arms, and verdicts on the paper's claims, from the results, in seconds."
-    )
+    decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the paper's claims.")
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     add_explore(stages)

@@ -122,13 +122,13 @@ class AtSix(PlateauTrigger):
 def test_autonpo_over_a_factory(place, monkeypatch):
     monkeypatch.setattr(npo_core.control.watch, "PlateauTrigger", AtSix)
     _, code = examples("docs/own_run.md")
-    loose = '"pool_cutoff": 1.0, "tau_gate": 1.0, "cache_rollouts": 128, "quality_floor": 0.0, "rollout_every": 0'
+    loose = '"pool_cutoff": 1.0, "cache_rollouts": 128, "quality_floor": 0.0, "rollout_every": 0'
     sizes = {
         '"Qwen/Qwen3-0.6B"': '"base"',
-        '"compute_steps": 400': '"compute_steps": 8',
-        '"prompts_per_step": 8': '"prompts_per_step": 2',
-        '"max_completion_length": 512': f'"max_completion_length": {WIDTH}',
-        '"checkpoint_every": 10': f'"checkpoint_every": 2, {loose}',
+        '"compute_steps": 400': f'"compute_steps": 8, {loose}',
+        "gradient_accumulation_steps=4": "gradient_accumulation_steps=1, tau_gate=1.0",
+        "max_completion_length=512": f"max_completion_length={WIDTH}",
+        "save_steps=10": "save_steps=2",
     }
     first = run(code, sizes)
     folder = first["run"]

@@ -1,9 +1,8 @@
-"""What a trainer factory and a run must agree on: TRL's arguments, and the prompts of a replay.
+"""What a run needs of a trainer factory: TRL's arguments under which it can be rolled back, and the same prompts again.
 
-A factory of one's own has TRL arguments of its own. Some of them stand in `RunConfig` too, and some decide whether a
-run can be watched and rolled back at all. What would break a run or silently change the method is refused before the
-first step, all of it in one message. Policy, optimiser, loss, schedule and rewards are the factory's own. All of this
-is ours.
+A factory of one's own has TRL arguments of its own, and what a controller must know of them it reads from the trainers.
+Some decide whether a run can be watched and rolled back at all: what would break it is refused before the first step,
+all of it in one message. All of this is ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,26 +19,6 @@ from ..guidance.verdicts import AnswerVerifier
 from ..runs.config import RunConfig
 from ..trainer.dataset import row_complaints
 from ..trainer.trainer import NPOTrainer
-
-SAME = {
-    "max_completion_length": "max_completion_length",
-    "num_generations": "group_rows",
-    "temperature": "temperature",
-    "tau_gate": "tau_gate",
-    "ratio_mode": "ratio_mode",
-    "guide_behaviour": "guide_behaviour",
-    "guide_prefix": "guide_prefix",
-    "placement": "placement",
-    "guides_per_group": "guides_per_group",
-    "save_steps": "checkpoint_every",
-}
-"""Arguments that say what `RunConfig` says too, under the name that it has there."""
-
-ROWS_OF_A_GROUP = "num_generations (and guides_per_group, where guides are appended)"
-"""Settings that the rows of a group follow from."""
-
-IN_MODE = {"truncated": "ratio_truncation", "shaped": "ratio_gamma"}
-"""Setting of a ratio mode, of no meaning in the other modes."""
 
 FIXED: Mapping[str, tuple[Any, str]] = {
     "save_strategy": ("steps", "a run is rolled back to its checkpoints"),
@@ -92,28 +71,19 @@ def require_agreement(
 
 def _arguments(trainer: NPOTrainer, config: RunConfig) -> list[str]:
     args, found = trainer.args, []
-    mode = {IN_MODE[config.ratio_mode]: IN_MODE[config.ratio_mode]} if config.ratio_mode in IN_MODE else {}
-    for name, theirs in {**SAME, **mode}.items():
-        given, wanted = getattr(args, name), getattr(config, theirs)
-        if given != wanted:
-            named = ROWS_OF_A_GROUP if theirs == "group_rows" else theirs
-            found.append(f"{name} is {given!r}; it must be {wanted!r}, as {named} of RunConfig")
     for name, (wanted, why) in FIXED.items():
         given = getattr(args, name)
         if given != wanted:
             given = given.value if isinstance(given, Enum) else given
             found.append(f"{name} is {given!r}; it must be {wanted!r}: {why}")
+    if args.save_steps < 1:
+        found.append(f"save_steps is {args.save_steps}; it must be a number of steps, not a share of all")
     if args.max_steps < config.compute_steps:
         found.append(f"max_steps is {args.max_steps}; it must be at least compute_steps = {config.compute_steps}")
     if args.steps_per_generation != args.gradient_accumulation_steps:
         found.append(
             f"steps_per_generation is {args.steps_per_generation}; it must be gradient_accumulation_steps = "
             f"{args.gradient_accumulation_steps}: each optimiser step generates one batch"
-        )
-    if args.bf16 != (config.mixed_precision == "bf16"):
-        found.append(
-            f"bf16 is {args.bf16} with mixed_precision = {config.mixed_precision!r} in RunConfig: the policies that V̂ "
-            "compares would compute in different precision"
         )
     limit, keep = args.save_total_limit, config.checkpoint_keep
     if limit is not None and not 0 < keep <= limit:

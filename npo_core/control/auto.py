@@ -66,7 +66,8 @@ class AutoNPO(Controller):
         if not config.roll_back:
             self._note(watch, clocks, mistakes, probed, [])
             until = min(step + config.ahead_window, step + left)
-            window = slice(step * config.prompts_per_step, until * config.prompts_per_step)
+            per_step = self.training.prompts_per_step
+            window = slice(step * per_step, until * per_step)
             ahead = list(dict.fromkeys(prompt_order(trainer)[window]))
             return self._replay(trainer, watch, step, checkpoints[step], ahead, until, known)
         weighed = self._candidates(step, origins, mistakes, probed)

@@ -5,7 +5,7 @@ guides come from and what they cost. See the table in `docs/implementation.md`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..guidance.sources import GuidanceSource
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..processes import agree
 from ..trainer.sampling import Lazily, shared_rollouts
+from ..trainer.trainer import NPOTrainer
 from .controller import Controller
 from .watch import Segment
 
@@ -42,7 +43,7 @@ class GuidedByPolicy(Controller):
     ):
         super().__init__(*args, **kwargs)
         self.guide_folder = Path(guide_folder)
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.training = replace(self.training, chat_template_kwargs=dict(chat_template_kwargs or {}))
 
     @property
     def _cache_type(self) -> type[GuidanceCache]:
@@ -68,7 +69,7 @@ class GuidedByPolicy(Controller):
 
     def _sampled_guides(self, source_step: int) -> GuidanceCache:
         """Correct rollouts of the guide; log-probs are computed for those that are kept, not for all."""
-        config = self.config
+        config, training = self.config, self.training
         policy = self._learner(self.guide_folder)
         sampled = shared_rollouts(
             policy,
@@ -77,13 +78,13 @@ class GuidedByPolicy(Controller):
             config.cache_rollouts,
             self.verifier,
             seed=config.seed,
-            max_new_tokens=config.max_completion_length,
+            max_new_tokens=training.max_completion_length,
             source_step=source_step,
-            temperature=config.temperature,
+            **asdict(training.sampling),
             score=False,
             batch=config.rollout_batch,
-            chat_template_kwargs=self.chat_template_kwargs,
-            score_temperature=config.temperature,
+            chat_template_kwargs=training.chat_template_kwargs,
+            score_temperature=training.sampling.temperature,
         )
         cache = self._empty_cache(policy, self._cache_type)
         kept = [trajectory for group in sampled for trajectory in self._chosen(group, cache.eos_token_ids)]
@@ -122,3 +123,13 @@ class GuidedByOwnPast(Controller):
         if resume_from is not None:
             memory.restore(resume_from)
         return memory
+
+    def _complaints(self, trainer: NPOTrainer) -> list[str]:
+        """The memory is made before the trainer whose rollouts it keeps."""
+        same = {"num_generations": self.config.num_generations, "temperature": self.config.temperature}
+        given = {name: getattr(trainer.args, name) for name in same}
+        return [
+            f"{name} is {given[name]}; it must be {value}, as the memory of own rollouts has it"
+            for name, value in same.items()
+            if given[name] != value
+        ]

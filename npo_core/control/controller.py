@@ -26,11 +26,10 @@ from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, checkpoint_step, complete_checkpoints, require_complete
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..trainer.inputs import Sampling
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import place, trainer_generate
 from .agreement import keep_order, prompt_order, require_agreement
-from .factory import TrainerFactory
+from .factory import TrainerFactory, Training
 from .fingerprint import require_same_factory
 from .offline import Offline
 from .record import GuidedGroups
@@ -46,11 +45,10 @@ class Controller(Offline):
     """Runs segments of training until the compute budget is spent; plain GRPO unless a subclass decides otherwise.
 
     Args:
-        make_trainer: Trainer factory. Its trainers must have `logging_steps=1`, `max_steps=config.compute_steps`,
-            `save_steps=config.checkpoint_every`, and what else stands in both NPOConfig and RunConfig alike; see
-            `agreement`. They see the same data in the same order, best that of `training_schedule` with
-            `shuffle_dataset=False`.
-        config: Settings; trigger, probe, choice, cache, checkpoint and compute settings are used here.
+        make_trainer: Trainer factory. Its trainers must have `logging_steps=1` and `max_steps=config.compute_steps`,
+            see `agreement`; what they know of training is read from them (`factory.Training`). They see the same data
+            in the same order, best that of `training_schedule` with `shuffle_dataset=False`.
+        config: Settings; trigger, probe, choice, cache, retention and compute settings are used here.
         run: Run folder that the controller writes to and resumes from.
         rows: Data set rows by uid: prompt, answer and, for visual tasks, image.
         processor: Processor or tokenizer of the policy.
@@ -106,8 +104,7 @@ class Controller(Offline):
                 watch.trainer = trainer
                 trainer.guided_sink = self._record(segments[-1])
                 self._require_fit(trainer, watch, guidance)
-                # off line, prompts and the distribution of responses must be those of training
-                self.chat_template_kwargs, self.sampling = trainer.chat_template_kwargs, Sampling.of(trainer)
+                self.training = Training.of(trainer)
                 if resume_from is not None:
                     keep_order(trainer, checkpoint_step(resume_from))
                 if due is None and watch.compute_step < self.config.compute_steps:
@@ -154,17 +151,13 @@ class Controller(Offline):
 
     def _order_complaints(self, trainer: NPOTrainer, steps: int) -> list[str]:
         """What keeps this run from knowing the prompts of its first `steps` steps beforehand, a line each."""
-        args, per_step = trainer.args, self.config.prompts_per_step
-        order, needed, found = prompt_order(trainer), steps * per_step, []
-        if args.generation_batch_size != per_step * trainer.num_generations:
-            prompts = args.generation_batch_size // trainer.num_generations
-            found.append(f"a step has {prompts} prompts; it must have prompts_per_step = {per_step} of RunConfig")
-        if args.shuffle_dataset or order is None or len(order) < needed:
-            found.append(
-                "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
-                f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
-            )
-        return found
+        order, needed = prompt_order(trainer), steps * Training.of(trainer).prompts_per_step
+        if not trainer.args.shuffle_dataset and order is not None and len(order) >= needed:
+            return []
+        return [
+            "train_dataset must name the prompts of every step, as the cache is filled for those of a window: "
+            f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
+        ]
 
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         """Policy step at which the last segment stops for a decision, or None."""
@@ -293,7 +286,7 @@ class Controller(Offline):
             return list(uids)
         lines = [line for line in self._lineage(segments) if line["policy_step"] > start]
         rates = {uid: rate for line in lines for uid, rate in line["groups"].items()}
-        return [uid for uid in uids if rates.get(uid, 0.0) <= self.config.tau_gate + RATE_SLACK]
+        return [uid for uid in uids if rates.get(uid, 0.0) <= self.training.tau_gate + RATE_SLACK]
 
 
 def _segment(event: Mapping[str, Any]) -> Segment:

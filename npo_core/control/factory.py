@@ -1,12 +1,15 @@
-"""What a controller needs of a trainer factory."""
+"""What a controller needs of a trainer factory, and what it reads from the trainers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..guidance.sources import GuidanceSource
+from ..runs.config import RunConfig
+from ..trainer.inputs import Sampling
 from ..trainer.trainer import NPOTrainer
 
 
@@ -23,3 +26,48 @@ class TrainerFactory(Protocol):
     def policy(self, folder: Path | None = None) -> PreTrainedModel:
         """The policy of a folder, such as a checkpoint, adapters included; the base policy alone if None."""
         ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run's decisions and off-line rollouts share with its training, as the trainer has it.
+
+    Attributes:
+        max_completion_length: Longest response in tokens.
+        sampling: How responses are drawn; what will guide is scored at its temperature.
+        tau_gate: Largest pass rate of a guided group.
+        prompts_per_step: Prompts of an optimiser step, over all processes.
+        bf16: Matrix products are computed in 16 bits.
+        chat_template_kwargs: Template arguments of the prompts.
+    """
+
+    max_completion_length: int
+    sampling: Sampling
+    tau_gate: float
+    prompts_per_step: int
+    bf16: bool
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trainer: NPOTrainer) -> "Training":
+        """That of a trainer."""
+        args = trainer.args
+        return cls(
+            trainer.max_completion_length,
+            Sampling.of(trainer),
+            args.tau_gate,
+            args.generation_batch_size // trainer.num_generations,
+            args.bf16,
+            trainer.chat_template_kwargs,
+        )
+
+    @classmethod
+    def planned(cls, config: RunConfig) -> "Training":
+        """That which the trainers of a configuration will have, for guides that are sampled before there is one."""
+        return cls(
+            config.max_completion_length,
+            Sampling(temperature=config.temperature),
+            config.tau_gate,
+            config.prompts_per_step,
+            config.mixed_precision == "bf16",
+        )

@@ -14,9 +14,9 @@ from ..guidance.verdicts import Verifier
 from ..processes import join
 from ..runs.config import RunConfig
 from ..streams import CACHE, Stream
-from ..trainer.inputs import Sampling, end_tokens
+from ..trainer.inputs import end_tokens
 from ..trainer.sampling import Generate, Lazily, shared_logps, shared_rollouts
-from .factory import TrainerFactory
+from .factory import TrainerFactory, Training
 
 
 class Offline:
@@ -43,8 +43,7 @@ class Offline:
         self.rows = rows
         self.processor = processor
         self.verifier = verifier
-        self.chat_template_kwargs: Mapping[str, Any] = {}
-        self.sampling = Sampling(temperature=config.temperature)
+        self.training = Training.planned(config)
 
     def _sample(
         self,
@@ -56,6 +55,7 @@ class Offline:
         place: Sequence[int],
         generate: Generate | None = None,
     ) -> list[list[Trajectory]]:
+        training = self.training
         return shared_rollouts(
             policy,
             self.processor,
@@ -63,14 +63,14 @@ class Offline:
             k,
             self.verifier,
             seed=stream.seed(self.config.seed, *place),
-            max_new_tokens=self.config.max_completion_length,
+            max_new_tokens=training.max_completion_length,
             source_step=step,
-            **asdict(self.sampling),
+            **asdict(training.sampling),
             batch=self.config.rollout_batch,
             score_batch=self.config.score_batch,
             generate=generate,
-            chat_template_kwargs=self.chat_template_kwargs,
-            score_temperature=self.config.temperature,
+            chat_template_kwargs=training.chat_template_kwargs,
+            score_temperature=training.sampling.temperature,
         )
 
     def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
@@ -78,16 +78,15 @@ class Offline:
         rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
         # a trainer's policy computes in its mixed precision; one that is compared with it must too
-        mixed = self.config.mixed_precision == "bf16"
-        with torch.autocast(join().device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(join().device.type, torch.bfloat16, enabled=self.training.bf16):
             return shared_logps(
                 policy,
                 self.processor,
                 rows,
                 tokens,
                 self.config.score_batch,
-                temperature=self.config.temperature,
-                chat_template_kwargs=self.chat_template_kwargs,
+                temperature=self.training.sampling.temperature,
+                chat_template_kwargs=self.training.chat_template_kwargs,
             )
 
     def _fill_cache(
@@ -141,13 +140,8 @@ class Offline:
         return cache, spent
 
     def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
-        return kind(
-            end_tokens(guide, self.processor),
-            self.config.max_completion_length,
-            tokenizer_digest(self.processor),
-            self.rows,
-            image_digest(self.processor),
-        )
+        ends, longest = end_tokens(guide, self.processor), self.training.max_completion_length
+        return kind.empty(self.processor, ends, longest, self.rows)
 
     def _load_cache(self, path: Path, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
         """A cache of this run; refused when tokenizer or picture settings are others than those it was made with."""

@@ -109,7 +109,11 @@ class ScheduledNPO(Controller):
 
     def _complaints(self, trainer: NPOTrainer) -> list[str]:
         plan = planned_interventions(self.config)
-        return self._order_complaints(trainer, max((each.guide_until for each in plan), default=0))
+        found = self._order_complaints(trainer, max((each.guide_until for each in plan), default=0))
+        stops, every = {each.at for each in plan}, trainer.args.save_steps
+        missed = [each.back_to for each in plan if each.back_to % every and each.back_to not in stops]
+        found += [f"save_steps is {every}; step {step}, which is rolled back to, is no multiple" for step in missed]
+        return found
 
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         intervention = self._next(segments)
@@ -125,7 +129,7 @@ class ScheduledNPO(Controller):
             if origin is None:
                 # names what is wrong with it: missing, half written or slimmed
                 require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
-        per_step = self.config.prompts_per_step
+        per_step = self.training.prompts_per_step
         window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
         uids = self._gated(list(dict.fromkeys(prompt_order(trainer)[window])), segments, intervention.back_to)
         clocks = {"policy_step": step, "compute_step": watch.compute_step}

@@ -33,6 +33,12 @@ SHOWN_SETTINGS = (
 """Settings that the page's sums need or names."""
 
 
+OF_THE_TRAINER = (
+    "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "guides_per_group", "placement",
+)  # fmt: skip
+"""Settings that a trainer has under the name of the run's."""
+
+
 def find_run(run: str | Path) -> Path:
     """Folder of a run: a path, or the name of a run in `runs_folder()`.
 
@@ -67,7 +73,7 @@ def read_run(run: str | Path) -> dict[str, Any]:
     path = find_run(run)
     if not (path / "metrics.jsonl").is_file() and is_completions_folder(path):
         return read_completions(path)
-    config, result = _json(path / "config.json"), _json(path / "result.json")
+    config, result = _as_trained(path), _json(path / "result.json")
     lines = list(read_lines(path / "metrics.jsonl"))
     for line in lines:
         missing = {"policy_step", "compute_step", "branch"} - line.keys()
@@ -98,6 +104,16 @@ def read_run(run: str | Path) -> dict[str, Any]:
         "probes": _probes(path, prompts, last),
         "prompts": prompts.records,
     }
+
+
+def _as_trained(run: Path) -> dict[str, Any]:
+    """Settings of a run; of those that its trainer has too, the trainer's, which a factory of one's own decides."""
+    config, trained = _json(run / "config.json"), _json(run / "factory.json")
+    own = {name: trained[name] for name in OF_THE_TRAINER if name in trained}
+    if "num_generations" in trained:
+        appended = trained.get("guides_per_group", 0) if trained.get("placement") == "append" else 0
+        own["num_generations"] = trained["num_generations"] - appended
+    return config | own
 
 
 def _json(path: Path) -> dict[str, Any]:

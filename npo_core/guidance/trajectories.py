@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import write_whole
+from .fingerprints import image_digest, tokenizer_digest
 
 FORMAT = 1
 RULES = ("first", "shortest", "closest")
@@ -101,6 +102,18 @@ class GuidanceCache:
         self.known_uids = None if known_uids is None else frozenset(known_uids)
         self._guides: dict[str, Trajectory] = {}
         self.filled = Filled()
+
+    @classmethod
+    def empty(
+        cls,
+        processor: Any,
+        eos_token_ids: Sequence[int],
+        max_completion_length: int,
+        known_uids: Iterable[str] | None = None,
+    ) -> Self:
+        """A cache without guides for the policies of a processor or tokenizer, whose fingerprints it carries."""
+        digests = tokenizer_digest(processor), image_digest(processor)
+        return cls(eos_token_ids, max_completion_length, digests[0], known_uids, digests[1])
 
     def __len__(self) -> int:
         return len(self._guides)

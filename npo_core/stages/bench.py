@@ -32,7 +32,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from ..files import write_json
-from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
+from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..method.groups import group_advantages
 from ..runs.checkpoints import checkpoint_folder, mark_complete
@@ -280,7 +280,7 @@ class _UnsharedProcessor:
 def _exact_guides(world: stages.World) -> GuidanceCache:
     """A guide for every training prompt, from the exact solver: as many replacements as the gate allows."""
     tokenizer = tokenizer_of(world.processor)
-    cache = GuidanceCache([tokenizer.eos_token_id], 1 << 10, tokenizer_digest(world.processor))
+    cache = GuidanceCache.empty(world.processor, [tokenizer.eos_token_id], 1 << 10)
     model = load_policy(world.base).eval()
     problems = [parse_uid(uid) for uid in world.train["uid"]]
     ids = [tokenizer(write_response(p, p.states()) + tokenizer.eos_token)["input_ids"] for p in problems]

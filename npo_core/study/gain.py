@@ -208,9 +208,8 @@ class GainStudy:
                 temperature=config.temperature,
                 score_temperature=config.temperature,
             )
-            cache = GuidanceCache(
-                end_tokens(guide, processor), config.max_completion_length, tokenizer_digest(processor), rows
-            )
+            ends = end_tokens(guide, processor)
+            cache = GuidanceCache.empty(processor, ends, config.max_completion_length, rows)
             cache.fill((trajectory for group in groups for trajectory in group), "first")
             cache.save(path)
         return GuidanceCache.load(path, tokenizer_digest(processor)), len(uids)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
-from ..guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
+from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier
@@ -175,12 +175,8 @@ def check_guide(trainer: GRPOTrainer, guide: Trajectory, uid: str) -> None:
 
 def empty_cache(trainer: GRPOTrainer, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
     """A cache without guides that refuses what the trainer could not use; see `NPOTrainer.new_cache`."""
-    return kind(
-        trainer.eos_token_ids,
-        trainer.max_completion_length,
-        tokenizer_digest(trainer.processing_class),
-        known_uids(trainer),
-        image_digest(trainer.processing_class),
+    return kind.empty(
+        trainer.processing_class, trainer.eos_token_ids, trainer.max_completion_length, known_uids(trainer)
     )
 
 

@@ -219,3 +219,12 @@ def test_in_a_notebook_the_frame_carries_the_whole_page(run, capsys):
     assert frame.startswith("<iframe srcdoc=") and 'sandbox="allow-scripts"' in frame
     inside = re.search(r'srcdoc="([^"]*)"', frame).group(1)
     assert "<" not in inside, "the page's own markup is escaped in the attribute"
+
+
+def test_what_a_factory_of_ones_own_trained_with_goes_before_what_the_run_was_told(tmp_path):
+    run = make_run(tmp_path / "mine")
+    write_json(run / "config.json", {"num_generations": 8, "tau_gate": 0.6, "pool_cutoff": 0.125})
+    write_json(run / "factory.json", {"num_generations": 10, "tau_gate": 1.0, "placement": "append"})
+    assert read_run(run)["config"].items() >= {"num_generations": 10, "tau_gate": 1.0, "pool_cutoff": 0.125}.items()
+    write_json(run / "factory.json", {"num_generations": 10, "placement": "append", "guides_per_group": 2})
+    assert read_run(run)["config"]["num_generations"] == 8, "the places kept for guides are no rollouts"

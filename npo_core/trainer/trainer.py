@@ -9,7 +9,16 @@ What is added to plain GRPO, and nothing else:
 
 The baselines are other settings of the same three: another source, another gate, guides appended instead of replacing.
 
-No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's.
+No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's. TRL calls the five hooks in
+this order, and each sets what later ones read:
+
+1. `_generate_and_score_completions`, once a generation batch: sets `_rollouts`, with replayed prompts; at its end, the
+   tensors is_guide, is_own and guide_logps of the batch, the group metrics, and the table to be filled.
+2. `_generate_single_turn`, inside of 1: verdicts, guides and empty places in `_rollouts`, their ids in TRL's list.
+3. `_calculate_rewards`, inside of 1: no reward for empty places; rewards and verdicts of all rows in `_rollouts`.
+4. `_compute_loss`, once a pass: sets `_loss_inputs`, a copy of the pass's tensors that may be changed.
+5. `_get_per_token_logps_and_entropies`, inside of 4 (TRL calls it in 1 too, where nothing is set): the ratio of guide
+   rows in `_loss_inputs`, the token metrics, the log-probs of the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence

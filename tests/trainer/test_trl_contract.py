@@ -4,15 +4,25 @@ A failure here after an upgrade of TRL says which extension point has moved; see
 NPOTrainer is used: each test subclasses or calls GRPOTrainer alone.
 """
 
+import ast
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import GRPOTrainer
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+from trl.data_utils import prepare_multimodal_messages
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.models import prepare_fsdp
+from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict
 from worlds import log_probs, token_log_probs, trainer_of, world
+
+import npo_core.trainer
 
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
 
@@ -271,3 +281,113 @@ def test_advantages_use_the_unbiased_std_and_one_ten_thousandth(tmp_path, monkey
     output = trainer._generate_and_score_completions([tiny.dataset[0]] * 8)
     std = math.sqrt(8 / 7 * (1 / 8) * (7 / 8))
     assert output["advantages"].tolist() == pytest.approx([-0.125 / (std + 1e-4)] * 7 + [0.875 / (std + 1e-4)])
+
+
+# What is read, called or replaced beside the five hooks
+
+
+def test_every_internal_that_the_code_touches_is_listed_and_pinned():
+    """Names with an underscore of objects that are not ours, in the modules that work on TRL and transformers."""
+    package = Path(npo_core.trainer.__file__).parents[1]
+    files = [*package.glob("trainer/*.py"), *package.glob("control/*.py"), package / "stages" / "factory.py"]
+    touched = {
+        node.attr
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and ast.unparse(node.value) not in OURS
+    }
+    assert "_tokenize_prompts" in touched and "_load_from_checkpoint" in touched
+    listed = set(re.findall(r"`(?:\w+\.)*(\w+)`", npo_core.trainer.__doc__))
+    assert touched <= listed, touched - listed
+    assert [name for name in listed if name.startswith("_") and name not in Path(__file__).read_text()] == []
+
+
+OURS = {"self", "cls", "self._rollouts", "self._refused", "self._recording", "self._engine", "engine"}
+"""Objects of the package itself."""
+
+
+class _Asked:
+    """A stand-in for a trainer that notes which attributes it is asked for."""
+
+    def __init__(self, **attributes):
+        self.given, self.asked = attributes, set()
+
+    def __getattr__(self, name):
+        self.asked.add(name)
+        return self.given[name]
+
+
+@pytest.mark.parametrize("name", ["text", "pictures"])
+def test_prompts_are_tokenized_from_five_attributes_of_a_trainer_without_tools(tmp_path, name):
+    """And to the token ids, without padding, that the trainer itself would make of them."""
+    tiny = world(name)
+    trainer = trainer_of(tiny, tmp_path, GRPOTrainer)
+    rows = [tiny.dataset[place] for place in (0, 1)]
+    prompts = [
+        prepare_multimodal_messages(row["prompt"], images=[row["image"]]) if name == "pictures" else row["prompt"]
+        for row in rows
+    ]
+    asked = _Asked(
+        processing_class=tiny.processor, _is_vlm=name == "pictures", tools=(), environment_factories=None,
+        chat_template=None, chat_template_kwargs={},
+    )  # fmt: skip
+    ids, _, fields = GRPOTrainer._tokenize_prompts(asked, prompts)
+    own, _, own_fields = trainer._tokenize_prompts(prompts)
+    assert [list(row) for row in ids] == [list(row) for row in own] and fields.keys() == own_fields.keys()
+    padded = pad([torch.tensor(row) for row in ids], padding_value=0, padding_side="left")
+    assert padded.shape == (2, max(map(len, ids))) and padded[0, -len(ids[0]) :].tolist() == list(ids[0])
+
+
+def test_an_engine_is_made_by_names_of_its_module_and_sent_weights_when_the_step_is_another():
+    """`vllm_generation.LLM` and `VLLMClient` are looked up when a trainer is made; `_last_loaded_step` says when."""
+    assert {"LLM", "VLLMClient"} <= set(VLLMGeneration._init_vllm.__code__.co_names)
+    assert {"sync_weights", "generate"} <= VLLMGeneration.__dict__.keys()
+    for method in (GRPOTrainer.__init__, GRPOTrainer._generate_single_turn):
+        assert "_last_loaded_step" in method.__code__.co_names
+    assert list(inspect.signature(prepare_fsdp).parameters) == ["model", "accelerator"]
+
+
+def test_a_checkpoint_is_loaded_into_the_policy_that_the_trainer_holds(tmp_path):
+    tiny = world("text")
+    trainer = trainer_of(tiny, tmp_path / "run", GRPOTrainer)
+    other = tiny.build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    other.save_pretrained(tmp_path / "checkpoint-1")
+    before = trainer.model
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert trainer.model is before
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_pass_of_the_sampler_is_its_samples_over_its_batch_and_each_pass_has_another_order(tmp_path):
+    """`_get_train_sampler` with one generated batch a step: pass after pass from one generator, seeded by the run."""
+    trainer = trainer_of(world("text"), tmp_path, GRPOTrainer, prompts=2, shuffle_dataset=True)
+    sampler, again = trainer._get_train_sampler(), trainer._get_train_sampler(trainer.train_dataset)
+    assert isinstance(sampler, RepeatSampler)
+    assert sampler.num_samples // sampler.batch_size == len(trainer.train_dataset) // 2
+    first, second = list(sampler), list(sampler)
+    assert first != second and sorted(first) == sorted(second)
+    next(iter(again))  # a pass is drawn when it begins
+    assert list(again) == second
+
+
+def test_one_gpu_may_be_said_of_arguments(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 7
+    assert arguments.n_gpu == 7 and "n_gpu" not in arguments.to_dict()
+
+
+def test_a_selection_of_rows_is_a_column_of_places():
+    rows = Dataset.from_dict({"uid": ["a", "b", "c"]})
+    assert rows._indices is None
+    assert rows.select([2, 0])._indices.column(0).to_pylist() == [2, 0]
+    assert rows.select([2, 0]).data.column("uid").to_pylist() == ["a", "b", "c"]
+
+
+def test_a_policy_knows_where_it_was_loaded_from_and_which_weights_are_not_in_its_files(tmp_path):
+    world("text").build().save_pretrained(tmp_path)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert policy.config._name_or_path == str(tmp_path)
+    assert type(policy)._keys_to_ignore_on_save is None, "that of the class would be changed for all policies"

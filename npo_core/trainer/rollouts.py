@@ -41,6 +41,37 @@ class StepRollouts:
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 
+    def mark(self, output: dict[str, Any]) -> torch.Tensor:
+        """Add to TRL's tensors which rows are guides' and which the policy's own, and the guides' log-probs.
+
+        A row that a guide only began is neither: what is trained on there is the policy's, and has no ratio of a guide.
+
+        Args:
+            output: TRL's tensors of the batch; gets `is_guide` and `is_own`, shape (rows,), and `guide_logps`, in nats,
+                0 elsewhere, shape (rows, tokens).
+
+        Returns:
+            Rows that a guide took or began, shape (rows,).
+        """
+        ids = output["completion_ids"]
+        replaced = torch.zeros(len(self.rows), dtype=torch.bool, device=ids.device)
+        replaced[list(self.guided)] = True
+        output["is_guide"], output["is_own"] = replaced.clone(), ~replaced
+        output["is_guide"][list(self.prefixes)] = False
+        output["is_own"][self.void] = False
+        output["guide_logps"] = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        for row in self.guided.keys() - self.prefixes.keys():
+            logps = torch.tensor(self.guided[row].logps, device=ids.device)
+            output["guide_logps"][row, : len(logps)] = logps
+        return replaced
+
+    def on_policy(self) -> torch.Tensor:
+        """Verdicts on what the policy sampled, shape (rows,): where a guide took a slot, on what was there."""
+        verdicts = self.correct.clone()
+        for row, (_, was_correct) in self.overwritten.items():
+            verdicts[row] = was_correct
+        return verdicts
+
 
 def mask_given(output: dict[str, Any], prefixes: Mapping[int, int], accelerator: Accelerator) -> None:
     """Keep what guides gave out of the loss, as TRL keeps out what tools said.

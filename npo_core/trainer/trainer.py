@@ -131,28 +131,15 @@ class NPOTrainer(GRPOTrainer):
         inputs = rows_as_seen(self._with_replayed_prompts(inputs))
         self._rollouts = step = StepRollouts(rows=inputs)
         output = super()._generate_and_score_completions(inputs)
-        ids = output["completion_ids"]
-        is_guide = torch.zeros(len(inputs), dtype=torch.bool, device=ids.device)
-        guide_logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        for row, guide in step.guided.items():
-            if row in step.prefixes:
-                continue  # what is trained on is the policy's own: no ratio of a guide
-            is_guide[row] = True
-            guide_logps[row, : len(guide.logps)] = torch.tensor(guide.logps, device=ids.device)
-        output["is_guide"] = is_guide
-        output["is_own"] = ~is_guide
-        output["is_own"][[*step.void, *step.prefixes]] = False
+        replaced = step.mark(output)
         if self.args.guide_prefix < 1:
             mask_given(output, step.prefixes, self.accelerator)
-        output["guide_logps"] = guide_logps
         if self.model.training:
-            replaced = is_guide.clone()
-            replaced[list(step.prefixes)] = True
             self._log_groups(step, replaced, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
             whole = recorded or isinstance(self.guidance, ReplaySource)
             if whole or (self.guided_sink is not None and (step.guided or step.refused)):
-                output["rollout_row"] = torch.arange(len(inputs), device=ids.device)
+                output["rollout_row"] = torch.arange(len(inputs), device=replaced.device)
                 decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
                 place = self.state.global_step + 1, step, output, self.num_generations
                 self._recording = RolloutTable(*place, decode, self.eos_token_ids, guided_only=not whole)
@@ -295,10 +282,7 @@ class NPOTrainer(GRPOTrainer):
         groups = len(is_guide) // self.num_generations
         self.group_pass_rates = {}
         if step.correct is not None:
-            on_policy = step.correct.clone()
-            for row, (_, was_correct) in step.overwritten.items():
-                on_policy[row] = was_correct
-            rates = pass_rate(on_policy.view(groups, self.num_generations)[:, : self._own_slots])
+            rates = pass_rate(step.on_policy().view(groups, self.num_generations)[:, : self._own_slots])
             sums[3] = gate(rates, torch.ones_like(rates, dtype=torch.bool), self.args.tau_gate).sum()
             sums[4], sums[5] = rates.sum(), (rates == 0).sum()
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]

@@ -373,6 +373,11 @@ def test_a_pass_of_the_sampler_is_its_samples_over_its_batch_and_each_pass_has_a
     assert list(again) == second
 
 
+def test_the_papers_of_a_model_card_are_a_citation_and_an_id():
+    """`_paper` of the class."""
+    assert "citation" in GRPOTrainer._paper and GRPOTrainer._paper["citation"].strip().startswith("@")
+
+
 def test_one_gpu_may_be_said_of_arguments(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     arguments._n_gpu = 7
@@ -382,6 +387,7 @@ def test_one_gpu_may_be_said_of_arguments(tmp_path):
 def test_a_selection_of_rows_is_a_column_of_places():
     rows = Dataset.from_dict({"uid": ["a", "b", "c"]})
     assert rows._indices is None
+    assert len({rows._fingerprint, rows.select([2, 0])._fingerprint, rows.select([0, 2])._fingerprint}) == 3
     assert rows.select([2, 0])._indices.column(0).to_pylist() == [2, 0]
     assert rows.select([2, 0]).data.column("uid").to_pylist() == ["a", "b", "c"]
 

@@ -5,6 +5,7 @@ import pytest
 from npo_core.control.offline import Offline
 from npo_core.guidance.trajectories import GuidanceCache, Trajectory
 from npo_core.runs.config import resolve_config
+from npo_core.streams import CACHE
 
 EOS = 9
 SOLVED_AT = {"a": 1, "b": 2, "c": 4, "d": 8, "never": 99, "cut": 1}
@@ -22,8 +23,9 @@ class Scripted(Offline):
     def _empty_cache(self, guide, kind=GuidanceCache):
         return kind([EOS], 4, "", self.rows)
 
-    def _sample(self, policy, uids, k, step, stream, generate=None, turn=0):
-        self.asked.append((list(uids), k, stream, turn))
+    def _sample(self, policy, uids, k, step, stream, place, generate=None):
+        assert stream is CACHE and place[0] == step
+        self.asked.append((list(uids), k, *place[1:]))
         groups = []
         for uid in uids:
             numbers = range(self.tried[uid] + 1, self.tried[uid] + k + 1)
@@ -41,10 +43,10 @@ def test_a_prompt_is_sampled_in_growing_turns_and_no_further_than_its_first_corr
     work = Scripted(8)
     cache, spent = work._fill_cache(None, list(SOLVED_AT), 7, None)
     assert work.asked == [
-        (["a", "b", "c", "d", "never", "cut"], 1, 3, 0),
-        (["b", "c", "d", "never", "cut"], 1, 3, 1),
-        (["c", "d", "never", "cut"], 2, 3, 2),
-        (["d", "never", "cut"], 4, 3, 3),
+        (["a", "b", "c", "d", "never", "cut"], 1, 0),
+        (["b", "c", "d", "never", "cut"], 1, 1),
+        (["c", "d", "never", "cut"], 2, 2),
+        (["d", "never", "cut"], 4, 3),
     ]
     assert spent == 6 + 5 + 8 + 12 == sum(len(uids) * k for uids, k, *_ in work.asked)
     assert {guide.uid: guide.token_ids[0] for guide in cache} == {"a": 1, "b": 2, "c": 4, "d": 8}

@@ -38,6 +38,8 @@ def tab(browser):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
         page.goto(address)
+        if context.get("java_script_enabled", True) and "notebook" not in address:
+            expect(page.locator(".npo-explorer")).to_be_visible(timeout=20_000)  # a key before that is lost
         return page
 
     yield open_
@@ -174,6 +176,14 @@ def test_the_pool_shows_when_a_prompt_failed_and_its_guides(opened):
     expect(opened.locator(".grouphead .uid")).to_have_text("d")
 
 
+def test_what_a_run_did_not_record_is_said_and_not_made_up(tab, address):
+    page = tab(f"{address}#step=2&group=0")
+    expect(page.locator(".groupbody")).to_contain_text("The question was not recorded at this step.")
+    expect(page.locator(".groupbody")).to_contain_text("Of this group only the pass rate was kept: 1.000.")
+    for nothing in ("null", "undefined", "NaN"):
+        expect(page.locator(".npo-explorer")).not_to_contain_text(nothing)
+
+
 def test_dark_theme_by_the_system_and_by_the_reader(tab, address):
     ground = "getComputedStyle(document.querySelector('.npo-explorer')).backgroundColor"
     light, dark = (tab(address, color_scheme=scheme) for scheme in ("light", "dark"))
@@ -234,6 +244,7 @@ def test_a_log_of_trl_is_shown(tab, tmp_path):
     assert advantages(page) == ["+1.50", "−0.50", "−0.50", "−0.50"]
     expect(page.locator(".verdict")).to_have_text("Advantages as logged.")
     expect(page.locator(".notes")).to_contain_text("accuracy + format")
+    expect(page.locator(".pool")).to_be_hidden()
 
 
 def test_a_run_that_has_only_begun_opens(tab, tmp_path):

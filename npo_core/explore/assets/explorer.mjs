@@ -46,6 +46,7 @@ function mount(model, el, kept) {
   }
 
   function take(change) {
+    view.said.textContent = "";
     if (change.line) Object.assign(change, { place: change.line.place });
     const moved = change.place !== undefined || change.run !== undefined;
     const { line: _, promptGroup, ...rest } = change;
@@ -95,6 +96,8 @@ function mount(model, el, kept) {
     view.facts.replaceChildren(...runFacts(run()).map((text) => h("span", {}, text)));
     view.notes.replaceChildren(...notes.map((text) => h("p", {}, text)));
     view.legend.replaceChildren(legend(runs, run()));
+    // TRL's log knows of no decisions and keeps no uids
+    for (const section of [view.decision.section, view.poolSection]) section.hidden = run().kind === "trl";
     view.runs?.replaceChildren(...runs.map((each, number_) => h("option", { value: number_, selected: number_ === state.run }, each.name)));
   }
 
@@ -166,7 +169,6 @@ function mount(model, el, kept) {
     try {
       await navigator.clipboard.writeText(text);
       view.said.textContent = "Copied.";
-      setTimeout(() => { view.said.textContent = ""; }, 1500);
     } catch {
       // a sandboxed frame may not write to the clipboard: the reader copies it by hand
       view.json.querySelector("textarea").value = text;
@@ -284,6 +286,7 @@ function layout(el, runs) {
   };
   // in JupyterLab its own theme decides
   const lab = document.body.dataset.jpThemeLight;
+  view.poolSection = h("section", { class: "pool", "aria-label": "Mistake pool" }, h("header", {}, h("h2", {}, "Mistake pool"), view.poolSearch), view.pool.summary, h("div", { class: "poolgrid" }, h("div", {}, view.pool.axis, view.pool.scroll, poolLegend()), view.prompt));
   view.root = h("div", { class: "npo-explorer", tabindex: -1, "data-theme": lab === undefined ? null : lab === "true" ? "light" : "dark" },
     h("header", { class: "top" }, h("div", { class: "title" }, h("h1", {}, runs[0].name), view.facts), h("div", { class: "tools" }, view.runs, h("span", { class: "joined", role: "group", "aria-label": "Clock" }, Object.values(view.clocks)), view.theme, view.helpButton)), view.notes,
     h("section", { class: "run", "aria-label": "Run line" }, view.runline, h("div", { class: "underline" }, view.legend, h("span", { class: "moves" }, view.now, view.earlier, view.later, view.guided))),
@@ -291,7 +294,7 @@ function layout(el, runs) {
       h("section", { class: "board", "aria-label": "Group board" }, h("header", {}, h("h2", {}, "Groups of the step"), view.search), view.board.filters, view.board.list, view.board.summary),
       h("section", { class: "groupdetail", "aria-label": "Group" }, h("div", { class: "grouptools" }, view.without, h("label", {}, "gate", view.tau, view.tauText), view.markdown, view.copy, view.said), view.group)),
     decision,
-    h("section", { class: "pool", "aria-label": "Mistake pool" }, h("header", {}, h("h2", {}, "Mistake pool"), view.poolSearch), view.pool.summary, h("div", { class: "poolgrid" }, h("div", {}, view.pool.axis, view.pool.scroll, poolLegend()), view.prompt)),
+    view.poolSection,
     view.help, view.json);
   el.replaceChildren(view.root);
   return view;

@@ -84,11 +84,13 @@ function slots(context, pick) {
   return out;
 }
 
-function verdict({ run, chosen: entry, tau }, view) {
+function verdict(context, view) {
+  const { run, chosen: entry, tau } = context;
   const all = view.slots.every((slot) => Math.abs(slot.shown) < 5e-3);
   const words = [];
   if (run.kind === "trl") words.push(view.agrees ? "Advantages as logged." : "Advantages as logged; they are not (reward − mean) / std of these rewards.");
   else if (view.gated) words.push(`Pass rate ${number(entry.rate, 3)} ≤ τ = ${number(tau, 2)} and there is a guide: the last slot is replaced.`);
+  else if (context.without && entry.guided) words.push("Without its guide the policy's own rollout stays in the slot.");
   else if (entry.hasGuide) words.push(`Pass rate ${number(entry.rate, 3)} with τ = ${number(tau, 2)}: no guide takes a slot.`);
   else words.push(`Pass rate ${number(entry.rate, 3)}; there is no guide for this prompt.`);
   if (all) words.push("All advantages are 0: this group teaches nothing.");

@@ -38,7 +38,7 @@ export function drawPool(parts, context, pick) {
     const names = Math.min(NAMES, width * 0.32);
     const x = (value) => names + ((width - names - 16) * value) / last;
     const now = context.line ? x(of(context.line)) : null;
-    parts.axis.replaceChildren(s("svg", { width, height: 18, "aria-hidden": "true" }, ...ticks(0, last, 6).map((value) => s("text", { x: x(value), y: 12, class: "tick middle" }, number(value, 0)))));
+    parts.axis.replaceChildren(s("svg", { width, height: 18, "aria-hidden": "true" }, ...ticks(0, last, 6).filter(Number.isInteger).map((value) => s("text", { x: x(value), y: 12, class: "tick middle" }, number(value, 0)))));
     const first = Math.max(0, Math.floor(parts.scroll.scrollTop / ROW) - AHEAD);
     const until = Math.min(rows.length, first + Math.ceil(parts.scroll.clientHeight / ROW) + 2 * AHEAD);
     parts.window.style.transform = `translateY(${first * ROW}px)`;
@@ -85,8 +85,9 @@ export function drawPrompt(box, context, pick) {
       ...guides.map(({ cache, guide }) => h("div", { class: "cached" }, h("p", { class: "origin" }, `guide from policy step ${cache.s}`, h("span", { class: "dim" }, ` ${cache.file}, ${guide[2]} tokens, log q ${number(guide[3], 2, true)}`)), completion(guide[1]))),
       guides.length ? null : h("p", { class: "dim" }, "No guide in any cache."));
   });
-  box.replaceChildren(h("h3", {}, record.uid), record.question ? completion(record.question, { markdown: context.markdown, className: "question" }) : null,
-    record.answer !== undefined ? h("p", { class: "answer" }, h("span", { class: "dim" }, "answer "), record.answer) : null, h("div", { class: "courses" }, ...columns));
+  const parts = [h("h3", {}, record.uid), record.question ? completion(record.question, { markdown: context.markdown, className: "question" }) : null,
+    record.answer !== undefined ? h("p", { class: "answer" }, h("span", { class: "dim" }, "answer "), record.answer) : null, h("div", { class: "courses" }, ...columns)];
+  box.replaceChildren(...parts.filter(Boolean));
 }
 
 /** What a group is as JSON: for a reader's own notes. */

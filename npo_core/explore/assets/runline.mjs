@@ -45,7 +45,7 @@ export function drawRunLine(box, context, pick) {
     svg.append(s("line", { x1: LEFT, x2: width - RIGHT, y1: yEntropy(value), y2: yEntropy(value), class: "grid" }),
       s("text", { x: LEFT - 6, y: yEntropy(value) + 4, class: "tick end" }, number(value, 1)));
   }
-  for (const value of ticks(0, last, Math.max(3, Math.floor(width / 130)))) {
+  for (const value of ticks(0, last, Math.max(3, Math.floor(width / 130))).filter(Number.isInteger)) {
     svg.append(s("text", { x: x(value), y: bottom + 15, class: "tick middle" }, number(value, 0)));
   }
   svg.append(s("text", { x: LEFT, y: 12, class: "label" }, key === "p" ? "pass rate, on policy" : "reward"),

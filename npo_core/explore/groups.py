@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from PIL import Image
 
 from ..files import read_lines, read_table
@@ -102,10 +101,7 @@ def read_tables(run: Path, prompts: Prompts, clock: Mapping[int, tuple[int, int]
         compute_step = compute_start + policy_step - start
         if compute_step > last:
             continue
-        try:
-            rows = read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a table of rollouts: {error}. Remove it, or give another run.") from None
+        rows = read_table(path)
         steps.append(
             {"s": policy_step, "c": compute_step, "b": branch, "whole": True, "groups": grouped(rows, prompts)}
         )

@@ -128,7 +128,7 @@ def test_a_file_name_in_a_log_leads_nowhere_outside_of_the_run(tmp_path):
         (lambda folder: with_file(folder, "metrics.jsonl", "no\n{}\n"), "line 1 is not JSON"),
         (lambda folder: with_file(folder, "config.json", "{"), "is not JSON"),
         (lambda folder: with_file(folder, "config.json", "[]"), "holds a list, not the settings"),
-        (lambda folder: with_table(folder, b"no parquet"), "is not a table of rollouts"),
+        (lambda folder: with_table(folder, b"no parquet"), "step-00002-b00.parquet is"),
     ],
 )
 def test_what_is_no_run_ends_with_one_line(tmp_path, make, complaint, capsys):

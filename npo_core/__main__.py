@@ -12,6 +12,7 @@ from typing import Any
 from .explore.command import add_stage as add_explore
 from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown, settings_text
 from .runs.settings import SignalSettings
+from .study.gates_command import add_stage as add_gates
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the paper's claims.")
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
+    add_gates(stages)
     add_explore(stages)
     _signal_parser(stages)
     _gain_parser(stages)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from npo_core.runs.validation import WORLD
 from npo_core.study.arms import ARMS
 from npo_core.study.findings import SCHEMA
 from npo_core.study.results import SAMPLINGS, SCORE_COLUMNS, Evidence
@@ -58,6 +59,7 @@ def evidence(
                         )  # fmt: skip
     about = {
         "schema": SCHEMA,
+        "world": WORLD,
         "arms": [arm for arm in ARMS if arm in gains],
         "seeds": list(range(len(base))),
         "suites": list(SUITES),

@@ -50,21 +50,20 @@ class Settings:
     # World
     suites: tuple[str, ...] = _world(SUITES, "Task families, one per benchmark suite.")
     world_seed: int = _fact(0, "Seed that draws which facts are easy, middling and hard.", bounds=WHOLE)
-    train_problems: int = _world(1024, "Distinct training prompts.", bounds=COUNT)
+    train_problems: int = _world(12800, "Distinct training prompts.", bounds=COUNT)
     data_seed: int = _world(0, "Seed of the training prompts and of their order.", bounds=WHOLE)
-    easy_share: float = _fact(0.4, "Share of facts with error probability `easy_error`.", bounds=SHARE)
+    easy_share: float = _fact(0.38, "Share of facts with error probability `easy_error`.", bounds=SHARE)
     middling_share: float = _fact(
-        0.35, "Share of facts with error probability `middling_error`; the rest is hard.", bounds=SHARE
+        0.4, "Share of facts with error probability `middling_error`; the rest is hard.", bounds=SHARE
     )
-    easy_error: float = _fact(0.05, "Probability that the corpus writes an easy fact wrongly.", bounds=SHARE)
+    easy_error: float = _fact(0.02, "Probability that the corpus writes an easy fact wrongly.", bounds=SHARE)
     middling_error: float = _fact(0.5, "Probability that the corpus writes a middling fact wrongly.", bounds=SHARE)
-    hard_error: float = _fact(
-        1.0,
-        "Probability that the corpus writes a hard fact wrongly, always in the same way.",
-        bounds=SHARE,
-    )
+    hard_error: float = _fact(0.975, "Probability that the corpus writes a hard fact wrongly.", bounds=SHARE)
     second_form_share: float = _fact(
-        0.1, "Share of corpus responses that write states as letters, not digits.", bounds=SHARE
+        0.0, "Share of corpus responses in the second form, typeset in another way.", bounds=SHARE
+    )
+    reading_share: float = _fact(
+        0.3, "Share of corpus responses that name the glyphs of the picture instead.", bounds=SHARE
     )
 
     # Policy
@@ -77,7 +76,7 @@ class Settings:
     vision_depth: int = _tiny(2, "Layers of the tiny vision tower.", bounds=COUNT)
     freeze_vision: bool = _policy(True, "Train the language model only; the vision tower keeps its weights.")
     warmstart_steps: int = _tiny(
-        800, "Supervised steps on the imperfect corpus that make the base policy.", bounds=COUNT
+        1600, "Supervised steps on the imperfect corpus that make the base policy.", bounds=COUNT
     )
     warmstart_batch: int = _tiny(64, "Responses in a warm-start step.", bounds=COUNT)
     warmstart_learning_rate: float = _tiny(2.0e-3, "Peak learning rate of the warm start.", bounds=POSITIVE)
@@ -116,9 +115,7 @@ class Settings:
     # External teacher: given, or for the tiny policy one of another seed, trained on a clean corpus in another form
     teacher: str = _teacher("", "External teacher: empty for the tiny policy's own, else a folder or a hub name.")
     teacher_seed: int = _teacher(1, "Seed of the external teacher's initial weights and of its corpus.", bounds=WHOLE)
-    teacher_form_share: float = _teacher(
-        1.0, "Share of the teacher's corpus that writes states as letters.", bounds=SHARE
-    )
+    teacher_form_share: float = _teacher(1.0, "Share of the teacher's corpus in the second form.", bounds=SHARE)
 
     # Training (GRPO)
     compute_steps: int = _training(
@@ -133,7 +130,7 @@ class Settings:
         16, "Longest response in tokens, end of sequence included.", "paper", bounds=COUNT
     )
     learning_rate: float = _training(
-        1.0e-4, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper", bounds=POSITIVE
+        1.0e-3, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper", bounds=POSITIVE
     )
     weight_decay: float = _training(0.01, "AdamW weight decay.", "paper", bounds=WHOLE)
     max_grad_norm: float = _training(1.0, "Gradient norm clip.", "paper", bounds=WHOLE)
@@ -220,13 +217,13 @@ class Settings:
         40, "Early stage: guided steps after the restart from the base policy.", bounds=WHOLE, acts="plan"
     )
     late_step: int = _manual(
-        200,
+        300,
         "Late stage: policy step past the plateau, whose policy is the guide; 0 for none.",
         bounds=WHOLE,
         acts="plan",
     )
     late_start: int = _manual(
-        100, "Late stage: policy step that is rolled back to, the start of the plateau.", bounds=WHOLE, acts="plan"
+        200, "Late stage: policy step that is rolled back to, the start of the plateau.", bounds=WHOLE, acts="plan"
     )
 
     repeat_every: int = _manual(

@@ -5,6 +5,9 @@ from ..declaration import nearest, require
 SUITES = ("mmmu_pro", "mathvista", "mathvision", "zerobench", "wemath", "mmbench", "mmstar", "mathverse")
 """Suites of the paper's Table 1, in its order."""
 
+WORLD = "paths"
+"""Name of the small world in results: its answers are whole paths. Results of another world are refused."""
+
 DATA_COLUMNS = ("uid", "prompt", "image", "images", "answer", "suite", "difficulty")
 """Columns of the rows of a data set, in our names; prompt and answer must be there."""
 

@@ -30,7 +30,7 @@ class Arm:
     budget: float = 1.0
 
 
-OWN_FORM = 0.1
+OWN_FORM = 0.0
 """`teacher_form_share` of a teacher that writes as the base policy's corpus does (`second_form_share`)."""
 
 ARMS: Mapping[str, Arm] = {

@@ -24,6 +24,7 @@ from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
+from ..runs.validation import WORLD
 from ..stages import run as stages
 from ..world.policies import load_policy
 from .arms import ARMS, arm_config
@@ -253,6 +254,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     training = pd.DataFrame([row for cell in used for row in _training_rows(cell, cell.folder(root))])
     about = {
         "schema": SCHEMA,
+        "world": WORLD,
         "arms": [arm for arm in ARMS if arm in {cell.arm for cell in cells}],
         "seeds": sorted({cell.seed for cell in cells}),
         "suites": list(cells[0].config.suites),

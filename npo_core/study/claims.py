@@ -14,6 +14,7 @@ import numpy as np
 
 from ..files import write_json
 from ..method.stats import mean_interval, needed_items
+from ..runs.validation import WORLD
 from .comparisons import (
     PRIMARY,
     Difference,
@@ -291,7 +292,7 @@ def write(evidence: Evidence, folder: Path | None = None) -> str:
     """Write `claims.json` beside the results, of which `signal.json` may be one; return the table in Markdown."""
     folder = results_folder() if folder is None else Path(folder)
     found = claims(evidence, signal_results(folder))
-    about = {"schema": SCHEMA, "seeds": evidence.about["seeds"], "failed": evidence.about["failed"]}
+    about = {"schema": SCHEMA, "world": WORLD, "seeds": evidence.about["seeds"], "failed": evidence.about["failed"]}
     write_json(folder / "claims.json", about | {"claims": [asdict(row) for row in found]})
     return markdown(found)
 

@@ -19,12 +19,13 @@ from ..method.curve import rank_correlation
 from ..method.stats import Estimate, holm, mean_interval
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
+from ..runs.validation import WORLD
 from ..stages import run as stages
 from .cells import Cell, collect, newest_place, plan_cells, score
 from .comparisons import Difference, arm_markdown, between, difference
 from .findings import SCHEMA, results_folder
 from .results import ABOUT as EVIDENCE
-from .results import CORNER, MAP, Evidence, ResultsRefused, read_evidence
+from .results import CORNER, MAP, Evidence, ResultsRefused, read_evidence, require_world
 
 LEARNING_RATES = (5.0e-5, 1.0e-4, 3.0e-4)
 HARD_SHARES = (0.1, 0.25, 0.4)
@@ -149,6 +150,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
     ]
     about = {
         "schema": SCHEMA,
+        "world": WORLD,
         "schedule": SCHEDULE,
         "failed": failed,
         "versions": [json.loads(text) for text in versions],
@@ -177,11 +179,13 @@ def read_map(out: Path | None = None) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: There is no map.
-        ResultsRefused: Columns are missing, or a cell is there twice.
+        ResultsRefused: Another small world, missing columns, or a cell that is there twice.
     """
     path = (results_folder() if out is None else Path(out)) / MAP
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `python -m npo_core map` makes it.")
+    made = path.with_name(ABOUT)
+    require_world(json.loads(made.read_text()) if made.is_file() else {}, path)
     table = pd.read_csv(path)
     if absent := [name for name in COLUMNS if name not in table.columns]:
         raise ResultsRefused(f"{path} lacks the columns {', '.join(absent)}; `python -m npo_core map` makes it again.")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..runs.validation import SUITES
+from ..runs.validation import SUITES, WORLD
 from .arms import ARMS
 from .findings import SCHEMA, results_folder
 
@@ -107,9 +107,28 @@ def read_evidence(folder: Path | None = None) -> Evidence:
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if about.get("schema") != SCHEMA:
         raise ResultsRefused(f"{folder / ABOUT} has schema {about.get('schema')}; this version reads {SCHEMA}.")
+    require_world(about, folder / ABOUT)
     scores = pd.read_csv(folder / SCORES)
     check_evidence(scores, about)
     return Evidence(scores, pd.read_parquet(folder / TRAINING), about)
+
+
+def require_world(about: Mapping[str, Any], path: Path) -> None:
+    """Refuse results that another small world gave: its pass rates mean something else.
+
+    Args:
+        about: What the file says of itself; "world" names the world since there are two.
+        path: The file, for the message.
+
+    Raises:
+        ResultsRefused: Another world, or none named, as in results of the first world.
+    """
+    found = about.get("world", "the first one, which had no name")
+    if found != WORLD:
+        raise ResultsRefused(
+            f"{path} is of another small world ({found}); this version compares results of the world {WORLD!r} alone. "
+            "Make them again, or read them with the version that made them."
+        )
 
 
 def check_evidence(scores: pd.DataFrame, about: Mapping[str, Any]) -> None:

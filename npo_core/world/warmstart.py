@@ -2,9 +2,11 @@
 
 A pretrained model solves some prompts always, some rarely and some almost never. The corpus gives the tiny policy the
 same profile: each elementary fact (state, glyph → next state) is written wrongly with its own probability, and the
-chain then goes on from the wrong state. Easy and middling facts go wrong in any way, a hard fact in one way only: a
-misconception. Deviation from ordinary supervised fine-tuning: responses are written afresh at every step, so nothing
-can be memorised but the facts' distribution.
+chain then goes on from the wrong state. A fact goes wrong in any way, so that none is out of reach of exploration: the
+right state of a hard fact stays possible, and no wrong state stands out. Part of the corpus names the glyphs of a
+picture, as captions do in pretraining; the states alone teach the vision tower to read far more slowly. Deviation from
+ordinary supervised fine-tuning: responses are written afresh at every step, so nothing can be memorised but the facts'
+distribution.
 """
 
 import hashlib
@@ -27,11 +29,9 @@ from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_p
 from .pretrained import policy_folder
 from .speed.sharing import share_work
 from .tasks import (
-    Family,
+    FAMILIES,
     Problem,
-    all_facts,
     conversation,
-    family_of,
     sample_problems,
     vocabulary,
     write_response,
@@ -40,10 +40,10 @@ from .tasks import (
 WORLD_FIELDS = [name for name, setting in declarations(RunConfig).items() if setting.makes_base]
 """Settings that decide the base policy's weights."""
 
-WARMSTART_PROBLEMS = 1024
+WARMSTART_PROBLEMS = 4096
 """Distinct training problems that the warm start draws from."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the world's code changes in a way that makes other base weights."""
 
 
@@ -54,12 +54,16 @@ def base_digest(config: RunConfig) -> str:
 
 
 def fact_kinds(config: RunConfig) -> dict[tuple[str, int, int], str]:
-    """Kind of each elementary fact (suite, state, glyph index): easy, middling or hard, in the configured shares."""
-    facts = all_facts()
-    easy, middling = round(config.easy_share * len(facts)), round(config.middling_share * len(facts))
-    kinds = np.array(["easy"] * easy + ["middling"] * middling + ["hard"] * (len(facts) - easy - middling))
-    np.random.default_rng(config.world_seed).shuffle(kinds)
-    return dict(zip(facts, kinds.tolist(), strict=True))
+    """Kind of each elementary fact (suite, state, glyph index): easy, middling or hard, in these shares of a family."""
+    rng = np.random.default_rng(config.world_seed)
+    kinds: dict[tuple[str, int, int], str] = {}
+    for family in FAMILIES:
+        count = len(family.facts)
+        easy, middling = round(config.easy_share * count), round(config.middling_share * count)
+        of_family = np.array(["easy"] * easy + ["middling"] * middling + ["hard"] * (count - easy - middling))
+        rng.shuffle(of_family)
+        kinds |= dict(zip(family.facts, of_family.tolist(), strict=True))
+    return kinds
 
 
 def fact_errors(config: RunConfig) -> dict[tuple[str, int, int], float]:
@@ -68,43 +72,24 @@ def fact_errors(config: RunConfig) -> dict[tuple[str, int, int], float]:
     return {fact: error[kind] for fact, kind in fact_kinds(config).items()}
 
 
-def misconceptions(config: RunConfig) -> dict[tuple[str, int, int], int]:
-    """The one wrong state that the corpus writes for each hard fact, drawn from `world_seed`."""
-    rng = np.random.default_rng([config.world_seed, 1])
-    hard = [fact for fact, kind in fact_kinds(config).items() if kind == "hard"]
-    wrong = {}
-    for suite, state, glyph in hard:
-        family = family_of(suite)
-        wrong[suite, state, glyph] = _other_state(family, family.rule(state, glyph), rng)
-    return wrong
-
-
 def imperfect_states(
-    problem: Problem,
-    errors: Mapping[tuple[str, int, int], float],
-    wrong: Mapping[tuple[str, int, int], int],
-    rng: np.random.Generator,
+    problem: Problem, errors: Mapping[tuple[str, int, int], float], rng: np.random.Generator
 ) -> list[int]:
     """States that the corpus writes: each fact wrong with its own probability, and the chain goes on from there.
 
     Args:
         problem: The task.
-        errors: Probability of writing each fact wrongly, see `fact_errors`.
-        wrong: The wrong state of each hard fact, see `misconceptions`; other facts go wrong uniformly.
+        errors: Probability of writing each fact wrongly, see `fact_errors`; all wrong states are as likely.
         rng: Source of randomness.
     """
-    state, states = problem.start, []
+    family, state, states = problem.family, problem.start, []
     for glyph in problem.glyphs:
-        fact = (problem.suite, state, glyph)
-        state = problem.family.rule(state, glyph)
-        if rng.random() < errors[fact]:
-            state = wrong[fact] if fact in wrong else _other_state(problem.family, state, rng)
+        wrong = rng.random() < errors[problem.suite, state, glyph]
+        state = family.rule(state, glyph)
+        if wrong:
+            state = (state + int(rng.integers(1, family.states))) % family.states
         states.append(state)
     return states
-
-
-def _other_state(family: Family, state: int, rng: np.random.Generator) -> int:
-    return (state + int(rng.integers(1, family.states))) % family.states
 
 
 def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
@@ -167,32 +152,40 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
     model = build_tiny_policy(processor, spec, config.policy_seed)
     share_work(model)
     rng = np.random.default_rng(config.policy_seed)
-    errors, wrong = fact_errors(config), misconceptions(config)
+    errors = fact_errors(config)
     problems = sample_problems("train", WARMSTART_PROBLEMS, seed=config.policy_seed)
+    count = len(problems)
+    # each picture twice: with its question, and to be read
     prompts = processor.apply_chat_template(
-        [conversation(problem, with_picture=True) for problem in problems],
+        [conversation(problem, with_picture=True, read=read) for read in (False, True) for problem in problems],
         tokenize=True,
         add_generation_prompt=True,
         return_dict=True,
         processor_kwargs={"return_tensors": "pt", "padding": True},
     )
-    patches = prompts["pixel_values"].view(len(problems), -1, prompts["pixel_values"].shape[-1])
+    patches = prompts["pixel_values"].view(2 * count, -1, prompts["pixel_values"].shape[-1])
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     with progress(config.warmstart_steps, "warm start", quiet, stays=False) as bar:
         for step in range(config.warmstart_steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.warmstart_learning_rate * _schedule(step, config.warmstart_steps)
-            chosen = rng.integers(0, len(problems), size=config.warmstart_batch)
+            chosen = rng.integers(0, count, size=config.warmstart_batch)
+            reads = rng.random(config.warmstart_batch) < config.reading_share
             texts = [
-                write_response(
-                    problems[i],
-                    imperfect_states(problems[i], errors, wrong, rng),
-                    second_form=rng.random() < config.second_form_share,
+                (
+                    problems[i].reading
+                    if read
+                    else write_response(
+                        problems[i],
+                        imperfect_states(problems[i], errors, rng),
+                        second_form=rng.random() < config.second_form_share,
+                    )
                 )
                 + processor.tokenizer.eos_token
-                for i in chosen
+                for i, read in zip(chosen, reads, strict=True)
             ]
+            chosen = chosen + count * reads
             responses = processor.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
             ids, mask = responses["input_ids"], responses["attention_mask"]
             logits = model(

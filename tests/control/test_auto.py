@@ -12,7 +12,6 @@ from worlds import responses
 
 import npo_core.control.controller
 import npo_core.control.watch
-import npo_core.world.warmstart
 from npo_core.control.auto import AutoNPO
 from npo_core.control.watch import Segment, Watch
 from npo_core.files import append_line, read_table
@@ -25,7 +24,7 @@ from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.trainer import NPOTrainer
 from npo_core.world.policies import load_processor
-from npo_core.world.tasks import sample_problems
+from npo_core.world.warmstart import base_policy_folder
 
 STEPS = 12
 """Enough for a warning in step 5, a roll-back to 2 or 4, the replay, and some steps after it."""
@@ -34,16 +33,9 @@ TIMED = {"step_time"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A policy that has seen the format on 32 problems: it solves about one rollout in eight."""
-    folder = tmp_path_factory.mktemp("base") / "policy"
-    problems = sample_problems("train", 32, 0, ["mathvista"])
-    config = resolve_config("autonpo", "smoke").with_changes(
-        warmstart_steps=100, warmstart_batch=16, warmstart_learning_rate=1e-2, easy_error=0.1
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npo_core.world.warmstart, "sample_problems", lambda *_, **__: problems)
-        return npo_core.world.warmstart.warm_start(config, folder, quiet=True)
+def base() -> Path:
+    """The shipped base policy, which solves about one rollout in ten, under its own name."""
+    return base_policy_folder(resolve_config("autonpo", "smoke"))
 
 
 def _config(base: Path, method: str = "autonpo", **overrides) -> RunConfig:

@@ -10,6 +10,7 @@ from evidences import evidence
 
 import npo_core.study.results as results
 from npo_core.__main__ import main
+from npo_core.runs.validation import WORLD
 from npo_core.stages import run as stages
 from npo_core.stages.prefix import shared_steps
 from npo_core.study import map as map_of_gain
@@ -173,6 +174,13 @@ def test_a_map_that_is_not_one_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m npo_core map"):
         read_map(tmp_path)
     whole = table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8])
+    whole.to_csv(tmp_path / MAP, index=False)
+    for about in (None, {"schema": 1}, {"world": "another"}):
+        if about is not None:
+            (tmp_path / map_of_gain.ABOUT).write_text(json.dumps(about))
+        with pytest.raises(ResultsRefused, match=r"another small world \((the first one|another)"):
+            read_map(tmp_path)
+    (tmp_path / map_of_gain.ABOUT).write_text(json.dumps({"world": WORLD}))
     whole.drop(columns="plateau").to_csv(tmp_path / MAP, index=False)
     with pytest.raises(ResultsRefused, match="lacks the columns plateau"):
         read_map(tmp_path)
@@ -227,12 +235,6 @@ def test_the_follow_up_has_the_settings_of_the_map_in_its_corner():
         assert config == mapped.with_changes(guide_from=guide)
 
 
-def test_the_committed_follow_up_is_the_planned_one():
-    found, planned = read_corner(), {(cell.arm, cell.seed): cell.config for cell in plan_corner("cpu")}
-    made = {(run["arm"], run["seed"]): run["config"] for run in found.about["runs"]}
-    assert made == {key: json.loads(config.to_json()) for key, config in planned.items()}
-
-
 @pytest.mark.parametrize("corner", [False, True])
 def test_the_command_runs_map_or_follow_up(corner, tmp_path, monkeypatch, capsys):
     """What is planned, run, collected and printed; the runs themselves are replaced."""
@@ -254,5 +256,5 @@ def test_the_command_runs_map_or_follow_up(corner, tmp_path, monkeypatch, capsys
 def test_the_tables_are_those_that_are_there(tmp_path):
     assert markdown(tmp_path) == ""
     table([0.1, 0.0, -0.1, 0.02], [0.2, 0.4, 0.6, 0.8]).to_csv(tmp_path / MAP, index=False)
+    (tmp_path / map_of_gain.ABOUT).write_text(json.dumps({"world": WORLD}))
     assert markdown(tmp_path) == map_markdown(read_map(tmp_path))
-    assert markdown().endswith(corner_markdown(read_corner())) and markdown().startswith(map_markdown(read_map()))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from evidences import SUITES, evidence
 
+from npo_core.runs.validation import WORLD
 from npo_core.study.results import ABOUT, SCORES, TRAINING, ResultsRefused, check_evidence, read_evidence
 
 
@@ -47,6 +48,15 @@ def test_results_of_another_version_are_refused(found, tmp_path):
     kept(found, tmp_path)
     (tmp_path / ABOUT).write_text(json.dumps({**found.about, "schema": 0}))
     with pytest.raises(ResultsRefused, match="schema 0"):
+        read_evidence(tmp_path)
+
+
+@pytest.mark.parametrize(("world", "named"), [(None, "the first one, which had no name"), ("marbles", "marbles")])
+def test_results_of_another_small_world_are_refused_by_its_name(found, tmp_path, world, named):
+    kept(found, tmp_path)
+    about = {name: value for name, value in found.about.items() if name != "world"}
+    (tmp_path / ABOUT).write_text(json.dumps(about if world is None else {**about, "world": world}))
+    with pytest.raises(ResultsRefused, match=rf"another small world \({named}\).*'{WORLD}' alone"):
         read_evidence(tmp_path)
 
 

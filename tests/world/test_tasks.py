@@ -1,6 +1,7 @@
 """The procedural tasks: rules, solver, pictures, splits, words and data order. Properties only: numbers may change."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image, ImageDraw
 
 from npo_core.guidance.verdicts import Verdict
 from npo_core.guidance.verifiers import BoxedVerifier
+from npo_core.runs.config import RunConfig, resolve_config
+from npo_core.stages.factory import TEST_SEED
 from npo_core.trainer.dataset import require_columns
 from npo_core.world.policies import build_processor
 from npo_core.world.tasks import (
@@ -27,7 +30,7 @@ from npo_core.world.tasks import (
     write_response,
 )
 from npo_core.world.tasks.families import CELL
-from npo_core.world.tasks.problems import COLUMNS, ROWS, SPLITS
+from npo_core.world.tasks.problems import COLUMNS, ROWS, SPACE, SPLITS
 
 by_suite = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.suite)
 
@@ -61,8 +64,8 @@ def test_a_rule_is_total_and_stays_among_the_states(family):
 def test_the_glyphs_of_a_family_are_different_operations(family):
     tables = {tuple(family.rule(state, glyph) for state in range(family.states)) for glyph in range(len(family.glyphs))}
     assert len(tables) == len(family.glyphs)
-    # and the answer depends on the start: no rule forgets it all
-    assert all(len(set(table)) > 1 for table in tables)
+    # and each permutes the states: no chain forgets its start, and every state is met as often
+    assert all(sorted(table) == list(range(family.states)) for table in tables)
 
 
 @by_suite
@@ -86,37 +89,48 @@ def test_there_is_one_family_per_suite_and_a_fact_per_state_and_glyph():
 
 
 def walk_on_a_ring(ring, steps):
-    """Answers of a family whose glyphs move so many places forward on a ring of states."""
-    return lambda start, glyphs: (ring * 9)[ring.index(start) + sum(steps[glyph] for glyph in glyphs)]
+    """Paths of a family whose glyphs move so many places forward on a ring of states."""
+    return lambda start, glyphs: [
+        (ring * 9)[ring.index(start) + sum(steps[glyph] for glyph in glyphs[: count + 1])]
+        for count in range(len(glyphs))
+    ]
 
 
 def walk_on_a_grid(start, glyphs):
     rows = [list(range(0, 4)), list(range(4, 8))]
     row, column = next((r, c) for r in range(2) for c in range(4) if rows[r][c] == start)
+    path = []
     for glyph in glyphs:
-        row, column = (row, (column + 1) % 4) if glyph == "right" else ((row + 1) % 2, column)
-    return rows[row][column]
+        if glyph == "down":
+            row = 1 - row
+        else:
+            column = (column + {"right": 1, "left": 3}[glyph]) % 4
+        path.append(rows[row][column])
+    return path
 
 
 def gates_on_bits(start, glyphs):
-    bits = f"{start:03b}"
+    bits, path = f"{start:03b}", []
     for glyph in glyphs:
-        bits = "".join("10"[int(b)] for b in bits) if glyph == "not" else bits[1:] + bits[0]
-    return int(bits, 2)
+        flipped = "".join("10"[int(b)] for b in bits)
+        bits = {"not": flipped, "shift": bits[1:] + bits[0], "swap": bits[::-1]}[glyph]
+        path.append(int(bits, 2))
+    return path
 
 
 def hands_of_a_clock(start, glyphs):
-    back = {"quarter": 1, "half": 4}
-    face = list(range(8))
+    back = {"quarter": 1, "half": 4, "last": 6}
+    face, path = list(range(8)), []
     for glyph in glyphs:
         for _ in range(back[glyph]):
             face = face[-1:] + face[:-1]
-    return face[start]
+        path.append(face[start])
+    return path
 
 
 INDEPENDENT = {
-    "chart": walk_on_a_ring(list(range(8)), {"low": 1, "high": 3}),
-    "colours": walk_on_a_ring(list(range(8)), {"red": 2, "blue": 4}),
+    "chart": walk_on_a_ring(list(range(8)), {"low": 1, "middle": 2, "high": 3}),
+    "colours": walk_on_a_ring(list(range(8)), {"red": 2, "blue": 4, "green": 5}),
     "path": walk_on_a_grid,
     "gates": gates_on_bits,
     "clock": hands_of_a_clock,
@@ -131,7 +145,7 @@ def test_the_solver_against_another_implementation(title):
         for _ in range(20):
             glyphs = tuple(rng.integers(0, len(family.glyphs), size=rng.integers(1, 7)).tolist())
             words = [family.glyphs[glyph] for glyph in glyphs]
-            assert Problem(family.suite, start, glyphs).answer == str(INDEPENDENT[title](start, words)), (start, words)
+            assert Problem(family.suite, start, glyphs).states() == INDEPENDENT[title](start, words), (start, words)
 
 
 @given(problems())
@@ -140,7 +154,50 @@ def test_the_solver_applies_one_rule_after_the_other(problem):
     assert len(states) == problem.difficulty == len(problem.glyphs)
     for before, glyph, after in zip([problem.start, *states], problem.glyphs, states, strict=False):
         assert problem.family.rule(before, glyph) == after
-    assert problem.answer == str(states[-1])
+    assert problem.answer.split() == [str(state) for state in states]
+
+
+# No luck
+
+
+def right_responses(problem: Problem) -> list[tuple[int, ...]]:
+    """The responses of the world's format that the verifier takes, of all paths that a policy could write."""
+    verifier, row = BoxedVerifier(), {"answer": problem.answer}
+    paths = product(range(problem.family.states), repeat=problem.difficulty)
+    return [path for path in paths if verifier(write_response(problem, path), row).correct]
+
+
+@by_suite
+def test_of_all_paths_one_is_right_and_chance_is_below_a_thousandth_at_every_length(family):
+    shortest, longest = family.lengths
+    example = next(p for p in sample_problems("train", 40, 0, [family.suite]) if p.difficulty == shortest)
+    assert right_responses(example) == [tuple(example.states())]
+    # one path in states^length, so no length is guessed more easily than the shortest
+    assert all(family.states**length > 1000 for length in range(shortest, longest + 1))
+
+
+@by_suite
+def test_a_right_path_says_what_the_picture_shows(family):
+    """Knowing the start and the rules is not enough: the glyphs of one length lead to as many different paths."""
+    for length in range(family.lengths[0], family.lengths[1] + 1):
+        every = [Problem(family.suite, 3, glyphs) for glyphs in product(range(len(family.glyphs)), repeat=length)]
+        shares = Counter(problem.answer for problem in every)
+        assert max(shares.values()) / len(every) <= 0.1, (length, shares.most_common(1))
+
+
+@given(problem=problems(), data=st.data())
+def test_a_correct_rollout_is_right_in_every_step(problem, data):
+    """Every change of a right response, one step or more, is wrong."""
+    right = problem.states()
+    places = data.draw(st.sets(st.integers(0, len(right) - 1), min_size=1))
+    other = [(state + 1 + data.draw(st.integers(0, problem.family.states - 2))) % problem.family.states if i in places
+             else state for i, state in enumerate(right)]  # fmt: skip
+    for second_form in (False, True):
+        text = write_response(problem, other, second_form)
+        assert BoxedVerifier()(text, {"answer": problem.answer}) is Verdict.WRONG
+    for shorter in (right[:-1], right[1:], [*right, right[-1]], []):
+        box = " ".join(map(str, shorter))
+        assert not BoxedVerifier()(f"\\boxed{{ {box} }}", {"answer": problem.answer}).correct
 
 
 # Uids and splits
@@ -201,16 +258,41 @@ def test_a_sample_is_of_its_split_even_over_suites_and_repeatable(split):
         assert problem.family.lengths[0] <= problem.difficulty <= problem.family.lengths[1]
 
 
-def test_a_fifth_of_all_problems_is_for_testing():
+def test_a_tenth_of_all_problems_is_for_testing():
     every = [
-        Problem(family.suite, start, tuple(map(int, np.base_repr(code, 2).zfill(length))))
+        Problem(family.suite, start, glyphs)
         for family in FAMILIES
         for start in range(family.states)
-        for length in range(1, 7)
-        for code in range(2**length)
+        for length in range(1, 6)
+        for glyphs in product(range(len(family.glyphs)), repeat=length)
     ]
     share = np.mean([split_of(problem) == "test" for problem in every])
-    assert share == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / len(every)))
+    assert share == pytest.approx(0.1, abs=4 * np.sqrt(0.1 * 0.9 / len(every)))
+
+
+def test_preset_cpu_meets_each_training_prompt_at_most_once():
+    config = resolve_config("grpo", "cpu")
+    assert config.train_problems >= config.compute_steps * config.prompts_per_step
+    train = sample_problems("train", config.train_problems, config.data_seed, config.suites)
+    assert len({problem.uid for problem in train}) == config.train_problems
+    test = sample_problems("test", config.eval_problems, TEST_SEED, config.suites)
+    assert not {problem.uid for problem in train} & {problem.uid for problem in test}
+    for sample in (train, test):  # lengths alike in training and in the test
+        counts = Counter(problem.difficulty for problem in sample)
+        assert min(counts.values()) / len(sample) > 0.25, counts
+
+
+def test_lengths_that_are_used_up_give_way_to_longer_ones():
+    (family,) = (family for family in FAMILIES if family.suite == "mathvista")
+    shortest = [
+        problem
+        for start in range(family.states)
+        for glyphs in product(range(3), repeat=family.lengths[0])
+        if split_of(problem := Problem(family.suite, start, glyphs)) == "test"
+    ]
+    sample = sample_problems("test", 4 * len(shortest), 0, [family.suite])
+    assert len(set(sample)) == 4 * len(shortest)
+    assert sum(problem.difficulty == family.lengths[0] for problem in sample) <= len(shortest)
 
 
 def test_only_some_suites():
@@ -259,8 +341,7 @@ def test_different_glyphs_give_different_pictures(family):
     length = family.lengths[1]
     for start in range(family.states):
         pictures = {}
-        for code in range(2**length):
-            glyphs = tuple(map(int, np.base_repr(code, 2).zfill(length)))
+        for glyphs in product(range(len(family.glyphs)), repeat=length):
             pictures.setdefault(Problem(family.suite, start, glyphs).picture().tobytes(), []).append(glyphs)
         assert [same for same in pictures.values() if len(same) > 1] == []
 
@@ -316,9 +397,9 @@ def test_the_exact_response_is_verified_correct_after_the_tokenizer(processor, p
 
 
 @given(problem=problems(), second_form=st.booleans(), data=st.data())
-def test_only_the_boxed_state_decides(problem, second_form, data):
+def test_the_whole_path_decides_in_either_form(problem, second_form, data):
     states = [data.draw(st.integers(0, problem.family.states - 1)) for _ in problem.glyphs]
-    right = states[-1] == problem.states()[-1]
+    right = states == problem.states()
     verdict = BoxedVerifier()(write_response(problem, states, second_form), {"answer": problem.answer})
     assert verdict is (Verdict.CORRECT if right else Verdict.WRONG)
 
@@ -326,10 +407,9 @@ def test_only_the_boxed_state_decides(problem, second_form, data):
 def test_both_forms_say_the_same_in_other_words():
     problem = sample_problems("train", 1, 0)[0]
     first, second = (write_response(problem, problem.states(), form).split() for form in (False, True))
-    assert first[0:-3:2] == second[0:-3:2] == [problem.family.glyphs[glyph] for glyph in problem.glyphs]
-    assert first[1:-3:2] == [str(state) for state in problem.states()]
-    assert not set(first[1:-3:2]) & set(second[1:-3:2])
-    assert first[-3:] == second[-3:]
+    assert first == ["\\boxed{", *problem.answer.split(), "}"]
+    assert [word for word in second if word != SPACE] == first
+    assert second.count(SPACE) == problem.difficulty - 1
     with pytest.raises(ValueError, match="pass one per step"):
         write_response(problem, problem.states()[:-1])
 
@@ -342,12 +422,10 @@ def test_the_vocabulary_is_fixed_and_has_no_word_twice():
 
 
 def test_a_longest_response_fits_the_default_width(processor):
-    from npo_core.runs.config import RunConfig
-
     width = RunConfig().max_completion_length
     for family in FAMILIES:
         problem = Problem(family.suite, 0, (1,) * family.lengths[1])
-        text = write_response(problem, problem.states()) + processor.tokenizer.eos_token
+        text = write_response(problem, problem.states(), second_form=True) + processor.tokenizer.eos_token
         assert len(processor.tokenizer(text)["input_ids"]) <= width, family.suite
 
 

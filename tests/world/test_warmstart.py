@@ -22,7 +22,6 @@ from npo_core.world.warmstart import (
     fact_errors,
     fact_kinds,
     imperfect_states,
-    misconceptions,
     teacher_config,
     teacher_folder,
     warm_start,
@@ -54,10 +53,11 @@ def test_facts_are_easy_middling_and_hard_in_the_given_shares(easy, middling):
     config = RunConfig(easy_share=easy, middling_share=middling, easy_error=0.1, middling_error=0.5, hard_error=0.9)
     errors = fact_errors(config)
     assert list(errors) == all_facts()
-    counts = Counter(errors.values())
-    assert set(counts) <= {0.1, 0.5, 0.9}
-    assert counts[0.1] == pytest.approx(easy * len(errors), abs=0.5)
-    assert counts[0.5] == pytest.approx(middling * len(errors), abs=0.5)
+    assert set(errors.values()) <= {0.1, 0.5, 0.9}
+    for family in FAMILIES:  # and so in every family: none is all easy or all hard
+        counts = Counter(errors[fact] for fact in family.facts)
+        assert counts[0.1] == pytest.approx(easy * len(family.facts), abs=0.5)
+        assert counts[0.5] == pytest.approx(middling * len(family.facts), abs=0.5)
 
 
 def test_the_world_seed_decides_which_facts_are_hard():
@@ -66,27 +66,19 @@ def test_the_world_seed_decides_which_facts_are_hard():
     other = fact_errors(config.with_changes(world_seed=1))
     assert other != fact_errors(config)
     assert Counter(other.values()) == Counter(fact_errors(config).values())
-    # shuffled over the families: no family is all of one kind
-    assert len({error for (suite, _, _), error in other.items() if suite == FAMILIES[0].suite}) > 1
 
 
-def test_a_hard_fact_goes_wrong_in_one_way_only():
-    config = resolve_config("grpo", "cpu")
-    wrong, kinds = misconceptions(config), fact_kinds(config)
-    assert set(wrong) == {fact for fact, kind in kinds.items() if kind == "hard"}
-    rng = np.random.default_rng(0)
-    for (suite, state, glyph), other in wrong.items():
-        problem = Problem(suite, state, (glyph,))
-        assert other != problem.states()[0]
-        assert other in range(problem.family.states)
-        errors = {(suite, state, glyph): 1.0}
-        assert all(imperfect_states(problem, errors, wrong, rng) == [other] for _ in range(20))
+def test_no_fact_of_the_presets_is_out_of_reach():
+    """What the corpus never writes, no exploration finds."""
+    for preset in ("cpu", "smoke"):
+        errors = fact_errors(resolve_config("grpo", preset))
+        assert max(errors.values()) <= 0.98, preset
 
 
 def test_a_corpus_without_errors_is_the_exact_solution():
     errors = dict.fromkeys(all_facts(), 0.0)
     for problem in sample_problems("train", 40, 0):
-        assert imperfect_states(problem, errors, {}, np.random.default_rng(0)) == problem.states()
+        assert imperfect_states(problem, errors, np.random.default_rng(0)) == problem.states()
 
 
 def test_the_chain_goes_on_from_the_wrong_state():
@@ -94,7 +86,7 @@ def test_the_chain_goes_on_from_the_wrong_state():
     for problem in sample_problems("train", 80, 0):
         first = (problem.suite, problem.start, problem.glyphs[0])
         errors = dict.fromkeys(all_facts(), 0.0) | {first: 1.0}
-        states = imperfect_states(problem, errors, {}, np.random.default_rng(0))
+        states = imperfect_states(problem, errors, np.random.default_rng(0))
         before = [problem.start, *states[:-1]]
         for state, glyph, following in zip(before, problem.glyphs, states, strict=True):
             right = problem.family.rule(state, glyph)
@@ -110,7 +102,7 @@ def test_each_fact_is_wrong_as_often_as_it_should_be_and_evenly_over_the_wrong_s
     for _ in range(12_000):
         glyphs = tuple(rng.integers(0, len(family.glyphs), size=4).tolist())
         problem = Problem(family.suite, int(rng.integers(family.states)), glyphs)
-        states = imperfect_states(problem, errors, {}, rng)
+        states = imperfect_states(problem, errors, rng)
         for state, glyph, following in zip([problem.start, *states[:-1]], glyphs, states, strict=True):
             written.setdefault((state, glyph), Counter())[following] += 1
     assert len(written) == len(family.facts)

@@ -7,11 +7,18 @@ from datasets import Dataset
 from .problems import Problem
 
 
-def conversation(problem: Problem, with_picture: bool) -> list[dict]:
-    """Chat messages of a problem; `with_picture` puts the PIL picture into the message itself."""
+def conversation(problem: Problem, with_picture: bool, read: bool = False) -> list[dict]:
+    """Chat messages of a problem.
+
+    Args:
+        problem: The task.
+        with_picture: Put the PIL picture into the message itself.
+        read: Ask for the glyphs of the picture in place of the path.
+    """
+    text = problem.reading_question if read else problem.question
     if not with_picture:
-        return [{"role": "user", "content": problem.question}]
-    parts = [{"type": "image", "image": problem.picture()}, {"type": "text", "text": problem.question}]
+        return [{"role": "user", "content": text}]
+    parts = [{"type": "image", "image": problem.picture()}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]
 
 
@@ -26,7 +33,7 @@ def make_dataset(problems: Sequence[Problem], text_only: bool = False) -> Datase
     for problem in problems:
         question = problem.question
         if text_only:
-            question += " " + " ".join(problem.family.glyphs[glyph] for glyph in problem.glyphs)
+            question += " " + problem.reading
         row = {
             "uid": problem.uid,
             "prompt": [{"role": "user", "content": question}],

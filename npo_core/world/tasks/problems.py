@@ -1,7 +1,7 @@
 """Problems of the small world: sampling, the exact solver, the picture, and the disjoint splits."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,14 @@ ROWS, COLUMNS = 2, 3
 """Cells of a picture."""
 
 SPLITS = ("train", "test")
-SECOND_FORM = ("a", "b", "c", "d", "e", "f", "g", "h", "i")
-"""State letters of the second notation; the first writes digits."""
+TEST_SHARE = 10
+"""One of so many problems is a test problem."""
+
+TRIES = 1000
+"""Draws of one length in a row that give nothing new before that length counts as used up."""
+
+SPACE = "\\quad"
+"""Word between the states in the second form; for the verifier it is no more than a space."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,23 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """Final state as a digit."""
-        return str(self.states()[-1])
+        """The whole path, as digits with spaces between: an answer that is right is right in every step."""
+        return " ".join(map(str, self.states()))
 
     @property
     def question(self) -> str:
         """Text of the prompt; the picture comes before it."""
         return f"{self.family.title} : {self.family.question} {self.start} ."
+
+    @property
+    def reading_question(self) -> str:
+        """Text of the prompt that asks for the glyphs alone; the warm start uses it."""
+        return f"{self.family.title} : read ."
+
+    @property
+    def reading(self) -> str:
+        """What the picture shows: the words of its glyphs, in order."""
+        return " ".join(self.family.glyphs[glyph] for glyph in self.glyphs)
 
     def picture(self) -> Image.Image:
         """The picture: 2 × 3 cells read row by row, 48 × 32 pixels, RGB.
@@ -84,28 +100,25 @@ def _digest(text: str) -> int:
 
 
 def split_of(problem: Problem) -> str:
-    """Split that a problem belongs to: a fifth of all problems, chosen by a hash of the uid, is the test split."""
-    return "test" if _digest("split:" + problem.uid) % 5 == 0 else "train"
+    """Split that a problem belongs to: a tenth of all problems, chosen by a hash of the uid, is the test split."""
+    return "test" if _digest("split:" + problem.uid) % TEST_SHARE == 0 else "train"
 
 
 def write_response(problem: Problem, states: Sequence[int], second_form: bool = False) -> str:
-    r"""Response text in the world's format: glyph word and state for each step, then `\boxed{state}`.
+    r"""Response text in the world's format: `\boxed{path}`, the state after each step. There is nothing beside it.
 
     Args:
         problem: The task.
         states: State written after each step; need not be right.
-        second_form: Write states as letters instead of digits. The boxed answer is a digit in both forms.
+        second_form: Set the states apart as a typesetter would, by `\quad`. Both forms give the same answer.
     """
     if len(states) != len(problem.glyphs):
         raise ValueError(f"Got {len(states)} states for a chain of {len(problem.glyphs)} steps; pass one per step.")
-    words = []
-    for glyph, state in zip(problem.glyphs, states, strict=True):
-        words += [problem.family.glyphs[glyph], SECOND_FORM[state] if second_form else str(state)]
-    return " ".join([*words, "\\boxed{", str(states[-1]), "}"])
+    return " ".join(["\\boxed{", (f" {SPACE} " if second_form else " ").join(map(str, states)), "}"])
 
 
 def sample_problems(split: str, count: int, seed: int, suites: Sequence[str] = SUITES) -> list[Problem]:
-    """Draw distinct problems, the suites in turn, chain lengths uniform within the family's range.
+    """Draw distinct problems, the suites in turn, chain lengths uniform within the family's range while they last.
 
     Args:
         split: "train" or "test"; the splits share no problem, whatever the seeds.
@@ -122,25 +135,35 @@ def sample_problems(split: str, count: int, seed: int, suites: Sequence[str] = S
     if not families:
         raise ValueError(f"No suite given. Allowed: {', '.join(SUITES)}.")
     rng = np.random.default_rng([seed, SPLITS.index(split)])
+    left = {family.suite: list(range(family.lengths[0], family.lengths[1] + 1)) for family in families}
     seen: set[str] = set()
     problems: list[Problem] = []
-    misses = 0
     while len(problems) < count:
         family = families[len(problems) % len(families)]
-        length = int(rng.integers(family.lengths[0], family.lengths[1] + 1))
-        glyphs = tuple(int(g) for g in rng.integers(0, len(family.glyphs), size=length))
-        problem = Problem(family.suite, int(rng.integers(family.states)), glyphs)
-        if problem.uid in seen or split_of(problem) != split:
-            misses += 1
-            if misses > 1000:
-                raise ValueError(
-                    f"{count} distinct {split} problems are more than {', '.join(suites)} hold; ask for fewer."
-                )
+        if not left[family.suite]:
+            raise ValueError(
+                f"{count} distinct {split} problems are more than {', '.join(suites)} hold; ask for fewer."
+            )
+        length = int(rng.choice(left[family.suite]))
+        problem = _new_problem(family, length, split, seen, rng)
+        if problem is None:
+            left[family.suite].remove(length)
             continue
-        misses = 0
         seen.add(problem.uid)
         problems.append(problem)
     return problems
+
+
+def _new_problem(
+    family: Family, length: int, split: str, seen: Collection[str], rng: np.random.Generator
+) -> Problem | None:
+    """A problem of this split and length that was not seen; None when as good as all were."""
+    for _ in range(TRIES):
+        glyphs = tuple(rng.integers(0, len(family.glyphs), size=length).tolist())
+        problem = Problem(family.suite, int(rng.integers(family.states)), glyphs)
+        if problem.uid not in seen and split_of(problem) == split:
+            return problem
+    return None
 
 
 def parse_uid(uid: str) -> Problem:
@@ -151,7 +174,7 @@ def parse_uid(uid: str) -> Problem:
     """
     parts = uid.split("-")
     if len(parts) != 3 or parts[0] not in SUITES or not all(p.isascii() and p.isdigit() for p in parts[1:]):
-        raise ValueError(f"{uid!r} is not a uid of this world; expected suite-start-glyphs, such as mathvista-3-011.")
+        raise ValueError(f"{uid!r} is not a uid of this world; expected suite-start-glyphs, such as mathvista-3-0112.")
     problem = Problem(parts[0], int(parts[1]), tuple(map(int, parts[2])))
     known = problem.start < problem.family.states and max(problem.glyphs) < len(problem.family.glyphs)
     if not known or problem.uid != uid:
@@ -161,7 +184,7 @@ def parse_uid(uid: str) -> Problem:
 
 def vocabulary() -> list[str]:
     """Every word that a prompt or a response can hold, in a fixed order."""
-    words = [str(digit) for digit in range(10)] + list(SECOND_FORM) + ["\\boxed{", "}", ":", "."]
+    words = [str(digit) for digit in range(10)] + [SPACE, "\\boxed{", "}", ":", ".", "read"]
     for family in FAMILIES:
         words += [family.title, *family.glyphs, *family.question.split()]
     return list(dict.fromkeys(words))

@@ -217,13 +217,13 @@ class Settings:
         40, "Early stage: guided steps after the restart from the base policy.", bounds=WHOLE, acts="plan"
     )
     late_step: int = _manual(
-        300,
+        260,
         "Late stage: policy step past the plateau, whose policy is the guide; 0 for none.",
         bounds=WHOLE,
         acts="plan",
     )
     late_start: int = _manual(
-        200, "Late stage: policy step that is rolled back to, the start of the plateau.", bounds=WHOLE, acts="plan"
+        180, "Late stage: policy step that is rolled back to, the start of the plateau.", bounds=WHOLE, acts="plan"
     )
 
     repeat_every: int = _manual(

@@ -60,7 +60,7 @@ class Settings:
     middling_error: float = _fact(0.5, "Probability that the corpus writes a middling fact wrongly.", bounds=SHARE)
     hard_error: float = _fact(0.975, "Probability that the corpus writes a hard fact wrongly.", bounds=SHARE)
     second_form_share: float = _fact(
-        0.0, "Share of corpus responses in the second form, typeset in another way.", bounds=SHARE
+        0.0, "Share of corpus responses in the second form: glyphs named first.", bounds=SHARE
     )
     reading_share: float = _fact(
         0.3, "Share of corpus responses that name the glyphs of the picture instead.", bounds=SHARE

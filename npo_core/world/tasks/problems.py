@@ -20,7 +20,7 @@ TRIES = 1000
 """Draws of one length in a row that give nothing new before that length counts as used up."""
 
 SPACE = "\\quad"
-"""Word between the states in the second form; for the verifier it is no more than a space."""
+"""Word between reading and box in the second form."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,17 @@ def split_of(problem: Problem) -> str:
 
 
 def write_response(problem: Problem, states: Sequence[int], second_form: bool = False) -> str:
-    r"""Response text in the world's format: `\boxed{path}`, the state after each step. There is nothing beside it.
+    r"""Response text in the world's format: `\boxed{path}`, the state after each step.
 
     Args:
         problem: The task.
         states: State written after each step; need not be right.
-        second_form: Set the states apart as a typesetter would, by `\quad`. Both forms give the same answer.
+        second_form: Name the glyphs first. Both forms give the same answer.
     """
     if len(states) != len(problem.glyphs):
         raise ValueError(f"Got {len(states)} states for a chain of {len(problem.glyphs)} steps; pass one per step.")
-    return " ".join(["\\boxed{", (f" {SPACE} " if second_form else " ").join(map(str, states)), "}"])
+    box = " ".join(["\\boxed{", *map(str, states), "}"])
+    return f"{problem.reading} {SPACE} {box}" if second_form else box
 
 
 def sample_problems(split: str, count: int, seed: int, suites: Sequence[str] = SUITES) -> list[Problem]:

@@ -33,15 +33,18 @@ class Arm:
 OWN_FORM = 0.0
 """`teacher_form_share` of a teacher that writes as the base policy's corpus does (`second_form_share`)."""
 
+RLEP_ROLLOUTS = 8
+"""Off-line rollouts of each prompt for RLEP: its 64 would be 3,200 steps' worth, as every prompt is met once."""
+
 ARMS: Mapping[str, Arm] = {
     "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
     "GRPO, longer": Arm("grpo", "as many steps as the dearest arm, off-line rollouts counted as steps", "baseline",
-                        budget=1.64),
+                        budget=2.0),
     "LUFFY": Arm("luffy", "external teacher that writes another form", "baseline"),
     "LUFFY, base's form": Arm("luffy", "external teacher that writes the base's own form", "baseline",
                               {"teacher_form_share": OWN_FORM}),
     "ExGRPO": Arm("exgrpo", "own past successes", "baseline"),
-    "RLEP": Arm("rlep", "converged run, two rollouts appended", "baseline"),
+    "RLEP": Arm("rlep", "converged run, two rollouts appended", "baseline", {"cache_rollouts": RLEP_ROLLOUTS}),
     "NPO early": Arm("npo", "scout, restart and guided window", "npo", {"late_step": 0}),
     "NPO late": Arm("npo", "plateau, roll-back and guided replay", "npo", {"scout_steps": 0}),
     "NPO": Arm("npo", "early and late", "npo"),

@@ -189,7 +189,7 @@ def controls(evidence: Evidence) -> Figure:
         ValueError: The evidence lacks GRPO, NPO, or every control of NPO.
     """
     require_arms(evidence, "GRPO", "NPO")
-    every = [arm for arm in ARMS if ARMS[arm].kind == "control" and ARMS[arm].method == "npo"]
+    every = [arm for arm, row in ARMS.items() if (row.kind, row.method) == ("control", "npo") and not row.grid]
     arms = ["NPO", *(arm for arm in every if arm in evidence.arms)]
     if len(arms) == 1:
         raise ValueError(f"The evidence lacks {quoted(every)}; NPO is compared with at least one of them.")

@@ -36,6 +36,15 @@ ARM_LOOKS = {
     "NPO, own resample": (COLORS[7], "--"),
     "NPO, no guide": (COLORS[1], "--"),
     "NPO, random": (COLORS[4], "--"),
+    "GRPO, groups of 16": (COLORS[0], ":"),
+    "GRPO, entropy bonus": (COLORS[0], "-."),
+    "NPO, first steps": (COLORS[1], ":"),
+    "NPO, repeated": (COLORS[2], ":"),
+    "NPO, prefix": (COLORS[3], ":"),
+    "NPO, repeated, own": (COLORS[7], ":"),
+    "NPO, no roll-back": (COLORS[9], ":"),
+    "AutoNPO, own resample": (COLORS[4], ":"),
+    "AutoNPO, no guide": (COLORS[4], "-."),
 }
 """Colour and line of an arm, in every figure that draws it."""
 SEED = {"ls": "", "ms": 4, "alpha": 0.8, "mec": "white", "mew": 0.5, "zorder": 3.5}

@@ -21,6 +21,7 @@ class Arm:
         kind: "baseline", "npo", or "control" (what the gain of NPO may be due to).
         settings: Settings that differ from the preset's and from the method's own.
         budget: Compute steps over those of the preset; above 1 only for the longer GRPO run.
+        grid: Settings in steps, as multiples of the preset's steps between checkpoints (10 in preset cpu).
     """
 
     method: str
@@ -28,6 +29,11 @@ class Arm:
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     budget: float = 1.0
+    grid: Mapping[str, int] = field(default_factory=dict)
+
+    def changes(self, checkpoint_every: int) -> dict[str, Any]:
+        """All settings that differ from the preset's, at its distance between checkpoints."""
+        return {**self.settings, **{name: count * checkpoint_every for name, count in self.grid.items()}}
 
 
 OWN_FORM = 0.0
@@ -40,6 +46,9 @@ ARMS: Mapping[str, Arm] = {
     "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
     "GRPO, longer": Arm("grpo", "as many steps as the dearest arm, off-line rollouts counted as steps", "baseline",
                         budget=2.0),
+    "GRPO, groups of 16": Arm("grpo", "twice the rollouts of each prompt, none off line", "baseline",
+                              {"num_generations": 16}),
+    "GRPO, entropy bonus": Arm("grpo", "a bonus on the token entropy", "baseline", {"entropy_bonus": 0.01}),
     "LUFFY": Arm("luffy", "external teacher that writes another form", "baseline"),
     "LUFFY, base's form": Arm("luffy", "external teacher that writes the base's own form", "baseline",
                               {"teacher_form_share": OWN_FORM}),
@@ -49,12 +58,24 @@ ARMS: Mapping[str, Arm] = {
     "NPO late": Arm("npo", "plateau, roll-back and guided replay", "npo", {"scout_steps": 0}),
     "NPO": Arm("npo", "early and late", "npo"),
     "AutoNPO": Arm("autonpo", "interventions chosen by the run", "npo"),
+    "NPO, first steps": Arm("npo", "early stage alone, within the first 30 steps", "npo", {"late_step": 0},
+                            grid={"scout_steps": 2, "early_window": 3}),
+    "NPO, repeated": Arm("npo", "every 80 steps back by 20, guided up to there again", "npo",
+                         grid={"repeat_every": 8, "repeat_back": 2}),
+    "NPO, prefix": Arm("npo", "early and late, half of each guide given", "npo", {"guide_prefix": 0.5}),
     "NPO, exact ratio": Arm("npo", "early and late, importance-corrected", "npo", {"ratio_mode": "exact"}),
     "LUFFY, no correction": Arm("luffy", "external teacher, ratio 1", "control", {"ratio_mode": "current"}),
     "NPO, own resample": Arm("npo", "early and late, guide from Δ = 0", "control", {"guide_from": "own"}),
     "NPO, no guide": Arm("npo", "early and late, roll-backs without guidance", "control", {"guide_from": "none"}),
     "NPO, random": Arm("npo", "guided roll-backs at random times and distances", "control",
                        {"random_interventions": 2}),
+    "NPO, repeated, own": Arm("npo", "as repeated, guide from Δ = 0", "control", {"guide_from": "own"},
+                              grid={"repeat_every": 8, "repeat_back": 2}),
+    "NPO, no roll-back": Arm("npo", "every 80 steps an own guide for the prompts ahead", "control",
+                             {"repeat_back": 0}, grid={"repeat_every": 8}),
+    "AutoNPO, own resample": Arm("autonpo", "its own interventions, guide from Δ = 0", "control",
+                                 {"guide_from": "own"}),
+    "AutoNPO, no guide": Arm("autonpo", "its own roll-backs without guidance", "control", {"guide_from": "none"}),
 }  # fmt: skip
 """Arms in the order of tables. "NPO" without more is early and late in the paper's default ratio mode."""
 
@@ -77,7 +98,9 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
     if arm not in ARMS:
         raise ValueError(f"Unknown arm {arm!r}. Allowed: {', '.join(ARMS)}.")
     row = ARMS[arm]
-    config = resolve_config(row.method, preset, seed, {**SHARED, **(overrides or {}), **row.settings})
+    shared = {**SHARED, **(overrides or {})}
+    every = resolve_config("grpo", preset, seed, shared).checkpoint_every
+    config = resolve_config(row.method, preset, seed, {**shared, **row.changes(every)})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
 
 

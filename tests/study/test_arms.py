@@ -18,10 +18,11 @@ def test_an_arm_differs_from_plain_grpo_in_what_it_says_alone(arm, preset):
     config, plain = arm_config(arm, preset, 3), arm_config("GRPO", preset, 3)
     row = ARMS[arm]
     assert (config.method, config.seed, config.preset) == (row.method, 3, preset)
-    said = {"method", *METHOD_SETTINGS.get(row.method, {}), *row.settings}
+    said = {"method", *METHOD_SETTINGS.get(row.method, {}), *row.settings, *row.grid}
     different = {name for name, value in asdict(config).items() if value != asdict(plain)[name]}
     assert different <= said | ({"compute_steps"} if row.budget != 1 else set())
-    assert {name: getattr(config, name) for name in row.settings} == dict(row.settings)
+    changes = row.changes(plain.checkpoint_every)
+    assert {name: getattr(config, name) for name in changes} == changes
 
 
 def test_no_two_arms_are_the_same_run():
@@ -75,6 +76,13 @@ def test_an_unknown_arm_is_refused():
         ("NPO", "NPO, exact ratio", 40),
         ("NPO", "NPO, own resample", 40),
         ("NPO late", "NPO, no guide", 40),
+        ("GRPO", "NPO, first steps", 20),
+        ("GRPO", "NPO, repeated", 80),
+        ("NPO, repeated", "NPO, repeated, own", 80),
+        ("NPO, repeated", "NPO, no roll-back", 80),
+        ("NPO", "NPO, prefix", 40),
+        ("AutoNPO", "AutoNPO, no guide", 0),
+        ("GRPO", "GRPO, groups of 16", 0),
         ("GRPO", "LUFFY", 0),
         ("LUFFY", "LUFFY, no correction", 0),
         ("GRPO", "ExGRPO", 0),

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
-from ..study.results import ABOUT, CORNER, MAP, read_evidence
+from ..study.results import ABOUT, CORNER, MAP, has_evidence, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
 from .idea import guided_group
@@ -38,7 +38,7 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
     """
     results = Path(results)
     figures = {"idea": guided_group()}
-    if (results / ABOUT).is_file():
+    if has_evidence(results):
         figures |= _of_study(results)
     return [save_figure(figure, target, name)[0] for name, figure in figures.items()]
 

@@ -90,7 +90,12 @@ class Evidence:
         return pd.Series(found, dtype=float)
 
 
-def read_evidence(folder: Path | None = None) -> Evidence:
+def has_evidence(folder: Path | None = None) -> bool:
+    """Whether results of a study lie in a folder; the project's `data/results` if None."""
+    return ((results_folder() if folder is None else Path(folder)) / ABOUT).is_file()
+
+
+def read_evidence(folder: str | Path | None = None) -> Evidence:
     """The results of the study, checked.
 
     Args:
@@ -100,7 +105,7 @@ def read_evidence(folder: Path | None = None) -> Evidence:
         FileNotFoundError: A file is missing.
         ResultsRefused: See `check_evidence`.
     """
-    folder = results_folder() if folder is None else Path(folder)
+    folder = results_folder() if not folder else Path(folder)
     missing = [name for name in (SCORES, TRAINING, ABOUT) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core study` makes them.")

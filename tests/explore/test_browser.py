@@ -320,7 +320,7 @@ def lab(run, tmp_path_factory):
 @pytest.mark.slow
 def test_a_notebook_that_was_saved_shows_the_page_when_it_is_opened_again(browser, lab):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.goto(f"{lab}/doc/tree/saved.ipynb")
+    page.goto(f"{lab}/doc/tree/saved.ipynb", timeout=120_000)
     frame = page.frame_locator(".jp-OutputArea-output iframe")
     expect(frame.locator(".npo-explorer")).to_be_visible(timeout=90_000)
     frame.locator('[data-filter="guided"]').click()
@@ -331,7 +331,7 @@ def test_a_notebook_that_was_saved_shows_the_page_when_it_is_opened_again(browse
 @pytest.mark.slow
 def test_the_widget_tells_python_where_the_reader_is(browser, lab):
     page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.goto(f"{lab}/doc/tree/live.ipynb")
+    page.goto(f"{lab}/doc/tree/live.ipynb", timeout=120_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=90_000)
     widget = page.locator(".jp-OutputArea-output .npo-explorer")
     for _ in range(10):  # what is run before the kernel is connected is forgotten

@@ -27,7 +27,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study map corner claims figures bench plan base explore lab test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ signal: setup ## Run notebooks/04_signal.ipynb: Q, V and S over distance (PRESET
 study: setup ## Run the evidence study, arms x seeds, and write data/results/ (hours; resumable)
 	$(BIN)/python -m npo_core study --preset $(PRESET) $(ARGS)
 
+gates: setup ## Run GRPO through the gates of the small world, and write data/results/gates.json (an hour; resumable)
+	$(BIN)/python -m npo_core gates --preset $(PRESET) $(ARGS)
+
 map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
 
@@ -92,7 +95,7 @@ plan: setup ## Print what a preset would cost before it is run (PRESET)
 base: setup ## Remake the shipped base policy and teachers of the small world
 	$(CORE) warmstart $(ARGS)
 	$(CORE) warmstart --teacher $(ARGS)
-	$(CORE) warmstart --teacher --set teacher_form_share=0.1 $(ARGS)
+	$(CORE) warmstart --teacher --set teacher_form_share=0.0 $(ARGS)
 
 explore: setup ## Write a page to look at a run with (RUN=folder or name; several with spaces)
 	$(BIN)/python -m npo_core explore $(RUN) $(ARGS)

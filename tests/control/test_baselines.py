@@ -41,6 +41,7 @@ from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.trainer.sampling import completion_entropies
 from npo_core.trainer.trainer import NPOTrainer
+from npo_core.world.tasks.problems import SPACE
 
 SETTINGS = (
     "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "placement", "guides_per_group",
@@ -225,17 +226,17 @@ def exgrpo_steps(tmp_path_factory):
     tiny = world("text")
     uids = tiny.dataset["uid"][:6]
     answers = dict(zip(tiny.dataset["uid"], tiny.dataset["answer"], strict=True))
-    short = {uid: tiny.encode(f"\\boxed{{ {answer} }}") for uid, answer in answers.items()}
+    other = {uid: tiny.encode(f"{SPACE} \\boxed{{ {answer} }}") for uid, answer in answers.items()}
     endless = {uid: tiny.solution(uid)[:-1] for uid in uids}
     steps = []
 
     def write(row, slot):
         uid, step = row["uid"], len(steps)  # counted from 1
         if uid == uids[0] and step == 1:
-            return [tiny.solution(uid), short[uid], endless[uid]][slot % 3] if slot < 6 else tiny.mistake(uid)
+            return [tiny.solution(uid), other[uid], endless[uid]][slot % 3] if slot < 6 else tiny.mistake(uid)
         if uid == uids[0] and step == 2:  # replayed: the fifth is another correct one
-            return [7, *short[uid]] if slot in (4, 7) else tiny.mistake(uid)
-        return short[uid] if uid == uids[0] else tiny.mistake(uid)
+            return [7, *other[uid]] if slot in (4, 7) else tiny.mistake(uid)
+        return other[uid] if uid == uids[0] else tiny.mistake(uid)
 
     class Steps(SpyTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -268,7 +269,7 @@ def exgrpo_steps(tmp_path_factory):
         )
         trainer.train()
     return SimpleNamespace(
-        tiny=tiny, trainer=trainer, gradients=gradients.steps, uids=uids, steps=steps, states=states, short=short
+        tiny=tiny, trainer=trainer, gradients=gradients.steps, uids=uids, steps=steps, states=states, other=other
     )
 
 
@@ -276,7 +277,7 @@ def test_exgrpo_remembers_ended_correct_rollouts_and_begins_above_the_start(exgr
     run, uid = exgrpo_steps, exgrpo_steps.uids[0]
     begun, solved, kept = run.states[0]
     assert begun and solved == {uid: 6}, "6 of 16 is above 35 %"
-    expected = [tuple(run.tiny.solution(uid)), tuple(run.short[uid])] * 2
+    expected = [tuple(run.tiny.solution(uid)), tuple(run.other[uid])] * 2
     assert [trajectory.token_ids for trajectory in kept[uid]] == expected, "not the two without an end"
 
 
@@ -300,7 +301,7 @@ def test_exgrpo_chooses_the_rollout_with_the_lowest_entropy_under_the_current_po
     model = model_before(run.trainer, run.tiny, 1)
     prompt = next(row for row in run.tiny.dataset if row["uid"] == uid)
     entropies = {}
-    for ids in (run.tiny.solution(uid), run.short[uid]):
+    for ids in (run.tiny.solution(uid), run.other[uid]):
         batch = {
             "prompt_ids": torch.tensor(encoded := [prompt_ids(run.tiny, prompt)]),
             "prompt_mask": torch.ones_like(torch.tensor(encoded)),
@@ -347,7 +348,7 @@ def test_exgrpos_guide_and_the_rollout_that_it_replaces_stay_out_of_the_memory(e
     _, solved, kept = run.states[1]
     assert solved == {uid: 2}
     assert [t.source_step for t in kept[uid]] == [1, 1, 1, 1, 2]
-    assert kept[uid][-1].token_ids == (7, *run.short[uid])
+    assert kept[uid][-1].token_ids == (7, *run.other[uid])
 
 
 def test_exgrpo_retires_a_prompt_when_all_rollouts_of_the_policy_are_correct(exgrpo_steps):
@@ -687,7 +688,7 @@ def test_an_exgrpo_checkpoint_without_its_memory_is_refused(exgrpo, tmp_path):
 def test_entropies_are_asked_of_the_policy_that_trains(exgrpo_steps):
     """What the trainer hands to the memory is `completion_entropies` of its own model, in evaluation mode."""
     run = exgrpo_steps
-    row, ids = run.tiny.dataset[0], run.short[run.uids[0]]
+    row, ids = run.tiny.dataset[0], run.other[run.uids[0]]
     asked = []
 
     class Asking(OwnPast):

@@ -35,7 +35,7 @@ PAIRS = plan_pairs(STEPS, [0, 10], others=["teacher"])
 
 def verifier(text, row):
     """Right in about one rollout of six, and more often in a policy that likes the first words of the vocabulary."""
-    return Verdict.CORRECT if text[:1] in "bcd" else Verdict.WRONG
+    return Verdict.CORRECT if text[:1] in "bcdmr" else Verdict.WRONG
 
 
 def moved(build, amount, seed):
@@ -157,7 +157,8 @@ def test_proxies_are_those_of_learning_signal_on_the_stored_rollouts(policies, m
     assert table[pair]["token_kl"] == pytest.approx(float((q - π)[mask].mean()), abs=1e-5)
     assert table[pair]["token_kl_policy"] == pytest.approx(float((own_π - own_q)[own_mask].mean()), abs=1e-5)
     if pair.kind != "resample":
-        assert min(table[pair][name] for name in PROXY_COSTS) > 1.001
+        # the weights of whole sequences have so heavy a tail that a few of them may average to 1 at most
+        assert min(table[pair][name] for name in PROXY_COSTS if name != "sequence") > 1.001
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.file)

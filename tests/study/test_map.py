@@ -10,6 +10,7 @@ from evidences import evidence
 
 import npo_core.study.results as results
 from npo_core.__main__ import main
+from npo_core.runs.config import RunConfig
 from npo_core.runs.validation import WORLD
 from npo_core.stages import run as stages
 from npo_core.stages.prefix import shared_steps
@@ -58,7 +59,7 @@ def test_the_grid_holds_both_arms_of_every_cell_and_seed():
     assert {cell.arm for cell in grid} == {"GRPO", "NPO"}
     for cell in grid:
         config = cell.config
-        assert config.easy_share == 0.4 and config.compute_steps == 160
+        assert config.easy_share == RunConfig().easy_share and config.compute_steps == 160
         assert round(1 - config.easy_share - config.middling_share, 6) in HARD_SHARES
 
 

@@ -129,9 +129,11 @@ def test_both_clocks_of_a_run_with_both_stages(both):
 def test_the_scout_is_grpo_and_the_restart_starts_from_the_base_policy(both, grpo):
     assert _lines(both)[:4] == _lines(grpo)[:4]
     first, restart = _lines(both)[0], _lines(both)[4]
-    assert restart["npo/replaced_slots"] == 0, "the first step holds no guided group here, so it repeats the scout's"
-    different = {name for name in first if first[name] != restart[name]}
-    assert different <= {"compute_step", "branch", "num_tokens", "epoch"}
+    # the same policy on the same prompts samples the same: only what trains on it differs where a guide took a slot
+    assert first["groups"] == restart["groups"] and first["npo/pass_rate"] == restart["npo/pass_rate"]
+    if not restart["npo/replaced_slots"]:
+        different = {name for name in first if first[name] != restart[name]}
+        assert different <= {"compute_step", "branch", "num_tokens", "epoch"}
 
 
 def test_guides_are_the_scouts_for_the_windows_prompts_and_only_in_the_window(both):

@@ -85,7 +85,7 @@ def test_finished_cells_are_not_run_again(cells, root, monkeypatch):
 
 @pytest.mark.slow
 def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
-    with pytest.raises(ResultsRefused, match=r"missing: GRPO, seed 2: paper/mathvista"):
+    with pytest.raises(ResultsRefused, match=r"missing: GRPO, seed 2: paper/mmmu_pro"):
         collect([*cells, *plan_cells("smoke", [2], ["GRPO"], SMALL)], root, tmp_path)
     assert not list(tmp_path.glob("*.csv"))
 

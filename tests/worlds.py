@@ -31,7 +31,7 @@ from npo_core.world.tasks import make_dataset, parse_uid, sample_problems, vocab
 
 VERIFIER = BoxedVerifier()
 WIDTH = 12
-"""Longest response: four steps of two tokens, the box, end of sequence."""
+"""Room for the longest response, which is a path of six states, the box and its end, and some words more."""
 
 Write = Callable[[Mapping[str, Any], int], Sequence[int]]
 
@@ -62,7 +62,7 @@ class TinyWorld:
     def guide(self, uid: str, **changes: Any) -> Trajectory:
         """The exact solution as a guide; log-probs that are far from any random policy's, and differ by token."""
         ids = tuple(changes.pop("token_ids", self.solution(uid)))
-        logps = tuple(-0.5 - 0.4 * index for index in range(len(ids)))
+        logps = tuple(-0.5 - 0.7 * index for index in range(len(ids)))
         guide = Trajectory(uid=uid, token_ids=ids, logps=logps, source_step=30, correct=True, text="for people")
         return replace(guide, **changes)
 

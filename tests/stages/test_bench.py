@@ -59,7 +59,7 @@ def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sample
     written, in_loop = zip(*sampled[2:], strict=True)
     for one, other in zip(in_trainer, in_loop, strict=True):
         assert torch.equal(one, other)
-    assert_close(dict(written[0].state_dict()), dict(trained[0].state_dict()), atol=1e-5, rtol=0)
+    assert_close(dict(written[0].state_dict()), dict(trained[0].state_dict()), atol=3e-4, rtol=0)
     moved = [name for name, value in written[0].state_dict().items() if (value - start[name]).abs().max() > 1e-3]
     assert len(moved) > 10
     for own, log in zip(logs, trainer.state.log_history, strict=False):

@@ -163,7 +163,7 @@ def test_scores_are_those_of_training_and_do_not_hang_on_the_padding(habit, trai
     for scores, own in zip(together, theirs, strict=True):
         assert scores == pytest.approx(own[: len(scores)].tolist(), abs=1e-4)
     flat = [score for scores in together for score in scores]
-    assert max(flat) - min(flat) > 0.5, "a policy that says everything alike would pass on any prompt"
+    assert max(flat) - min(flat) > 0.3, "a policy that says everything alike would pass on any prompt"
 
 
 def test_generation_settings_are_those_of_training(habit, trained):

@@ -79,11 +79,11 @@ def test_a_key_of_too_few_or_too_many_places_is_refused():
 
 
 def test_nothing_makes_a_key_of_its_own():
-    """The small world's draws have settings for seeds; a bootstrap is given its generator."""
+    """The small world's draws have settings for seeds; a bootstrap is given its generator, by the gates too."""
     found = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if re.search(r"SeedSequence\(|default_rng\(", path.read_text())
     }
-    assert found == {"streams.py", "world/tasks/problems.py", "world/warmstart.py"}
+    assert found == {"streams.py", "study/gates.py", "world/tasks/problems.py", "world/warmstart.py"}
     assert all(isinstance(stream, Stream) and len(stream.draws) > 10 for stream in STREAMS.values())

@@ -20,7 +20,9 @@ from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
 from npo_core.world.policies import load_policy
 
-CONFIG = resolve_config("autonpo", "smoke", 0, {**SMALL, "warmstart_steps": 60, "checkpoint_keep": 0})
+CONFIG = resolve_config(
+    "autonpo", "smoke", 0, {**SMALL, "checkpoint_keep": 0, "cache_rollouts": 64, "pool_cutoff": 1.0}
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

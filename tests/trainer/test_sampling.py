@@ -428,7 +428,10 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
     class Trainer:
         chat_template_kwargs: ClassVar = {"enable_thinking": False}
         use_vllm = False
-        args = SimpleNamespace(generation_kwargs={"no_repeat_ngram_size": 3})
+        args = SimpleNamespace(
+            generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16, bf16=False
+        )
+        max_completion_length, num_generations = 12, 4
         top_p, top_k, min_p, repetition_penalty = 0.9, 40, 0.01, 1.1
 
         def __init__(self, output_dir, guidance, callbacks):

@@ -145,7 +145,9 @@ def test_the_solver_against_another_implementation(title):
         for _ in range(20):
             glyphs = tuple(rng.integers(0, len(family.glyphs), size=rng.integers(1, 7)).tolist())
             words = [family.glyphs[glyph] for glyph in glyphs]
-            assert Problem(family.suite, start, glyphs).states() == INDEPENDENT[title](start, words), (start, words)
+            places = INDEPENDENT[title](family.dial.index(start), words)
+            expected = [family.dial[place] for place in places]
+            assert Problem(family.suite, start, glyphs).states() == expected, (start, words)
 
 
 @given(problems())
@@ -178,11 +180,12 @@ def test_of_all_paths_one_is_right_and_chance_is_below_a_thousandth_at_every_len
 
 @by_suite
 def test_a_right_path_says_what_the_picture_shows(family):
-    """Knowing the start and the rules is not enough: the glyphs of one length lead to as many different paths."""
+    """Knowing the start and the rules is not enough: a path that is guessed without the picture is right one time in
+    five at most, at the shortest length of the family where two glyphs meet in a state, and far less often elsewhere."""
     for length in range(family.lengths[0], family.lengths[1] + 1):
         every = [Problem(family.suite, 3, glyphs) for glyphs in product(range(len(family.glyphs)), repeat=length)]
         shares = Counter(problem.answer for problem in every)
-        assert max(shares.values()) / len(every) <= 0.1, (length, shares.most_common(1))
+        assert max(shares.values()) / len(every) <= 0.2, (length, shares.most_common(1))
 
 
 @given(problem=problems(), data=st.data())

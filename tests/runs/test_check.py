@@ -163,8 +163,6 @@ def unfinished(copy, back=0):
 
 def again(copy, root):
     """Start it again; what differs from the whole run."""
-    if not (copy.parent / "base").exists():
-        shutil.copytree(root / "base", copy.parent / "base")
     stages.run(CONFIG, copy.parent, quiet=True)
     reference = {name: value for name, value in outcome(root).items() if name.startswith(copy.name)}
     assert len(reference) > 2

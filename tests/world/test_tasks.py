@@ -180,8 +180,8 @@ def test_of_all_paths_one_is_right_and_chance_is_below_a_thousandth_at_every_len
 
 @by_suite
 def test_a_right_path_says_what_the_picture_shows(family):
-    """Knowing the start and the rules is not enough: a path that is guessed without the picture is right one time in
-    five at most, at the shortest length of the family where two glyphs meet in a state, and far less often elsewhere."""
+    """Knowing the start and the rules is not enough: a path guessed without the picture is right one time in five at
+    most, at the shortest length of the family where two glyphs meet in a state, and far less often elsewhere."""
     for length in range(family.lengths[0], family.lengths[1] + 1):
         every = [Problem(family.suite, 3, glyphs) for glyphs in product(range(len(family.glyphs)), repeat=length)]
         shares = Counter(problem.answer for problem in every)

@@ -19,6 +19,8 @@ STAMP := $(VENV)/.installed-$(PINS)
 DEV_STAMP := $(VENV)/.installed-dev-$(PINS)
 PLAYWRIGHT := .venv-playwright
 BROWSER ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed-$(PINS)
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed-$(PINS)
 
@@ -27,7 +29,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab docs test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +104,19 @@ explore: setup ## Write a page to look at a run with (RUN=folder or name; severa
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab --notebook-dir . $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+# The site reads the source and imports nothing of it, so its environment has neither torch nor this package.
+$(DOCS_STAMP):
+	@echo "Installing what the docs need into $(DOCS), half a minute"
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@sed -n '/extra `docs`/,$$p' requirements.txt > $(DOCS)/packages.txt
+	@PIP_NO_INPUT=1 $(DOCS)/bin/python -m pip -qq --disable-pip-version-check install -c requirements.txt \
+		-r $(DOCS)/packages.txt $$(grep '^ruff==' requirements.txt)
+	@touch $@
+
+docs: $(DOCS_STAMP) ## Build the docs as a site, links and docstrings checked, into build/site
+	@NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build -q $(ARGS)
+	@echo "Site: build/site/index.html; with its search: $(PYTHON) -m http.server -d build/site"
 
 PYTEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 

@@ -18,9 +18,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PYPROJECT["optional-dependencies"]
 DEPENDENCIES = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 CONDA_LINES = [line for line in DEPENDENCIES if isinstance(line, str)]
-RUNTIME, TOOLS = (
+RUNTIME, TOOLS, SITE = (
     [line for line in part.splitlines() if line and not line.startswith("#")]
-    for part in (ROOT / "requirements.txt").read_text().split("# Development tools (extra `dev`)\n")
+    for part in re.split(
+        r"# Development tools \(extra `dev`\)\n|# Documentation site \(extra `docs`\).*\n",
+        (ROOT / "requirements.txt").read_text(),
+    )
 )
 EXACT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+( ?; .+)?")
 """`name==version` with an optional marker. A local version (`+cpu`) would exist on one machine only."""
@@ -53,9 +56,9 @@ def closure(names: list[str]) -> dict[str, str]:
     return found
 
 
-LOCK, DEV = pins(RUNTIME), pins(TOOLS)
+LOCK, DEV, DOCS = pins(RUNTIME), pins(TOOLS), pins(SITE)
 CORE = list(map(Requirement, PYPROJECT["dependencies"]))
-LAB, DEVELOPMENT = (list(map(Requirement, EXTRAS[name])) for name in ("lab", "dev"))
+LAB, DEVELOPMENT, DOCUMENTATION = (list(map(Requirement, EXTRAS[name])) for name in ("lab", "dev", "docs"))
 
 on_reference_platform = pytest.mark.skipif(
     sys.platform != "linux" or sys.version_info[:2] != (3, 11) or not version("torch").endswith("+cpu"),
@@ -69,7 +72,7 @@ def names(requirements: list[Requirement]) -> list[str]:
 
 
 def test_every_line_of_the_lock_is_pinned():
-    assert [line for line in [*RUNTIME, *TOOLS, *EXTRAS["gpu"]] if not EXACT.fullmatch(line)] == []
+    assert [line for line in [*RUNTIME, *TOOLS, *SITE, *EXTRAS["gpu"]] if not EXACT.fullmatch(line)] == []
 
 
 @pytest.mark.parametrize("line", ["torch", "torch>=2.13", "torch==2.13.0+cpu", "torch==2.*", "-e ."])
@@ -79,7 +82,7 @@ def test_a_loose_requirement_is_seen(line):
 
 def test_the_package_asks_for_ranges_with_both_ends():
     """A pin would replace what a user's own environment has; an open end would promise what nobody has tried."""
-    for requirement in [*CORE, *LAB, *DEVELOPMENT, *map(Requirement, EXTRAS["study"])]:
+    for requirement in [*CORE, *LAB, *DEVELOPMENT, *DOCUMENTATION, *map(Requirement, EXTRAS["study"])]:
         operators = sorted(part.operator for part in requirement.specifier)
         assert operators == ["<", ">="], f"{requirement} is not name>=lowest,<first untried"
 
@@ -89,6 +92,8 @@ def test_the_lock_lies_in_every_range():
         assert LOCK[canonicalize_name(requirement.name)] in requirement.specifier
     for requirement in DEVELOPMENT:
         assert DEV[canonicalize_name(requirement.name)] in requirement.specifier
+    for requirement in DOCUMENTATION:
+        assert DOCS[canonicalize_name(requirement.name)] in requirement.specifier
 
 
 def test_the_notebooks_need_what_the_figures_need():
@@ -99,11 +104,11 @@ def test_the_core_asks_for_nothing_of_notebooks_and_figures():
     assert not set(names(CORE)) & {*names(LAB), *names(DEVELOPMENT)}
 
 
-def test_both_parts_of_the_lock_are_sorted_and_name_each_package_once():
-    for lines in (RUNTIME, TOOLS):
+def test_the_parts_of_the_lock_are_sorted_and_name_each_package_once():
+    for lines in (RUNTIME, TOOLS, SITE):
         found = names(list(map(Requirement, lines)))
         assert found == sorted(set(found))
-    assert not DEV.keys() & LOCK.keys()
+    assert not DEV.keys() & LOCK.keys() and not DOCS.keys() & (LOCK | DEV).keys()
 
 
 def test_lock_has_neither_torchvision_nor_cuda():

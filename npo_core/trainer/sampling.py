@@ -59,7 +59,7 @@ class Lazily(Sequence):
 
 def sample_rollouts(
     model: PreTrainedModel,
-    processor,
+    processor: Any,
     rows: Sequence[Mapping[str, Any]],
     k: int,
     verifier: Verifier,

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 from transformers import GenerationMixin
 
 from npo_core.runs.config import resolve_config
-from npo_core.stages import bench
+from npo_core.stages import bench, factory
 from npo_core.stages import run as stages
 from npo_core.world.policies import load_policy
 from npo_core.world.speed.sharing import MethodOf
@@ -47,22 +48,73 @@ def sampled(monkeypatch):
     return calls
 
 
-def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sampled, tmp_path):
-    start = load_policy(world.base).state_dict()
+@pytest.fixture
+def gradients():
+    """What each optimiser step was given, by parameter in the optimiser's order."""
+    steps = []
+
+    def keep(optimizer, *_):
+        steps.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(keep)
+    yield steps
+    handle.remove()
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Loads a policy in double precision; where a model asks for single precision, it gets double as well."""
+    single = torch.float32
+
+    def load(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "float32", single)
+            torch.set_default_dtype(single)
+            model = load_policy(*args, **kwargs).double()
+        torch.set_default_dtype(torch.float64)
+        return model
+
+    for module in (bench, factory):
+        monkeypatch.setattr(module, "load_policy", load)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    yield load
+    torch.set_default_dtype(single)
+
+
+def _trained_and_written(world, sampled, folder):
+    """Policy of the trainer and policy of the loop after the same samples, and what both logged."""
     maker = stages.TrainerMaker(CONFIG, world)
-    trainer = maker(tmp_path)
+    trainer = maker(folder)
     trainer.args.save_strategy = "no"
     trainer.train()
     logs = list(bench.handwritten_loop(CONFIG, world, maker.schedule))
-
-    trained, in_trainer = zip(*sampled[:2], strict=True)
-    written, in_loop = zip(*sampled[2:], strict=True)
-    for one, other in zip(in_trainer, in_loop, strict=True):
+    (trained, _), (written, _) = sampled[0], sampled[-1]
+    for (_, one), (_, other) in zip(sampled[:2], sampled[2:], strict=True):
         assert torch.equal(one, other)
-    assert_close(dict(written[0].state_dict()), dict(trained[0].state_dict()), atol=3e-4, rtol=0)
-    moved = [name for name, value in written[0].state_dict().items() if (value - start[name]).abs().max() > 1e-3]
+    return trained, written, trainer.state.log_history, logs
+
+
+def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sampled, gradients, double, tmp_path):
+    """In double precision: Adam moves a weight by lr · g / (|g| + 1e-8), which turns the rounding of single precision,
+    2e-9 in a gradient as small as that, into 1e-4 in the weight."""
+    start = double(world.base).state_dict()
+    trained, written, _, _ = _trained_and_written(world, sampled, tmp_path)
+    assert {p.dtype for p in trained.parameters()} == {torch.float64}
+    for one, other in zip(gradients[:2], gradients[2:], strict=True):
+        assert_close(one, other, atol=1e-14, rtol=0)
+        assert min(gradient.abs().max() for gradient in one) > 1e-8
+    assert_close(dict(written.state_dict()), dict(trained.state_dict()), atol=1e-10, rtol=0)
+    moved = [name for name, value in written.state_dict().items() if (value - start[name]).abs().max() > 1e-3]
     assert len(moved) > 10
-    for own, log in zip(logs, trainer.state.log_history, strict=False):
+
+
+def test_the_hand_written_loop_logs_what_the_trainer_logs(world, sampled, gradients, tmp_path):
+    _, _, history, logs = _trained_and_written(world, sampled, tmp_path)
+    for one, other in zip(gradients[:2], gradients[2:], strict=True):
+        assert_close(one, other, atol=1e-7, rtol=0)
+    for own, log in zip(logs, history, strict=False):
         assert own["reward"] == pytest.approx(log["reward"])
         assert own["entropy"] == pytest.approx(log["npo/entropy"], rel=1e-5)
         assert own["grad_norm"] == pytest.approx(log["grad_norm"], rel=1e-4)

@@ -52,6 +52,9 @@ def visual_habit(template: str | None, pictures: str | None) -> Habit:
     if template is not None:
         processor.chat_template = processor.tokenizer.chat_template = template
     model = build_tiny_policy(processor, TinyPolicySpec(32, 1, 1, 32, 1), seed=0)
+    with torch.no_grad():  # at initialisation every token is about as likely, whatever the input
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            matrix.mul_(8)
     rows = list(make_dataset(sample_problems("train", 12, 0), text_only=pictures is None))
     question = rows[1]["prompt"][0]["content"]
     longer = {**rows[1], "prompt": [{"role": "user", "content": f"{question} {question}"}]}
@@ -163,7 +166,7 @@ def test_scores_are_those_of_training_and_do_not_hang_on_the_padding(habit, trai
     for scores, own in zip(together, theirs, strict=True):
         assert scores == pytest.approx(own[: len(scores)].tolist(), abs=1e-4)
     flat = [score for scores in together for score in scores]
-    assert max(flat) - min(flat) > 0.3, "a policy that says everything alike would pass on any prompt"
+    assert max(flat) - min(flat) > 1, "a policy that says everything alike would pass on any prompt"
 
 
 def test_generation_settings_are_those_of_training(habit, trained):

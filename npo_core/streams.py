@@ -25,7 +25,7 @@ class Stream:
     """
 
     draws: str
-    of: Literal["run", "data", "measurement", "gain", "sample", "test"]
+    of: Literal["run", "data", "measurement", "gates", "gain", "sample", "test"]
     place: tuple[str, ...] = ()
     tag: int = 0
 
@@ -63,6 +63,8 @@ POOL = Stream("which of a prompt's stored trajectories guides", "run", ("policy 
 PAIRS = Stream("resamples of prompts behind the intervals of Q, V and S", "measurement", ("origin",))
 PREMISE = Stream("resamples of prompts behind the intervals of the premise", "measurement", ("origin",), 1)
 MEASURED = Stream("a policy's rollouts; a second, independent sample is number 1", "measurement", ("sample", "policy"))
+
+GATES = Stream("resamples of prompts behind the intervals of the gates' premise; the origin stands as seed", "gates")
 
 GAIN = Stream("guides of a source in the gain study", "gain", ("origin", "source"))
 

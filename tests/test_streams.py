@@ -13,6 +13,7 @@ from npo_core.streams import (
     DATA_ORDER,
     DIVERGENCE,
     GAIN,
+    GATES,
     MEASURED,
     PAIRS,
     POOL,
@@ -43,6 +44,7 @@ TEXTS = {"uid", "policy", "source"}
         (PAIRS, (40,), [9, 40]),
         (PREMISE, (40,), [9, 40, 1]),
         (MEASURED, (1, "000040"), [9, 1, *b"000040"]),
+        (GATES, (), 9),
         (GAIN, (0, "teacher"), [9, 0, *b"teacher"]),
         (PROCESS, (3,), [9, 3]),
         (TEST_ITEMS, (), 9),
@@ -79,11 +81,11 @@ def test_a_key_of_too_few_or_too_many_places_is_refused():
 
 
 def test_nothing_makes_a_key_of_its_own():
-    """The small world's draws have settings for seeds; a bootstrap is given its generator, by the gates too."""
+    """The small world's draws have settings for seeds; a bootstrap is given its generator."""
     found = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if re.search(r"SeedSequence\(|default_rng\(", path.read_text())
     }
-    assert found == {"streams.py", "study/gates.py", "world/tasks/problems.py", "world/warmstart.py"}
+    assert found == {"streams.py", "world/tasks/problems.py", "world/warmstart.py"}
     assert all(isinstance(stream, Stream) and len(stream.draws) > 10 for stream in STREAMS.values())

@@ -23,6 +23,7 @@ from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs
 from ..runs.validation import WORLD
 from ..stages import run as stages
 from ..stages.measure import Measurement
+from ..streams import GATES
 from ..world.policies import load_policy
 from ..world.tasks import family_of
 from .cells import Cell, newest_place, run_cells, score
@@ -190,7 +191,7 @@ def measure_premise(config: RunConfig, root: Path | None = None, quiet: bool = F
     for origin in ORIGINS:
         here = {pair.distance: sums for pair, sums in tables.items() if pair.origin == origin}
         later = {distance: here[distance].shown for distance in DISTANCES}
-        records = premise(here[0].failed, here[0].shown, later, np.random.default_rng(origin))
+        records = premise(here[0].failed, here[0].shown, later, GATES.generator(origin))
         found[str(origin)] = [asdict(record) for record in records]
     return found
 

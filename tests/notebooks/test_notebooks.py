@@ -42,6 +42,13 @@ def printed(notebook):
     return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
+def told(notebook):
+    """The sentence under the notebook's last heading, which is computed from its runs."""
+    (place,) = [place for place, cell in enumerate(notebook.cells) if cell.source.startswith("## What came out")]
+    outputs = [output for cell in notebook.cells[place:] for output in cell.get("outputs", [])]
+    return " ".join(output["data"]["text/markdown"] for output in outputs)
+
+
 def html_of(notebook):
     return [
         output.get("data", {}).get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", [])
@@ -69,6 +76,8 @@ def test_03_autonpo_tells_the_whole_story(runs, story):
     assert pictures(story) == 4
     assert sum("<iframe srcdoc=" in text for text in html_of(story)) == 1
     assert (folder / "explorer.html").is_file()
+    where = f"at step {intervention['policy_step']} back by {intervention['distance']}"
+    assert f"AutoNPO intervened once, {where}" in told(story) and "less GRPO's" in told(story)
     (grpo,) = runs.glob("grpo-smoke-s0-*")
     assert json.loads((grpo / "result.json").read_text())["compute_steps"] == result["compute_steps"]
 
@@ -85,6 +94,7 @@ def test_01_grpo_shows_the_base_policy_and_the_plateau(runs, tmp_path):
     (folder,) = runs.glob("grpo-smoke-s1-*")
     assert json.loads((folder / "result.json").read_text())["interventions"] == []
     assert pictures(notebook) == 3
+    assert "handwritten_loop" in "".join(html_of(notebook)) and told(notebook).startswith("In 20 steps GRPO took")
 
 
 def test_02_npo_runs_all_four_arms(runs, tmp_path):
@@ -97,6 +107,9 @@ def test_02_npo_runs_all_four_arms(runs, tmp_path):
     ]
     assert sorted(stages) == [["early"], ["early", "late"], ["late"]]
     assert pictures(notebook) == 2
+    final = {path.parent.name: json.loads(path.read_text())["final"]["average"] for path in runs.glob("*/result.json")}
+    (grpo,) = [score for name, score in final.items() if name.startswith("grpo-smoke-s0-")]
+    assert f"less GRPO's {grpo:.3f}: NPO early " in told(notebook) and "; NPO early+late " in told(notebook)
 
 
 def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
@@ -110,8 +123,8 @@ def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{name}.{kind}" for name in ("signal", "signal_1", "plane", "proxies") for kind in ("png", "svg")
     }
-    assert pictures(notebook) == 2
-    assert "No study over seeds is committed for this world yet" in printed(notebook)
+    assert pictures(notebook) == 4
+    assert told(notebook).startswith("From policy step 0: ") and "From policy step 6: " in told(notebook)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +143,7 @@ def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, benchmarks):
         for output in cell.get("outputs", [])
     )
     assert text.count("too few seeds") >= 5 and "`make study`" in text
+    assert "rows of the table of verdicts over 1 seed: " in told(benchmarks)
 
 
 def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
@@ -138,7 +152,9 @@ def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
     assert {"grpo", "luffy", "exgrpo", "rlep", "npo", "autonpo"} <= methods
     modes = {json.loads(path.read_text())["ratio_mode"] for path in runs.glob("npo-smoke-s0-*/config.json")}
     assert modes == {"current", "exact", "truncated", "shaped"}
-    assert pictures(notebook) == 4
+    assert pictures(notebook) == 2
+    assert "No study over seeds is committed for this world yet" in printed(notebook)
+    assert "in brackets less GRPO's: " in told(notebook)
 
 
 def test_an_unknown_parameter_is_refused(tmp_path):

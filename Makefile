@@ -29,7 +29,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab docs test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -104,6 +104,9 @@ explore: setup ## Write a page to look at a run with (RUN=folder or name; severa
 
 lab: setup ## Open the notebooks in JupyterLab
 	$(THREADS) $(BIN)/jupyter lab --notebook-dir . $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+book: setup ## Execute all notebooks, and write them as pages into build/book (PRESET, SEED; resumable)
+	$(THREADS) $(BIN)/python -m npo_core book --preset $(PRESET) --seed $(SEED) $(ARGS)
 
 # The site reads the source and imports nothing of it, so its environment has neither torch nor this package.
 $(DOCS_STAMP):

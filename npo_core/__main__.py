@@ -12,6 +12,7 @@ from typing import Any
 from .explore.command import add_stage as add_explore
 from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown, settings_text
 from .runs.settings import SignalSettings
+from .stages.book import add_stage as add_book
 from .study.gates_command import add_stage as add_gates
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     add_gates(stages)
     add_explore(stages)
+    add_book(stages)
     _signal_parser(stages)
     _gain_parser(stages)
     whole = stages.add_parser("merge", help="Write a checkpoint with adapters as a policy of its own.")

@@ -144,6 +144,20 @@ def _guided(folder: Path) -> None:
     (folder / "guided" / "b01.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
 
 
+def make_prefix_run(folder: Path) -> Path:
+    """The same run with prefix guidance: the policy went on from a beginning, and ended wrong."""
+    make_run(folder)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"guide_prefix": 0.5})
+    rows = group(0, "a", [1.0] + [0.0] * (N - 1), guide=4, lost="the lost rollout")
+    rows[-1] |= {"source": "prefix", "prefix": 2, "prefix_text": "given words", "text": "given words and my own"}
+    rows[-1] |= {"token_ids": [5, 6, 7, 8, 2], "pieces": ["given", " words", " and", " my", " own"], "correct": False}
+    record = {"uid": "a", "group": 0, "question": "Question of a?", "answer": "3", "suite": "dice", "slots": rows}
+    line = {"policy_step": 3, "groups": [record | {"picture": "a.png"}], "refused": []}
+    (folder / "guided" / "b01.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
 def make_trl_run(folder: Path) -> Path:
     """A folder as TRL's log_completions leaves it: two prompts of four completions, two rewards, a conversation."""
     (folder / "completions").mkdir(parents=True)

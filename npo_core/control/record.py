@@ -82,13 +82,16 @@ class GuidedGroups:
 
     def _slot(self, row: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: row[name] for name in KEPT}
-        if row["source"] == "guide":
+        if row["source"] != "policy":
             lost = row["overwritten_ids"]
             kept |= {name: row[name] for name in OF_GUIDES}
             kept["overwritten_text"] = None if lost is None else self.tokenizer.decode(lost, skip_special_tokens=True)
             kept["pieces"] = [self._piece(token) for token in row["token_ids"]]
             for name in ("behaviour_logps", "current_logps"):
                 kept[name] = [round(value, 5) for value in row[name]]
+        if row["source"] == "prefix":
+            kept["prefix"] = row["prefix"]
+            kept["prefix_text"] = self.tokenizer.decode(row["token_ids"][: row["prefix"]], skip_special_tokens=True)
         return kept
 
     def _piece(self, token: int) -> str:

@@ -79,11 +79,13 @@ def slot(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not row.get("ended", True):
         shown["cut"] = True
-    if row.get("source") == "guide":
+    if row.get("source") in ("guide", "prefix"):
         shown["guide"] = -1 if row.get("guide_step") is None else row["guide_step"]
         if row.get("overwritten_text") is not None:
             shown["lost"], shown["lostOk"] = row["overwritten_text"], bool(row["overwritten_correct"])
-        if row.get("behaviour_logps") and row.get("current_logps"):
+        if row["source"] == "prefix":  # what follows is the policy's own, which no ratio weighs
+            shown["begun"] = [row["prefix"], len(row["token_ids"]), row.get("prefix_text")]
+        elif row.get("behaviour_logps") and row.get("current_logps"):
             shown["q"] = [round(value, 4) for value in row["behaviour_logps"]]
             shown["l"] = [round(value, 4) for value in row["current_logps"]]
             shown["ids"] = list(row["token_ids"])

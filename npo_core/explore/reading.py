@@ -27,7 +27,15 @@ METRICS = {
 
 SHOWN_SETTINGS = (
     *("num_generations", "tau_gate", "advantage_scale", "ratio_mode", "ratio_truncation", "ratio_gamma"),
-    *("guide_behaviour", "guides_per_group", "placement", "pool_cutoff", "pool_expiry", "pool_capacity"),
+    *(
+        "guide_behaviour",
+        "guides_per_group",
+        "guide_prefix",
+        "placement",
+        "pool_cutoff",
+        "pool_expiry",
+        "pool_capacity",
+    ),
     *("variance_proxy", "variance_c", "quality_floor", "probe_rollouts", "compute_steps", "rollout_every"),
 )
 """Settings that the page's sums need or names."""
@@ -35,6 +43,7 @@ SHOWN_SETTINGS = (
 
 OF_THE_TRAINER = (
     "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "guides_per_group", "placement",
+    "guide_prefix",
 )  # fmt: skip
 """Settings that a trainer has under the name of the run's."""
 

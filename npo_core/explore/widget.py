@@ -58,7 +58,7 @@ class Explorer(anywidget.AnyWidget):
     def _row(place: int, slot: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "slot": place,
-            "source": "guide" if "guide" in slot else "policy",
+            "source": "prefix" if "begun" in slot else "guide" if "guide" in slot else "policy",
             "text": slot["t"],
             "correct": slot["ok"],
             "reward": slot["r"],

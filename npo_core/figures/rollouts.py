@@ -67,25 +67,26 @@ def _tables(run: Path) -> list[Path]:
 
 
 def _guided_groups(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Groups of a table that hold a guide, each in the order of its slots."""
+    """Groups of a table that hold a guide or its beginning, each in the order of its slots."""
     rows = pq.read_table(path, columns=COLUMNS).to_pylist()
-    for group in dict.fromkeys(row["group"] for row in rows if row["source"] == "guide"):
+    for group in dict.fromkeys(row["group"] for row in rows if row["source"] != "policy"):
         yield sorted((row for row in rows if row["group"] == group), key=lambda row: row["slot"])
 
 
 def _rewards_before(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [float(row["overwritten_correct"] if row["source"] == "guide" else row["reward"]) for row in rows]
+    return [float(row["reward"] if row["source"] == "policy" else row["overwritten_correct"]) for row in rows]
 
 
 def _draw_group(path: Path, rows: Sequence[Mapping[str, Any]]) -> Figure:
     rewards = _rewards_before(rows)
     advantages = group_advantages(torch.tensor([rewards]))[0].tolist()
-    guided = [row["source"] == "guide" for row in rows]
+    guided = [row["source"] != "policy" for row in rows]
     before, after = [], []
     for row, is_guide, reward, advantage in zip(rows, guided, rewards, advantages, strict=True):
         text = row["overwritten_text"] if is_guide else row["text"]
         before.append((row["slot"], [*_lines(text)], reward, advantage))
-        label = [f"← guide, from step {row['guide_step']}"] if is_guide else []
+        words = "begun by a guide" if row["source"] == "prefix" else "guide"
+        label = [f"← {words}, from step {row['guide_step']}"] if is_guide else []
         after.append((row["slot"], [*_lines(row["text"]), *label], row["reward"], row["advantage"]))
     # the same height on both sides, so that a slot stands in one line across the figure
     heights = [max(len(a[1]), len(b[1])) for a, b in zip(before, after, strict=True)]

@@ -129,20 +129,20 @@ class RolloutTable:
         self._place: dict[int, dict[str, Any]] = {}
         for row in kept:
             data, tokens = rollouts.rows[row], ids[row]
-            guide, prefix = rollouts.guided.get(row), rollouts.prefixes.get(row, 0)
+            guide, prefix = rollouts.guided.get(row), rollouts.prefixes.get(row)  # 0 of a guide that ends at once
             lost_ids, lost_correct = rollouts.overwritten.get(row, (None, None))
             record = {
                 "uid": data.get("uid"),
                 "group": row // n,
                 "slot": row % n,
-                "source": "policy" if guide is None else "prefix" if prefix else "guide",
-                "prefix": prefix,
+                "source": "policy" if guide is None else "guide" if prefix is None else "prefix",
+                "prefix": prefix or 0,
                 "guide_step": None if guide is None else guide.source_step,
                 "token_ids": tokens,
                 "text": texts[row],
                 "ended": bool(tokens) and tokens[-1] in eos_token_ids,
                 "correct": None if rollouts.correct is None else bool(rollouts.correct[row]),
-                "behaviour_logps": None if guide is None or prefix else list(guide.logps),
+                "behaviour_logps": None if guide is None or prefix is not None else list(guide.logps),
                 "reward": float(rollouts.rewards[row]),
                 "advantage": float(output["advantages"][row]),
                 "overwritten_ids": lost_ids,
@@ -152,8 +152,8 @@ class RolloutTable:
             self._place[row] = record
 
     def guided_rows(self) -> list[dict[str, Any]]:
-        """Rows of the groups that hold a guide."""
-        groups = {row["group"] for row in self.rows if row["source"] == "guide"}
+        """Rows of the groups that hold a guide, or a response that a guide began."""
+        groups = {row["group"] for row in self.rows if row["source"] != "policy"}
         return [row for row in self.rows if row["group"] in groups]
 
     def see(self, logps: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any]) -> bool:

@@ -388,5 +388,6 @@ class NPOTrainer(GRPOTrainer):
             self.guidance.observe(table.step, table.rows)
         if self.record_rollouts and self.rollout_sink is not None:
             self.rollout_sink(table.step, table.rows)
-        if self.guided_sink is not None and (table.refused or any(row["source"] == "guide" for row in table.rows)):
-            self.guided_sink(table.step, table.guided_rows(), table.refused)
+        guided = table.guided_rows()
+        if self.guided_sink is not None and (guided or table.refused):
+            self.guided_sink(table.step, guided, table.refused)

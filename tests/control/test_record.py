@@ -70,6 +70,30 @@ def test_every_guided_group_is_kept_with_what_it_replaced(run):
     assert seen == sum(line["npo/replaced_slots"] for line in run.metrics()) > 0
 
 
+def test_of_a_response_that_a_guide_began_it_is_kept_what_was_given(made, tmp_path_factory):
+    config = own_config(compute_steps=8, quality_floor=0.0, confirm_quality=0.0, guide_prefix=0.5)
+    factory = Factory(config, guide_prefix=0.5)
+    controller = controller_of(factory, tmp_path_factory.mktemp("runs"))
+    controller.run()
+    run, decode = controller.run_folder, factory.tiny.processor.decode
+    seen = 0
+    for line, logged in recorded(run):
+        assert len(line["groups"]) == logged["npo/replaced_slots"]
+        for group in line["groups"]:
+            *own, begun = group["slots"]
+            assert [slot["source"] for slot in group["slots"]] == ["policy"] * 3 + ["prefix"]
+            assert 0 <= begun["prefix"] <= len(begun["token_ids"])
+            assert begun["prefix_text"] == decode(begun["token_ids"][: begun["prefix"]], skip_special_tokens=True)
+            assert begun["text"].startswith(begun["prefix_text"]) and begun["guide_step"] == 6
+            verdicts = [slot["correct"] for slot in own] + [begun["overwritten_correct"]]
+            assert sum(verdicts) / 4 == pytest.approx(logged["groups"][group["uid"]])
+            seen += 1
+    assert seen == sum(line["npo/replaced_slots"] for line in run.metrics()) > 0
+    slots = [slot for step in read_run(run.path)["steps"] for g in step["groups"] for slot in g["slots"]]
+    begun = [slot for slot in slots if "begun" in slot]
+    assert len(begun) == seen and all("q" not in slot and slot["guide"] == 6 for slot in begun)
+
+
 def test_the_distance_of_the_kept_guides_is_the_one_that_was_logged(run):
     for line, logged in recorded(run):
         pairs = [

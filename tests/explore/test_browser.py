@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from made_runs import HOSTILE, make_run, make_trl_run
+from made_runs import HOSTILE, make_prefix_run, make_run, make_trl_run
 from nbclient import NotebookClient
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -91,6 +91,24 @@ def test_the_gate_moves_with_tau(opened):
     expect(opened.locator(".grouptools output")).to_have_text("τ = 0.01")
     opened.keyboard.press("k")
     expect(opened.locator(".stepname")).to_have_text("policy step 3, branch 1, compute step 5")
+
+
+def test_what_a_guide_began_is_shown_apart_from_what_the_policy_wrote(tab, tmp_path):
+    page = tab(write_page(make_prefix_run(tmp_path / "prefix"))[0].as_uri())
+    begun = page.locator(".guideslot")
+    expect(begun.locator(".origin")).to_have_text(
+        "beginning of a guide from policy step 4: 2 of 5 tokens were given, the policy went on"
+    )
+    expect(begun.locator(".given .completion")).to_have_text("given words")
+    expect(begun.locator(".wenton .completion")).to_have_text("and my own")
+    expect(begun.locator(".judged .mark")).to_have_attribute("aria-label", "wrong")
+    expect(begun.locator("del")).to_have_text("the lost rollout")
+    expect(page.locator(".verdict")).to_contain_text("kept out of the loss")
+    assert page.locator(".row[aria-selected=true] .sq.begun.wrong").count() == 1
+    assert page.locator(".guidetokens").count() == 0, "no ratio weighs what the policy wrote itself"
+    page.locator('[data-action="without"]').click()
+    expect(page.locator(".verdict")).to_contain_text("the policy's own rollout stays")
+    page.locator('[data-action="without"]').click()
 
 
 def test_filters_and_search_narrow_the_board(opened):

@@ -145,3 +145,17 @@ def test_prefixes_that_make_no_sense_are_refused(tmp_path, wrong):
 def test_a_replaying_source_gives_whole_guides(tmp_path):
     with pytest.raises(ValueError, match=r"guide_prefix is 0\.5; beginnings of guides come from a cache"):
         trainer_of(world("text"), tmp_path, guidance=OwnPast({}, 4, seed=0), guide_prefix=0.5)
+
+
+def test_a_guide_that_ends_at_once_gives_nothing_and_its_row_is_the_policys(tmp_path):
+    tiny, told = world("text"), []
+    eos = tiny.guide(tiny.dataset["uid"][0]).token_ids[-1]
+    guides = {uid: tiny.guide(uid, token_ids=(eos,)) for uid in tiny.dataset["uid"]}
+    trainer = trainer_of(
+        tiny, tmp_path, guidance=Guides(guides), guide_prefix=0.5, tau_gate=1.0, verifier=lambda text, row: True
+    )
+    trainer.guided_sink = lambda step, rows, refused: told.extend(rows)
+    trainer.train()
+    begun = [row for row in told if row["slot"] == 3]
+    assert len(begun) == 4 and all((row["source"], row["prefix"]) == ("prefix", 0) for row in begun)
+    assert all(len(row["behaviour_logps"]) == len(row["token_ids"]) for row in begun)

@@ -11,7 +11,8 @@ export function squares(run, entry) {
     for (const slot of entry.group.slots) {
       const guide = slot.guide !== undefined;
       const shade = run.kind === "trl" ? ` level${Math.round(4 * share(run, slot))}` : "";
-      box.append(h("i", { class: `sq ${guide ? "guide" : right(run, slot) ? "right" : "wrong"}${shade}` }));
+      const kind = slot.begun ? `begun ${right(run, slot) ? "right" : "wrong"}` : guide ? "guide" : right(run, slot) ? "right" : "wrong";
+      box.append(h("i", { class: `sq ${kind}${shade}` }));
     }
     if (entry.refused) box.lastChild.classList.add("refused");
     return box;

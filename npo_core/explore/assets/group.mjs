@@ -63,12 +63,12 @@ function slots(context, pick) {
     const guide = slot.guide !== undefined;
     const was = view.hypothetical ? entry.group.slots[place]?.a : null;
     const ok = right(run, slot);
-    const label = guide ? h("p", { class: "origin" }, slot.guide >= 0 ? `guide, from policy step ${slot.guide}` : "guide, from the cache") : null;
+    const label = guide ? h("p", { class: "origin" }, origin(slot)) : null;
     const lost = guide && slot.lost !== undefined
       ? h("div", { class: "lost" }, mark(slot.lostOk), h("del", {}, completion(slot.lost, { markdown })), h("span", { class: "dim" }, " replaced")) : null;
     return h("div", { class: `slot${guide ? " guideslot" : ""}`, role: "row" },
       h("span", { class: "place", role: "cell" }, String(place)), h("span", { role: "cell" }, run.kind === "trl" || lost ? "" : mark(ok)),
-      h("div", { role: "cell", class: "said" }, lost, label, h("div", { class: lost ? "judged" : null }, lost ? mark(ok) : null, completion(slot.t, { markdown })),
+      h("div", { role: "cell", class: "said" }, lost, label, h("div", { class: lost ? "judged" : null }, lost ? mark(ok) : null, said(slot, markdown)),
         slot.cut ? h("span", { class: "dim" }, " (not ended: cut at the longest response)") : null),
       h("span", { class: "reward", role: "cell" }, number(slot.r, Number.isInteger(slot.r) ? 0 : 2)),
       h("span", { class: "advantage", role: "cell" }, bar(slot.shown, largest, guide), h("span", { class: "value" }, number(slot.shown, 2, true)),
@@ -84,11 +84,27 @@ function slots(context, pick) {
   return out;
 }
 
+function origin(slot) {
+  const from = slot.guide >= 0 ? `from policy step ${slot.guide}` : "from the cache";
+  return slot.begun ? `beginning of a guide ${from}: ${slot.begun[0]} of ${slot.begun[1]} tokens were given, the policy went on` : `guide, ${from}`;
+}
+
+/** A completion; of one that a guide began, what was given and what the policy wrote apart. */
+function said(slot, markdown) {
+  const given = slot.begun?.[2];
+  if (!given || !slot.t.startsWith(given)) return completion(slot.t, { markdown });
+  return h("div", { class: "begun" },
+    h("div", { class: "given" }, h("span", { class: "tag" }, "prefix given"), completion(given)),
+    h("div", { class: "wenton" }, h("span", { class: "tag" }, "policy's own"), completion(slot.t.slice(given.length))));
+}
+
 function verdict(context, view) {
   const { run, chosen: entry, tau } = context;
   const all = view.slots.every((slot) => Math.abs(slot.shown) < 5e-3);
   const words = [];
   if (run.kind === "trl") words.push(view.agrees ? "Advantages as logged." : "Advantages as logged; they are not (reward − mean) / std of these rewards.");
+  else if (view.unknown) words.push(`Pass rate ${number(entry.rate, 3)} ≤ τ = ${number(tau, 2)}: the policy would go on from the beginning of a guide; what it would write is not known, so the group is shown as it was.`);
+  else if (view.gated && entry.begun) words.push(`Pass rate ${number(entry.rate, 3)} ≤ τ = ${number(tau, 2)} and there is a guide: the last slot is begun with it, and what was given is kept out of the loss.`);
   else if (view.gated) words.push(`Pass rate ${number(entry.rate, 3)} ≤ τ = ${number(tau, 2)} and there is a guide: the last slot is replaced.`);
   else if (context.without && entry.guided) words.push("Without its guide the policy's own rollout stays in the slot.");
   else if (entry.hasGuide) words.push(`Pass rate ${number(entry.rate, 3)} with τ = ${number(tau, 2)}: no guide takes a slot.`);

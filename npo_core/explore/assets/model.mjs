@@ -69,6 +69,7 @@ export function groupsOf(run, line) {
       group,
       rate,
       guided: Boolean(group?.slots.some((slot) => slot.guide !== undefined)),
+      begun: Boolean(group?.slots.some((slot) => slot.begun)),
       refused: refused.get(entry.p) ?? null,
       hasGuide: Boolean(guide) || Boolean(group?.slots.some((slot) => slot.guide !== undefined)),
       guide,
@@ -96,13 +97,15 @@ export function asGated(run, entry, { tau, without }) {
     return { slots: recorded.map((slot, i) => ({ ...slot, shown: slot.a ?? computed[i] })), gated, hypothetical: false, agrees };
   }
   let slots = ownSlots(entry.group);
-  if (gated && entry.guide) {
+  // how the policy would end what a guide begins nobody has sampled
+  const unknown = gated && (run.config.guide_prefix ?? 1) < 1;
+  if (gated && entry.guide && !unknown) {
     const last = slots[slots.length - 1];
     const guide = { t: entry.guide[1], ok: true, r: 1, a: null, guide: -1, lost: last.t, lostOk: right(run, last) };
     slots = run.config.placement === "append" ? [...slots, { ...guide, lost: undefined }] : [...slots.slice(0, -1), guide];
   }
   const advantages = groupAdvantages(slots.map((slot) => slot.r), scale);
-  return { slots: slots.map((slot, i) => ({ ...slot, shown: advantages[i] })), gated, hypothetical: true, agrees: true };
+  return { slots: slots.map((slot, i) => ({ ...slot, shown: advantages[i] })), gated, unknown, hypothetical: !unknown, agrees: true };
 }
 
 export const FILTERS = {

@@ -85,7 +85,7 @@ def decisions(events: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) ->
 
 
 def signal(measured: MeasuredSignal) -> str:
-    """Whether the premise holds from each origin, and where S peaks, with its interval over prompts."""
+    """Whether the premise holds from each origin, and where S peaks (interval over prompts); a paragraph each."""
     told, peak = [], Signal(Quality.MANY, Cost.GRADIENT_CURRENT).name
     for origin, entry in measured.summary["origins"].items():
         words = "the policy fails too little to tell."
@@ -95,8 +95,8 @@ def signal(measured: MeasuredSignal) -> str:
         if (best := entry["optimum"].get(peak)) is not None:
             between = "" if best["low"] is None else f" ({best['low']:g} to {best['high']:g} over prompts)"
             edge = ", the edge of what was measured" if best["at_edge"] else ", inside of what was measured"
-            told.append(f"There S, with V measured at weight 1, is largest at Δ = {best['distance']:g}{between}{edge}.")
-    return " ".join(told)
+            told[-1] += f" There S, with V measured at weight 1, is largest at Δ = {best['distance']:g}{between}{edge}."
+    return "\n\n".join(told)
 
 
 def arms(results: Mapping[str, Mapping[str, Any]], reference: str = "GRPO") -> str:

@@ -88,6 +88,7 @@ def boxed_policy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A Qwen3 that answers every chat with `\\boxed{1}` or `\\boxed{2}`, evenly: each token follows from the last."""
     size = len(tokenizer)
     model = tiny_model("Qwen3", tokenizer, hidden_size=size + size % 2, intermediate_size=8)
+    model.config.max_position_embeddings = 1024
     follows = [("\n", "\\"), *pairwise("\\boxed{"), ("{", "1"), ("{", "2"), ("1", "}"), ("2", "}")]
     ids = [[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(letter))[0] for letter in pair] for pair in follows]
     ids.append([tokenizer.convert_tokens_to_ids("}"), tokenizer.eos_token_id])

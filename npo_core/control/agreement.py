@@ -18,6 +18,7 @@ from ..guidance.sources import GuidanceSource
 from ..guidance.verdicts import AnswerVerifier
 from ..runs.config import RunConfig
 from ..trainer.dataset import row_complaints
+from ..trainer.prompts import Room
 from ..trainer.trainer import NPOTrainer
 
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -111,9 +112,8 @@ def _prompts(trainer: NPOTrainer, uids: Sequence[str]) -> list[str]:
     if not order:
         return ["train_dataset has no column uid, which names a prompt in metric lines and cache"]
     # all that a roll-back will need of the rows, though until the first one nothing asks for it
-    found, _ = row_complaints(
-        trainer.train_dataset, isinstance(trainer.verifier, AnswerVerifier), trainer.processing_class
-    )
+    judged = isinstance(trainer.verifier, AnswerVerifier)
+    found, _ = row_complaints(trainer.train_dataset, judged, trainer.processing_class, Room.of(trainer))
     found = [f"train_dataset: {complaint}" for complaint in found]
     unknown = sorted(set(order) - set(uids), key=str)
     if unknown:

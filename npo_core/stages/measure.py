@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from ..declaration import require
 from ..files import read_table, write_json, write_table
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
@@ -37,6 +38,7 @@ from ..runs.settings import SignalSettings
 from ..streams import MEASURED
 from ..trainer.gradients import both_sided, own_gram, require_gradients_fit, source_gradients
 from ..trainer.inputs import inherited
+from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
 from ..world.policies import load_policy
 from .comparable import check_policies, fingerprint
@@ -81,6 +83,8 @@ class Measurement:
         rollout_batch: int = ROLLOUT_BATCH,
         score_batch: int = ROLLOUT_BATCH,
     ):
+        for name, batch in (("rollout_batch", rollout_batch), ("score_batch", score_batch)):
+            require(batch >= 1, name, batch, "at least 1")
         if len(rows) < settings.prompts:
             raise ValueError(f"prompts is {settings.prompts}, but the data set has {len(rows)} rows; lower prompts.")
         needed = {f"{pair.origin:06d}" for pair in pairs} | {pair.source for pair in pairs} - {RESAMPLE}
@@ -151,6 +155,10 @@ class Measurement:
         names = [f"{origin:06d}" for origin in origins]
         samples = [*[(name, stream) for name in names for stream in (0, 1)]]
         samples += [(name, 0) for name in self.policies if name not in names]
+        if not all(self._sample_file(*each).exists() for each in samples):
+            config = AutoConfig.from_pretrained(next(iter(self.policies.values())), trust_remote_code=False)
+            room = Room(context_length(config), self.settings.max_new_tokens, setting="max_new_tokens")
+            require_room(self.processor, self.rows, room)
         with progress(len(samples) + len(self.pairs), "signal", self.quiet) as bar:
             for name, stream in samples:
                 self._sample(name, stream, bar)

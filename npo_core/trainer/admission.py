@@ -6,6 +6,7 @@ timeout does not end a long run.
 """
 
 import logging
+from collections.abc import Sequence
 
 from datasets import Dataset
 from transformers import ProcessorMixin
@@ -33,14 +34,28 @@ def known_uids(trainer: GRPOTrainer) -> set[str] | None:
     Raises:
         ValueError: Rows that NPO cannot use.
     """
+    found, uids = _rows(trainer)
+    _refuse("The data set cannot be trained on", found)
+    return uids
+
+
+def _rows(trainer: GRPOTrainer) -> tuple[list[str], set[str] | None]:
+    """What keeps NPO from using the training data, a clause each, and its uids."""
     # for guidance alone, as the rules for answers and pictures that it reads by
-    from .dataset import require_columns, require_names
+    from .dataset import missing_columns, row_complaints
+    from .prompts import Room
 
     dataset, answer = trainer.train_dataset, isinstance(trainer.verifier, AnswerVerifier)
     if not isinstance(dataset, Dataset):
-        require_names(dataset.column_names, answer)
-        return None
-    return require_columns(dataset, answer, trainer.processing_class)
+        return missing_columns(dataset.column_names, answer), None
+    return row_complaints(dataset, answer, trainer.processing_class, Room.of(trainer))
+
+
+def _refuse(what: str, found: Sequence[str]) -> None:
+    """Raise a ValueError with all complaints, if there are any."""
+    if found:
+        listed = f" {found[0]}." if len(found) == 1 else "".join(f"\n  - {each}" for each in found)
+        raise ValueError(f"{what}:{listed}")
 
 
 def require_own_rollouts(trainer: GRPOTrainer, what: str) -> None:
@@ -53,16 +68,22 @@ def require_own_rollouts(trainer: GRPOTrainer, what: str) -> None:
     Raises:
         ValueError: The trainer has a rollout function, tools or environments.
     """
+    for complaint in _others_sample(trainer, what):
+        raise ValueError(f"{complaint}.")
+
+
+def _others_sample(trainer: GRPOTrainer, what: str) -> list[str]:
     given = {
         "rollout_func": trainer.rollout_func is not None,
         "environment_factory": trainer.environment_factories is not None,
         "tools": bool(trainer.tools) and trainer.environment_factories is None,
     }
-    for name in (name for name, there in given.items() if there):
-        raise ValueError(
-            f"{name} is given together with {what}. A guide takes the place of a whole response that the trainer "
-            f"samples itself, and with {name} it does not: leave one of the two out."
-        )
+    return [
+        f"{name} is given together with {what}. A guide takes the place of a whole response that the trainer samples "
+        f"itself, and with {name} it does not: leave one of the two out"
+        for name, there in given.items()
+        if there
+    ]
 
 
 def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
@@ -70,68 +91,85 @@ def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
 
     Raises:
         ValueError: No verifier; `rollout_func`, tools or environments; a group that would be split over two batches or
-            processes; rows without the needed columns; a cache of another tokenizer, with longer responses, or scored
-            at another temperature where the ratio needs its q. The message says what to change.
+            processes; rows that NPO cannot use; a cache of another tokenizer, with longer responses, or scored at
+            another temperature where the ratio needs its q. The message says all of it, and what to change.
     """
-    args = trainer.args
+    rows, uids = _rows(trainer)
+    inner = source.source if isinstance(source, GuidanceWindow) else source
+    cache = inner if isinstance(inner, GuidanceCache) else None
+    of_cache = [] if cache is None else _misfits(trainer, cache)
+    _refuse("NPOTrainer cannot guide", [*_settings(trainer, source), *rows, *of_cache])
+    if cache is not None:
+        _warn(trainer, cache, uids)
+
+
+def _settings(trainer: GRPOTrainer, source: GuidanceSource) -> list[str]:
+    """What of the trainer's arguments keeps it from guiding, a clause each."""
+    args, processes, found = trainer.args, trainer.accelerator.num_processes, []
     if trainer.verifier is None:
-        raise ValueError("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=….")
-    require_own_rollouts(trainer, "guidance")
+        found.append("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=…")
+    found += _others_sample(trainer, "guidance")
     batch = args.per_device_train_batch_size * args.steps_per_generation
     if batch % trainer.num_generations:
-        raise ValueError(
+        found.append(
             f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
             f"num_generations = {trainer.num_generations}, so a group would be split over two processes. "
-            "Change one of the three."
+            "Change one of the three"
         )
     if args.guide_prefix < 1 and (isinstance(source, ReplaySource) or trainer.is_fsdp_enabled):
-        raise ValueError(
+        found.append(
             f"guide_prefix is {args.guide_prefix}; beginnings of guides come from a cache, and the policy that goes on "
-            "from them must be whole in every process: set guide_prefix=1 for a replaying source and under FSDP."
+            "from them must be whole in every process: set guide_prefix=1 for a replaying source and under FSDP"
         )
-    if isinstance(source, ReplaySource) and trainer.accelerator.num_processes > 1:
-        raise ValueError(
-            f"{type(source).__name__} learns from the rollouts it sees, and each of the "
-            f"{trainer.accelerator.num_processes} processes sees only its own; train on one process."
+    if isinstance(source, ReplaySource) and processes > 1:
+        found.append(
+            f"{type(source).__name__} learns from the rollouts it sees, and each of the {processes} processes sees "
+            "only its own; train on one process"
         )
     if args.guides_per_group > 1 and not isinstance(source, ManyGuides):
-        raise ValueError(
+        found.append(
             f"guides_per_group is {args.guides_per_group}, but {type(source).__name__} has no guides(); "
-            "give a source with several guides for a prompt, such as ReplayPool."
+            "give a source with several guides for a prompt, such as ReplayPool"
         )
     processor = trainer.processing_class
     if isinstance(processor, ProcessorMixin) and tokenizer_of(processor).padding_side != "left":
-        raise ValueError(
-            "The processor's tokenizer pads on the right, where TRL's training would take other tokens of a padded "
-            "prompt for its picture than off-line sampling; set processor.tokenizer.padding_side = 'left'."
+        found.append(
+            "the processor's tokenizer pads on the right, where TRL's training would take other tokens of a padded "
+            "prompt for its picture than off-line sampling; set processor.tokenizer.padding_side = 'left'"
         )
-    uids = known_uids(trainer)
-    inner = source.source if isinstance(source, GuidanceWindow) else source
-    if isinstance(inner, GuidanceCache):
-        _check_cache(trainer, inner, uids)
+    return found
 
 
-def _check_cache(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | None) -> None:
-    own = tokenizer_digest(trainer.processing_class)
+def _misfits(trainer: GRPOTrainer, cache: GuidanceCache) -> list[str]:
+    """Why the trainer cannot use a cache, a clause each."""
+    own, found = tokenizer_digest(trainer.processing_class), []
     if cache.tokenizer_digest and cache.tokenizer_digest != own:
-        raise ValueError(
-            f"The guidance cache was made with another tokenizer ({cache.tokenizer_digest}) than this policy's "
-            f"({own}); its token ids would mean other text. Make the cache again."
+        found.append(
+            f"the guidance cache was made with another tokenizer ({cache.tokenizer_digest}) than this policy's "
+            f"({own}); its token ids would mean other text. Make the cache again"
         )
     longest = max((len(guide.token_ids) for guide in cache), default=0)
     if longest > trainer.max_completion_length:
-        raise ValueError(
-            f"The guidance cache holds a guide of {longest} tokens, and max_completion_length is "
-            f"{trainer.max_completion_length}; raise it, or make the cache again with shorter responses."
+        found.append(
+            f"the guidance cache holds a guide of {longest} tokens, and max_completion_length is "
+            f"{trainer.max_completion_length}; raise it, or make the cache again with shorter responses"
         )
-    other = {guide.temperature for guide in cache} - {trainer.temperature}
-    if other and needs_behaviour(trainer):
-        raise ValueError(
-            f"The log-probs of the guidance cache are at temperature {min(other)}, and training is at "
+    if (other := _other_temperatures(trainer, cache)) and needs_behaviour(trainer):
+        found.append(
+            f"the log-probs of the guidance cache are at temperature {min(other)}, and training is at "
             f"{trainer.temperature}, so the ratio of mode {trainer.args.ratio_mode!r} would be biased. Score the "
-            f"guides again (sample_rollouts or completion_logps at {trainer.temperature}), or use ratio_mode 'current'."
+            f"guides again (sample_rollouts or completion_logps at {trainer.temperature}), or use ratio_mode 'current'"
         )
-    if other:
+    return found
+
+
+def _other_temperatures(trainer: GRPOTrainer, cache: GuidanceCache) -> set[float]:
+    return {guide.temperature for guide in cache} - {trainer.temperature}
+
+
+def _warn(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | None) -> None:
+    """Say what makes a cache that can be used useless, or some metrics of it."""
+    if other := _other_temperatures(trainer, cache):
         logger.warning(
             "The log-probs of the guidance cache are at temperature %s, and training is at %s: npo/guide_kl, "
             "npo/guide_ratio and npo/guide_ess will compare different distributions.",

@@ -12,9 +12,10 @@ from datasets import Dataset, Features, Image, List
 from datasets.features.features import require_decoding
 
 from ..guidance.answers import normalise_answer
-from ..guidance.fingerprints import image_digest, tokenizer_of
+from ..guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
 from ..streams import DATA_ORDER
 from .pictures import inspect_picture, tokens_of_size
+from .prompts import PromptCheck, Room
 
 REQUIRED_COLUMNS = ("uid", "prompt", "answer")
 """Columns that NPO needs; `answer` for the package's own verifier only, `image` for visual tasks only."""
@@ -25,7 +26,7 @@ CHECKED_AT_ONCE = 1024
 REMEMBERED = 8
 """Data sets of which is remembered what was found: each trainer of a run asks again."""
 
-_LOOKED_THROUGH: dict[tuple[str, bool, str | None], tuple[list[str], set[str]]] = {}
+_LOOKED_THROUGH: dict[tuple[Any, ...], tuple[list[str], set[str]]] = {}
 
 
 def training_schedule(dataset: Dataset, steps: int, prompts_per_step: int, seed: int) -> Dataset:
@@ -67,7 +68,7 @@ def _holds_picture(feature: Any) -> bool:
     return isinstance(feature, Image) or (inner is not None and _holds_picture(inner))
 
 
-def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None) -> set[str]:
+def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None, room: Room | None = None) -> set[str]:
     """Refuse a data set whose rows NPO cannot use.
 
     Args:
@@ -75,6 +76,7 @@ def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None
         answer: Every row needs a text under `answer`, as `BoxedVerifier` does; False for a verifier of one's own, which
             may read any column.
         processor: Processor of the policy, which has a say in the shapes of pictures; None: it is not asked.
+        room: What the policy's context leaves to a prompt; None: prompts are not put into the template.
 
     Returns:
         The uids.
@@ -82,7 +84,7 @@ def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None
     Raises:
         ValueError: See `row_complaints`; the message lists every rule that is broken.
     """
-    found, uids = row_complaints(dataset, answer, processor)
+    found, uids = row_complaints(dataset, answer, processor, room)
     if len(found) == 1:
         raise ValueError(f"The data set cannot be trained on: {found[0]}.")
     if found:
@@ -90,26 +92,31 @@ def require_columns(dataset: Dataset, answer: bool = True, processor: Any = None
     return uids
 
 
-def row_complaints(dataset: Dataset, answer: bool = True, processor: Any = None) -> tuple[list[str], set[str]]:
+def row_complaints(
+    dataset: Dataset, answer: bool = True, processor: Any = None, room: Room | None = None
+) -> tuple[list[str], set[str]]:
     """What keeps NPO from using a data set, a clause for each rule with its first row, and the uids.
 
     A column that is missing; a uid that is no text, or that names two different rows; an answer or a prompt that is
-    empty; a picture that is missing, cannot be decoded, or has a shape that the processor takes none of.
+    empty; a picture that is missing, cannot be decoded, or has a shape that the processor takes none of; a prompt that
+    the chat template refuses, or that leaves no room for a response.
 
     Arguments are those of `require_columns`. A data set that was looked through is not looked through again.
     """
-    known = (dataset._fingerprint, answer, image_digest(processor) if processor is not None else None)
+    known: tuple[Any, ...] = (dataset._fingerprint, answer, image_digest(processor) if processor is not None else None)
+    if room is not None:
+        known += (repr(room), tokenizer_digest(processor), processor.chat_template)
     if known not in _LOOKED_THROUGH:
         while len(_LOOKED_THROUGH) >= REMEMBERED:
             _LOOKED_THROUGH.pop(next(iter(_LOOKED_THROUGH)))
-        _LOOKED_THROUGH[known] = _look_through(dataset, answer, processor)
+        _LOOKED_THROUGH[known] = _look_through(dataset, answer, processor, room)
     found, uids = _LOOKED_THROUGH[known]
     return list(found), set(uids)
 
 
-def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[str], set[str]]:
-    if missing := _missing(dataset.column_names, answer):
-        return [missing], set()
+def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | None) -> tuple[list[str], set[str]]:
+    if missing := missing_columns(dataset.column_names, answer):
+        return missing, set()
     first: dict[str, str] = {}
     count: Counter[str] = Counter()
 
@@ -118,6 +125,7 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[
         count[rule] += 1
 
     seen: dict[str, tuple[int, tuple[str, str]]] = {}
+    prompts = None if room is None else PromptCheck(processor, room)
     # as stored: through a data set's own format or transform, each row would have its pictures decoded
     read = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
     stored = dataset.with_format("arrow").select_columns(read)
@@ -136,6 +144,8 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[
             )
         if not prompt:
             complain("prompt", f"Row {index} (uid {uid!r}) has no prompt")
+        elif prompts is not None and uid not in seen:
+            prompts.add(index, prompt)
         content = (str(wanted), str(prompt))
         if seen.setdefault(uid, (index, content))[1] != content:
             complain(
@@ -144,21 +154,31 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any) -> tuple[list[
                 "make uids unique",
             )
     places = {uid: index for uid, (index, _) in seen.items()}
+    shown: dict[int, list[int]] = {}
     for name in {"image", "images"} & set(dataset.column_names):
         index = _first_without(dataset, name)
         if index is not None:
             uid = stored[index]["uid"][0].as_py()
             complain("picture", f"Row {index} (uid {uid!r}) has no image; give every row one, or drop the column")
         elif _holds_picture(dataset.features[name]):
-            for uid, fault in _picture_faults(dataset.with_format("arrow").select_columns([name]), places, processor):
+            pictures = dataset.with_format("arrow").select_columns([name])
+            for uid, fault in _picture_faults(pictures, places, processor, shown):
                 complain("picture", f"Row {places[uid]} (uid {uid!r}): {fault}")
     more = {rule: f" (and {number - 1} more)" if number > 1 else "" for rule, number in count.items()}
-    return [f"{text}{more[rule]}" for rule, text in first.items()], set(seen)
+    found = [f"{text}{more[rule]}" for rule, text in first.items()]
+    if prompts is not None and "picture" not in first:
+        found += prompts.complaints(dataset, shown)
+    return found, set(seen)
 
 
-def _picture_faults(stored: Dataset, places: Mapping[str, int], processor: Any) -> Iterator[tuple[str, str]]:
-    """Pictures that cannot be shown to the policy, each prompt looked at once; only header and end are read."""
-    sizes: set[tuple[int, int]] = set()
+def _picture_faults(
+    stored: Dataset, places: Mapping[str, int], processor: Any, shown: dict[int, list[int]]
+) -> Iterator[tuple[str, str]]:
+    """Pictures that cannot be shown to the policy, each prompt looked at once; only header and end are read.
+
+    Tokens of each picture that can go to `shown`, by row; 0 where the processor does not count them.
+    """
+    sizes: dict[tuple[int, int], int] = {}
     for uid, index in places.items():
         cell = stored[index][stored.column_names[0]][0]
         for value in cell.values if isinstance(cell, pa.ListScalar) else [cell]:
@@ -171,39 +191,31 @@ def _picture_faults(stored: Dataset, places: Mapping[str, int], processor: Any) 
                 raw = pa.BufferReader(content.as_buffer()) if content.is_valid else pa.OSFile(path)
                 with io.BufferedReader(raw) as stream:
                     size = inspect_picture(stream)
-                if processor is not None and tokenizer_of(processor) is not processor and size not in sizes:
-                    tokens_of_size(processor, *size)
-                sizes.add(size)
+                if size not in sizes:
+                    counts = processor is not None and tokenizer_of(processor) is not processor
+                    sizes[size] = (tokens_of_size(processor, *size) or 0) if counts else 0
+                shown.setdefault(index, []).append(sizes[size])
             except (OSError, ValueError) as error:
                 yield uid, str(error)
                 break
 
 
-def require_names(names: Sequence[str] | None, answer: bool = True) -> None:
-    """Refuse a data set without the columns that NPO needs.
+def missing_columns(names: Sequence[str] | None, answer: bool = True) -> list[str]:
+    """A clause on the columns that NPO needs and that are not there; none where all are.
 
     Args:
-        names: Its columns; None for a stream that does not know them.
+        names: Columns of a data set; None for a stream that does not know them.
         answer: As in `require_columns`.
-
-    Raises:
-        ValueError: A column is missing.
     """
-    if names is not None and (missing := _missing(names, answer)):
-        raise ValueError(f"The data set cannot be trained on: {missing}.")
-
-
-def _missing(names: Sequence[str], answer: bool) -> str:
-    """A clause on the columns that are not there; empty where all are."""
     required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
-    missing = [name for name in required if name not in names]
+    missing = [] if names is None else [name for name in required if name not in names]
     if not missing:
-        return ""
+        return []
     made = ". npo_core.with_uids(dataset) makes the first" if "uid" in missing else ""
-    return (
-        f"it has the columns {list(names)}, but not {missing}. NPO needs {required} in every row: uid names the prompt "
-        f"in the guidance cache, answer is verified{made}"
-    )
+    return [
+        f"the data set has the columns {list(names)}, but not {missing}. NPO needs {required} in every row: uid names "
+        f"the prompt in the guidance cache, answer is verified{made}"
+    ]
 
 
 def with_uids(dataset: Dataset, name: str = "row") -> Dataset:

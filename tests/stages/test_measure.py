@@ -367,6 +367,17 @@ def test_gradients_that_will_not_fit_are_refused_before_anything_is_sampled(poli
         measurement(policies, tmp_path).run()
 
 
+def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(policies, tmp_path, monkeypatch):
+    tiny, folders = policies
+    rows = [dict(row) for row in tiny.dataset]
+    rows[2]["prompt"] = [{"role": "user", "content": rows[2]["prompt"][0]["content"] + " 0" * 600}]
+    monkeypatch.setattr(measure, "sample_rollouts", None)
+    with pytest.raises(ValueError, match=rf"Uid {rows[2]['uid']!r} has a prompt .* up to 6 \(max_new_tokens\)"):
+        Measurement(tmp_path, folders, PAIRS, tiny.processor, rows, verifier, SETTINGS, quiet=True).run()
+    with pytest.raises(ValueError, match="score_batch is 0; it must be at least 1"):
+        Measurement(tmp_path, folders, PAIRS, tiny.processor, rows, verifier, SETTINGS, score_batch=0)
+
+
 def test_another_runs_weights_under_the_same_names_are_refused(policies, measured):
     tiny, folders = policies
     first, second = sorted(folders)[:2]

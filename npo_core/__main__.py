@@ -7,13 +7,20 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from .explore.command import add_stage as add_explore
-from .runs.config import RunConfig, preset_names, resolve_config, settings_markdown, settings_text
+from .runs.config import (
+    RunConfig,
+    given_overrides,
+    preset_names,
+    resolve_config,
+    settings_markdown,
+    settings_text,
+)
 from .runs.settings import SignalSettings
 from .stages.book import add_stage as add_book
 from .study.gates_command import add_stage as add_gates
+from .study.map_command import add_stage as add_map
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -72,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     cell.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
     cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     _evidence_parser(stages)
-    _map_parser(stages)
+    add_map(stages)
     decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the paper's claims.")
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
@@ -135,6 +142,9 @@ def _signal_parser(stages) -> None:
     how.add_argument("--origins", type=int, nargs="+", help="policy steps to measure from")
     how.add_argument("--distances", type=int, default=20, help="distances above 0 from each origin (default: 20)")
     how.add_argument("--also", type=int, nargs="+", default=[], help="distances beside that grid")
+    at_once = "responses {} at a time, at most: fewer where memory asks for it (default: 512, or as the preset has it)"
+    how.add_argument("--rollout-batch", type=int, metavar="N", help=at_once.format("sampled"))
+    how.add_argument("--score-batch", type=int, metavar="N", help=at_once.format("scored"))
     for one in fields(SignalSettings):
         if one.name != "seed":
             text = one.metadata["help"].replace("%", "%%")
@@ -169,35 +179,8 @@ def _evidence_parser(stages) -> None:
     stage.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _map_parser(stages) -> None:
-    text = "Map of the gain at equal compute over learning rate and share of hard facts; writes data/results/map.csv."
-    stage = stages.add_parser("map", help="Run the map of the gain, and write its results.", description=text)
-    stage.set_defaults(stage=_map)
-    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
-    stage.add_argument("--corner", action="store_true", help="the follow-up in one cell; writes data/results/corner/")
-    stage.add_argument("--seeds", type=int, nargs="+", help="seeds (default: 0 to 4; of the follow-up 5 to 14)")
-    stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every run")
-    stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
-    stage.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    overrides = {}
-    for item in options.set:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"--set {item}: write NAME=VALUE, such as --set tau_gate=0.5.")
-        try:
-            overrides[name] = json.loads(text)
-        except json.JSONDecodeError:
-            overrides[name] = text
-    return overrides
-
-
 def _config(options: argparse.Namespace, method: str) -> RunConfig:
-    return resolve_config(method, options.preset, options.seed, _overrides(options))
+    return resolve_config(method, options.preset, options.seed, given_overrides(options.set))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -234,7 +217,7 @@ def _evidence(options: argparse.Namespace) -> int:
     from .study import claims, comparisons
     from .study.results import read_evidence
 
-    cells = evidence.plan_cells(options.preset, options.seeds, options.arms, _overrides(options))
+    cells = evidence.plan_cells(options.preset, options.seeds, options.arms, given_overrides(options.set))
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
     for path in evidence.collect(cells, options.root, options.out):
         print(path)
@@ -244,20 +227,6 @@ def _evidence(options: argparse.Namespace) -> int:
     for arm, seeds in found.failed.items():
         print(f"failed: {arm}, seeds {seeds}", file=sys.stderr)
     return 1 if found.failed else 0
-
-
-def _map(options: argparse.Namespace) -> int:
-    from .study import cells as evidence
-    from .study import map as map_of_gain
-
-    corner = options.corner
-    plan, seeds = (map_of_gain.plan_corner, map_of_gain.CORNER_SEEDS) if corner else (map_of_gain.plan_map, range(5))
-    cells = plan(options.preset, options.seeds or seeds, overrides=_overrides(options))
-    map_of_gain.prepare_bases(cells, options.quiet)
-    evidence.run_cells(cells, options.root, options.processes, options.quiet)
-    collect = map_of_gain.collect_corner if corner else map_of_gain.collect_map
-    print(*collect(cells, options.root, options.out), map_of_gain.markdown(options.out), sep="\n")
-    return 0
 
 
 def _claims(options: argparse.Namespace) -> int:
@@ -301,6 +270,8 @@ def _signal(options: argparse.Namespace) -> int:
 
     names = [field.name for field in fields(SignalSettings)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    batches = {name: getattr(options, name) for name in ("rollout_batch", "score_batch")}
+    batches = {name: value for name, value in batches.items() if value is not None}
     if options.checkpoints is None:
         config = _config(options, "grpo")
         settings = signal_run.settings_for(config, **given)
@@ -313,6 +284,7 @@ def _signal(options: argparse.Namespace) -> int:
             also=options.also,
             root=options.root,
             quiet=options.quiet,
+            **batches,
         )
     else:
         if options.data is None or options.out is None:
@@ -330,6 +302,7 @@ def _signal(options: argparse.Namespace) -> int:
             distances=options.distances,
             also=options.also,
             quiet=options.quiet,
+            **batches,
         )
     print(signal_stages.describe(measured))
     figures.save_figure(figures.signal_curves(measured.folder), measured.folder / "figures", "signal")

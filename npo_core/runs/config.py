@@ -6,7 +6,7 @@ Every choice that the paper leaves open is a field here; `docs/implementation.md
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from typing import Any
@@ -303,3 +303,21 @@ def resolve_config(
     return RunConfig.from_mapping(
         {**load_preset(preset), **METHOD_SETTINGS.get(method, {}), **overrides, "method": method, "seed": seed}
     )
+
+
+def given_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Changed settings as a command line gives them, each as NAME=VALUE with VALUE in JSON or a bare word.
+
+    Raises:
+        ValueError: One has no equals sign.
+    """
+    overrides = {}
+    for item in texts:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item}: write NAME=VALUE, such as --set tau_gate=0.5.")
+        try:
+            overrides[name] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[name] = text
+    return overrides

@@ -16,6 +16,7 @@ from ..runs.checkpoints import ADAM_COPIES, retention_bytes
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..runs.launchers import Launcher, read_launcher
+from ..trainer.memory import at_once, device_memory, logits_bytes
 from ..world.pretrained import PolicySize, policy_config, policy_size
 from ..world.warmstart import base_policy_folder
 from .factory import batch_shape
@@ -91,8 +92,9 @@ def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMe
     gathered = 2 * (size.total // size.layers + size.vocabulary * size.hidden)
     learner, scored = _off_line(config)
     adapters = trained_width(config) * size.trained if config.lora_rank else 0
-    response = config.score_batch * config.max_completion_length
-    read = response + config.score_batch * (config.max_prompt_length or config.max_completion_length)
+    together = scored_at_once(config, size)
+    response = together * config.max_completion_length
+    read = response + together * (config.max_prompt_length or config.max_completion_length)
     words = (SCORED + (2 if precision == 2 else 0)) * response * size.vocabulary
     return StepMemory(
         weights=width * size.total // shards + (gathered if layout.sharded else 0),
@@ -104,6 +106,12 @@ def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMe
         scoring=scored * (words + ACTIVATIONS * precision // 2 * read * size.hidden),
         vllm=int(config.vllm_memory * gpu_bytes(config)) if config.vllm == "colocate" else 0,
     )
+
+
+def scored_at_once(config: RunConfig, size: PolicySize) -> int:
+    """Responses in a scoring pass off line: `score_batch`, or fewer where the device's memory asks for it."""
+    memory = gpu_bytes(config) or device_memory("cpu")
+    return at_once(config.score_batch, logits_bytes(size.vocabulary, config.max_completion_length), memory)
 
 
 def _off_line(config: RunConfig) -> tuple[int, int]:
@@ -197,6 +205,7 @@ def plan(config: RunConfig, root: Path | None = None) -> dict[str, str]:
         "arithmetic in training, at most": f"{6 * size.total * rollouts * read:.2g} operations",
         "GPU memory of a process": f"{amount(memory.total)}: {_parts(memory)}",
         "of it in training, in a decision": f"{amount(memory.training)}, {amount(memory.deciding)}",
+        "responses scored at a time": f"{scored_at_once(config, size):,} (score_batch {config.score_batch:,})",
         "a token in vLLM's cache": amount(BYTES["bfloat16"] * size.cached),
         "checkpoints": f"{count}, {amount(checkpoint_bytes(config, size, layout))} on disk",
         "a resumable checkpoint": amount(_one_checkpoint(config, size, layout)),

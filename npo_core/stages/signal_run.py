@@ -15,7 +15,7 @@ from ..runs.settings import SignalSettings
 from ..world.policies import load_policy
 from ..world.warmstart import teacher_folder
 from . import run as stages
-from .measure import Measurement
+from .measure import COMPARED, Measurement
 from .signal import TEACHER, MeasuredSignal
 
 
@@ -28,6 +28,8 @@ def measure_run(
     also: Sequence[int] = (),
     root: Path | None = None,
     quiet: bool = False,
+    rollout_batch: int | None = None,
+    score_batch: int | None = None,
 ) -> MeasuredSignal:
     """Measure a GRPO run of ours; the run is made first if it is not there. The external teacher is a source too.
 
@@ -39,6 +41,8 @@ def measure_run(
         also: Distances beside the grid, such as those of a `GainPlan`.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
+        rollout_batch: Responses that are sampled at a time, at most; the run's own setting if None.
+        score_batch: Responses that are scored at a time, at most, in the same way.
 
     Raises:
         ValueError: Another method, or an origin without checkpoint.
@@ -54,7 +58,9 @@ def measure_run(
     if config.policy == "tiny":
         policies[TEACHER] = teacher_folder(config, quiet)
     pairs = plan_pairs(list(saved), origins, distances, others=[TEACHER] if TEACHER in policies else [], also=also)
-    digest = hashlib.sha256(json.dumps(settings.of_rollouts(), sort_keys=True).encode()).hexdigest()[:6]
+    # a folder for each way of sampling: what was sampled is kept whatever is measured from it
+    sampled = {name: value for name, value in settings.of_rollouts().items() if name not in COMPARED}
+    digest = hashlib.sha256(json.dumps(sampled, sort_keys=True).encode()).hexdigest()[:6]
     measurement = Measurement(
         run.path / f"signal-{digest}",
         policies,
@@ -65,6 +71,8 @@ def measure_run(
         settings,
         load=lambda folder: load_policy(folder, config.freeze_vision, config.dtype, config.attention),
         quiet=quiet,
+        rollout_batch=config.rollout_batch if rollout_batch is None else rollout_batch,
+        score_batch=config.score_batch if score_batch is None else score_batch,
     )
     # as in training: at this size a second thread costs more than it brings
     before = torch.get_num_threads()

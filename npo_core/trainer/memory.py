@@ -42,7 +42,12 @@ def device_memory(device: torch.device | str) -> int:
 
 def scoring_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Memory of the logits of one response while it is scored, by its length in tokens."""
-    return int(COPIES * 4 * (tokens + 1) * model.config.get_text_config().vocab_size)
+    return logits_bytes(model.config.get_text_config().vocab_size, tokens)
+
+
+def logits_bytes(words: int, tokens: int) -> int:
+    """`scoring_bytes` of a policy that is not loaded, by its words."""
+    return int(COPIES * 4 * (tokens + 1) * words)
 
 
 def sampling_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -77,10 +82,15 @@ def fitting(asked: int, each: int, device: torch.device | str, what: str) -> int
             f"One response that is {what} takes {each / 2**30:.1f} GiB, and {device} has {memory / 2**30:.1f} GiB in "
             "all. Ask for shorter responses (max_new_tokens, max_completion_length), or use a larger device."
         )
-    rows = max(1, min(asked, int(SHARE * memory / each)))
+    rows = at_once(asked, each, memory)
     if rows < asked:
         _say(f"{rows} responses are {what} at a time, not {asked}: one takes {each / 2**20:,.0f} MiB.")
     return rows
+
+
+def at_once(asked: int, each: int, memory: int) -> int:
+    """Responses that are taken at a time on a device with so much memory, in bytes, that one of them fits."""
+    return max(1, min(asked, int(SHARE * memory / each)))
 
 
 @functools.cache

@@ -2,14 +2,18 @@
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from npo_core.runs.config import preset_names, resolve_config
 from npo_core.runs.launchers import Launcher, read_launcher
 from npo_core.stages import cost as plan
-from npo_core.stages.cost import GIB, amount, checkpoint_bytes, fits, require_room, step_memory
+from npo_core.stages.cost import GIB, amount, checkpoint_bytes, fits, require_room, scored_at_once, step_memory
 from npo_core.stages.factory import batch_shape
+from npo_core.trainer import memory
+from npo_core.trainer.memory import fitting, scoring_bytes
 from npo_core.world.pretrained import PolicySize
 
 EIGHT = PolicySize(total=1000, trained=800, layers=10, hidden=8, cached=4, vocabulary=50)
@@ -109,6 +113,22 @@ def test_a_second_large_policy_does_not_fit_where_one_trains(monkeypatch):
     overrides = {"policy": "Qwen/Qwen3-VL-8B-Instruct", "micro_batch": 2}
     assert fits(plan.plan(resolve_config("grpo", "gpu", overrides=overrides)))
     assert "score_batch (decision)" in plan.plan(resolve_config("autonpo", "gpu", overrides=overrides))["fits"]
+
+
+def test_a_plan_scores_as_many_at_a_time_as_the_run_will(monkeypatch):
+    """512 are asked for; of 512 tokens over Qwen's words one takes 0.84 GiB, and a quarter of 80 GiB holds 23."""
+    config = resolve_config("autonpo", "gpu", overrides={"max_completion_length": 512, "score_batch": 512})
+    size = replace(EIGHT, vocabulary=151_936)
+    assert scored_at_once(config.with_changes(gpu_memory=80.0), size) == 23
+    assert scored_at_once(config.with_changes(gpu_memory=80.0, score_batch=16), size) == 16
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=151_936)))
+    for gigabytes in (8, 24, 141):
+        monkeypatch.setattr(memory, "device_memory", lambda device, has=gigabytes: has * GIB)
+        really = fitting(512, scoring_bytes(model, 512), "cuda", "scored")
+        planned = config.with_changes(gpu_memory=float(gigabytes))
+        assert scored_at_once(planned, size) == really
+        small = step_memory(planned.with_changes(score_batch=really), size, Launcher())
+        assert step_memory(planned, size, Launcher()).scoring == small.scoring
 
 
 def test_disk_of_the_checkpoints_by_hand():

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ from npo_core.runs.config import resolve_config
 from npo_core.runs.settings import SignalSettings
 from npo_core.stages import run as stages
 from npo_core.stages import signal as signal_stages
+from npo_core.stages import signal_run
 from npo_core.stages.signal import MeasuredSignal, describe, find_verifier, load_rows, measure_folder
 from npo_core.stages.signal_run import default_origins, measure_run, settings_for
 from npo_core.world.policies import save_policy
@@ -183,6 +184,35 @@ def test_only_a_run_that_never_rolled_back_has_distances(monkeypatch, tmp_path):
         measure_run(resolve_config("autonpo", "smoke"), [0], SETTINGS, root=tmp_path)
 
 
+def test_what_a_run_of_ours_sampled_is_kept_whatever_is_measured_from_it(monkeypatch, tmp_path):
+    """Each way of sampling has a folder; what only says how rollouts are compared opens no other one."""
+    config = resolve_config("grpo", "smoke", overrides={"score_batch": 32})
+    rows = world("text").dataset
+    made = []
+
+    class Seen:
+        def __init__(self, folder, *_, rollout_batch, score_batch, **__):
+            self.folder = folder
+            made.append((folder.name, rollout_batch, score_batch))
+
+        def run(self):
+            return {}
+
+    monkeypatch.setattr(signal_run, "Measurement", Seen)
+    monkeypatch.setattr(signal_run, "teacher_folder", lambda *_: tmp_path / "teacher")
+    monkeypatch.setattr(signal_run, "complete_checkpoints", lambda *_, **__: {5: tmp_path / "5"})
+    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path))
+    prepared = SimpleNamespace(base=tmp_path / "base", processor=None, train=rows, verifier=None)
+    monkeypatch.setattr(stages, "prepare", lambda *_: prepared)
+    same = [{}, {"scored": 2}, {"gradients": 3}, {"parameters": "norm"}, {"c": 9.0}, {"resamples": 5}]
+    for change in [*same, {"rollouts": 9}, {"seed": 1}, {"max_new_tokens": 7}]:
+        measure_run(config, [0], replace(SETTINGS, **change))
+    folders = [folder for folder, *_ in made]
+    assert len(set(folders[: len(same)])) == 1 and len(set(folders)) == 4
+    measure_run(config, [0], SETTINGS, rollout_batch=7, score_batch=3)
+    assert made[0][1:] == (config.rollout_batch, 32) and made[-1][1:] == (7, 3), "the run's own unless it is given"
+
+
 def test_origins_of_our_own_run_have_a_checkpoint():
     config = resolve_config("grpo", "cpu", 0, {"compute_steps": 250, "late_start": 104, "checkpoint_every": 10})
     assert default_origins(config) == [0, 100, 120]
@@ -329,6 +359,7 @@ def test_the_help_names_the_options(capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     names = ["checkpoints", "data", "out", "verifier", "base", "processor", "teacher", "origins", "distances", "also"]
+    names += ["rollout-batch", "score-batch"]
     names += [name.replace("_", "-") for name in asdict(SETTINGS) if name != "seed"]
     assert [name for name in names if f"--{name} " not in shown] == []
     assert "--seed " in shown
@@ -376,12 +407,12 @@ def test_options_arrive_where_they_belong(monkeypatch, capsys):
     text += (
         "--parameters layers.3 --max-new-tokens 9 --c 1.5 --resamples 7 --temperature 1 --origins 10 20 --distances 5 "
     )
-    text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet"
+    text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet --rollout-batch 64 --score-batch 16"
     assert main(text.split()) == 2
     assert capsys.readouterr().err == "npo_core signal: enough\n"
     assert given.pop("folders") == (Path("run"), Path("rows"), Path("here"))
     assert given.pop("settings") == SignalSettings(8, 4, 3, 2, "layers.3", 9, 1.5, 7, 3)
     assert given == {
         "verifier": "a:b", "base": Path("b"), "processor": Path("p"), "teacher": Path("t"), "origins": [10, 20],
-        "distances": 5, "also": [7, 9], "quiet": True,
+        "distances": 5, "also": [7, 9], "quiet": True, "rollout_batch": 64, "score_batch": 16,
     }  # fmt: skip

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from npo_core.explore.reading import read_run
 from npo_core.processes import agree, collect, is_writer, process_count, process_number, shared
 from npo_core.runs import shared as shared_run
 from npo_core.runs.config import resolve_config
@@ -107,6 +109,31 @@ def test_scores_and_rollout_tables_hold_the_rows_of_all_processes(both):
 
 
 @pytest.mark.slow
+def test_the_explorer_shows_the_guided_groups_of_all_processes(both):
+    """Each process records its own; a reader sees every guided group of a step once, at its place in the step."""
+    seen = []
+    for run in both:
+        page = read_run(run.path)
+        names = [record["uid"] for record in page["prompts"]]
+        groups = {}
+        for step in page["steps"]:
+            for group in step["groups"]:
+                if any("guide" in slot for slot in group["slots"]):
+                    texts = [(slot["t"], slot["ok"], slot.get("guide"), slot.get("lost")) for slot in group["slots"]]
+                    place = step["b"], step["s"], step["whole"], group["i"]
+                    assert place not in groups, "two groups at one place"
+                    groups[place] = names[group["p"]], texts
+        lines = {(line["branch"], line["policy_step"]): line for line in run.metrics()}
+        recorded = Counter((b, s) for b, s, whole, _ in groups if not whole)
+        assert recorded == {at: line["npo/replaced_slots"] for at, line in lines.items() if line["npo/replaced_slots"]}
+        seen.append(groups)
+    assert seen[0] == seen[1]
+    files = {path.name for path in (both[1].path / "guided").glob("b*.jsonl")}
+    assert any("-p1" in name for name in files) and any("-p" not in name for name in files)
+    assert {place[3] for place in seen[1]} > {0}, "groups of one process only"
+
+
+@pytest.mark.slow
 def test_a_finished_run_of_two_processes_is_not_run_by_one(both):
     with pytest.raises(ValueError, match=r"launcher is 'two_cpu', which is 2 process.*but 1 run"):
         open_run(both[1].config, both[1].path.parent)
@@ -138,6 +165,7 @@ def test_what_two_processes_share():
     """Two gloo processes: parts in order, an uneven number of items, an error that reaches both."""
     code = """
 import torch.distributed as dist
+from npo_core.explore.reading import read_run
 from npo_core.processes import agree, collect, is_writer, process_number, shared
 dist.init_process_group("gloo")
 me = process_number()

@@ -311,9 +311,7 @@ class _RolloutTables:
         self.run, self.world, self.branch = run, world, branch
 
     def __call__(self, policy_step: int, rows: list[dict[str, Any]]) -> None:
-        groups = 1 + max(row["group"] for row in rows)
-        parts = enumerate(collect(rows))
-        rows = [{**row, "group": number * groups + row["group"]} for number, part in parts for row in part]
+        rows = [dict(row) for part in collect(rows) for row in part]
         if not is_writer():
             return
         decode = tokenizer_of(self.world.processor).decode

@@ -100,6 +100,7 @@ class RolloutTable:
         decode: Texts of responses, given their token ids.
         eos_token_ids: Token ids that end a response.
         guided_only: Only the groups that hold a guide; none, where all guides were refused.
+        first: Number of this process's first group in the step.
 
     Attributes:
         refused: Guides that were judged wrong in this step.
@@ -114,6 +115,7 @@ class RolloutTable:
         decode: Callable[[list[list[int]]], Sequence[str]],
         eos_token_ids: Sequence[int],
         guided_only: bool = False,
+        first: int = 0,
     ):
         self.step, self.refused = step, list(rollouts.refused)
         mask = output["completion_mask"].bool()
@@ -133,7 +135,7 @@ class RolloutTable:
             lost_ids, lost_correct = rollouts.overwritten.get(row, (None, None))
             record = {
                 "uid": data.get("uid"),
-                "group": row // n,
+                "group": first + row // n,
                 "slot": row % n,
                 "source": "policy" if guide is None else "guide" if prefix is None else "prefix",
                 "prefix": prefix or 0,

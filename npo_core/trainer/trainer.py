@@ -142,7 +142,8 @@ class NPOTrainer(GRPOTrainer):
                 output["rollout_row"] = torch.arange(len(inputs), device=replaced.device)
                 decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)
                 place = self.state.global_step + 1, step, output, self.num_generations
-                self._recording = RolloutTable(*place, decode, self.eos_token_ids, guided_only=not whole)
+                first = self.accelerator.process_index * (len(inputs) // self.num_generations)
+                self._recording = RolloutTable(*place, decode, self.eos_token_ids, not whole, first)
         return output
 
     def _with_replayed_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import write_json, write_whole
+from ..lock import Lock
 from ..notebook import in_one_sentence
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
@@ -264,9 +265,10 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     check_evidence(scores, about)
     for column in training.columns[training.dtypes == np.float64]:
         training[column] = training[column].astype(np.float32)
-    write_whole(folder / SCORES, lambda path: scores.to_csv(path, index=False, float_format="%.6f"))
-    write_whole(folder / TRAINING, lambda path: training.to_parquet(path, index=False, compression="zstd"))
-    write_json(folder / ABOUT, about)
+    with Lock(folder / "lock.json", f"The results {folder}").holding():  # three files that belong together
+        write_whole(folder / SCORES, lambda path: scores.to_csv(path, index=False, float_format="%.6f"))
+        write_whole(folder / TRAINING, lambda path: training.to_parquet(path, index=False, compression="zstd"))
+        write_json(folder / ABOUT, about)
     return [folder / name for name in (SCORES, TRAINING, ABOUT)]
 
 

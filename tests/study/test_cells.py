@@ -133,3 +133,24 @@ def test_a_killed_study_goes_on_where_it_stopped(root, cells, tmp_path):
     unbroken = next(other for other in cells if (other.arm, other.seed) == ("GRPO", 0)).folder(root)
     weights = "branches/00/checkpoint-12/model.safetensors"
     assert (cell.folder(tmp_path).path / weights).read_bytes() == (unbroken.path / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_studies_at_once_on_one_folder_share_the_work(root, cells, tmp_path):
+    """Overlapping arms, the same runs and results: each run is made once, and the results are those of one study."""
+    command = [sys.executable, "-m", "npo_core", "study", "--preset", "smoke", "--seeds", "0", "--processes", "1"]
+    command += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    command += ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), "--quiet"]
+    studies = [subprocess.Popen([*command, "--arms", *arms]) for arms in (ARMS, ARMS[::-1])]
+    assert [study.wait(timeout=600) for study in studies] == [0, 0]
+    for cell in plan_cells("smoke", [0], ARMS, SMALL):
+        run = cell.folder(tmp_path / "runs")
+        alone = cell.folder(root)
+        assert [line["compute_step"] for line in run.metrics()] == list(range(1, 13))
+        kinds = [[e["event"] for e in each.events() if e["event"] != "sitting"] for each in (run, alone)]
+        assert kinds[0] == kinds[1]
+        last = sorted(path.relative_to(alone.path) for path in alone.path.glob("branches/*/*/model.safetensors"))[-1]
+        assert (run.path / last).read_bytes() == (alone.path / last).read_bytes()
+        assert not (run.path / "lock.json").exists() and not (run.path / "failed.json").exists()
+    assert set(read_evidence(tmp_path / "results").arms) == set(ARMS)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir() if path.name == "lock.json") == []

@@ -69,6 +69,64 @@ def test_numbers_of_any_kind_are_kept_and_other_things_left_out():
     assert {type(value) for value in kept.values()} == {float, int, bool}
 
 
+def falling_apart(step):
+    """Longer and longer responses, and from step 30 on most of them cut off, at a reward that stays."""
+    length, clipped = 100.0 * 1.05**step, 0.9 if step >= 30 else 0.0
+    return {"npo/reward": 0.3, "npo/entropy": 1.0, "completions/mean_length": length,
+            "completions/clipped_ratio": clipped}  # fmt: skip
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """`watched(logs, steps, **settings)`: a run whose trainer logs these; its alarms by step, and the lines said."""
+
+    def watch(logs, steps, name="run", rise=0.5, clipped=0.5):
+        limits = {"alarm_rise": rise, "alarm_clipped": clipped, "trigger_ema": 0.5, "trigger_window": 20}
+        limits["trigger_reward_tolerance"] = 0.01
+        run = RunFolder(own_config("grpo", compute_steps=steps, **limits), tmp_path / name)
+        said = []
+        bar = SimpleNamespace(advance=lambda **values: None, say=said.append)
+        seen = Watch(run.config, run, [Segment(0, 0, 0)], bar, acts=True)
+        seen.trainer = SimpleNamespace(group_pass_rates={"a": 0.25})
+        control = SimpleNamespace(should_training_stop=False, should_save=False)
+        for step in range(1, steps):
+            seen.on_log(None, SimpleNamespace(global_step=step), control, logs(step))
+        return run, said, control
+
+    return watch
+
+
+def test_a_run_that_falls_apart_is_told_once_as_a_line_and_an_event_and_goes_on(watched):
+    run, said, control = watched(falling_apart, 60)
+    alarms = run.events("alarm")
+    kinds = [text.split()[0] for alarm in alarms for text in alarm["complaints"]]
+    assert [kind for kind in kinds if kind == "length"] == ["length"] and len(kinds) == 2
+    assert alarms[0]["policy_step"] == 21, "where the window first shows the rise"
+    assert 30 <= alarms[1]["policy_step"] <= 32 and "of the responses are cut off at the longest" in said[1]
+    assert [line.startswith(f"Alarm at step {a['policy_step']}: ") for line, a in zip(said, alarms, strict=True)] == [
+        True, True,
+    ]  # fmt: skip
+    assert "reward by +0.000" in said[0] and said[0].endswith(".")
+    assert not control.should_training_stop and not run.events("rollback"), "it tells, and does nothing"
+
+
+def test_growth_that_reward_pays_for_is_no_alarm_and_limits_of_nought_switch_it_off(watched):
+    learning = lambda step: {**falling_apart(step), "npo/reward": 0.01 * step, "completions/clipped_ratio": 0.0}  # noqa: E731
+    assert watched(learning, 60, "learning")[0].events("alarm") == []
+    assert watched(falling_apart, 60, "off", rise=0.0, clipped=0.0)[0].events("alarm") == []
+
+
+def test_a_resumed_run_does_not_raise_an_alarm_again(watched):
+    """What was said is on the lines that the watch is rebuilt from."""
+    run, said, _ = watched(falling_apart, 40)
+    again = Watch(run.config, run, [Segment(0, 0, 0)], SimpleNamespace(say=said.append), acts=True)
+    before = len(said)
+    again.replay(run.metrics())
+    assert len(said) == before == len(run.events("alarm")) == 2
+    assert again.observe({**run.metrics()[-1], "policy_step": 40, **falling_apart(40)}) is None
+    assert again.complaints == []
+
+
 def test_a_trainers_own_names_do_not_replace_the_clocks(tmp_path):
     run = RunFolder(own_config("grpo"), tmp_path)
     watch = Watch(run.config, run, [Segment(0, 0, 0)], SimpleNamespace(advance=lambda **values: None), acts=True)

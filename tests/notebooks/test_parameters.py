@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FIRST_CELLS = """
 import json, sys
@@ -36,3 +38,19 @@ def test_every_notebook_refuses_an_unknown_parameter_before_anything_runs():
     assert list(refused) == paths
     for path, message in refused.items():
         assert "Unknown parameter 'sead'" in message and "'seed'" in message, path
+
+
+def test_06_takes_two_seeds_on_smoke_and_ten_elsewhere():
+    """As its own second cell plans them, where nobody names a number."""
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS / "06_benchmarks.ipynb", as_version=4).cells
+             if cell.cell_type == "code"]  # fmt: skip
+    planned = cells[1].partition("folder =")[0]
+    assert "plan_cells" in planned
+    code = "\n".join(line for line in planned.splitlines() if not line.startswith("%"))
+    for preset, count in (("smoke", 2), ("cpu", 10)):
+        names = {}
+        parameters = cells[0].replace('preset: str = "cpu"', f'preset: str = "{preset}"')
+        exec(parameters, names)
+        found = names | {"In": [parameters]}
+        exec(code, found)
+        assert {cell.seed for cell in found["cells"]} == set(range(count))

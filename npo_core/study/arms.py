@@ -95,13 +95,18 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
     Raises:
         ValueError: Unknown arm.
     """
-    if arm not in ARMS:
-        raise ValueError(f"Unknown arm {arm!r}. Allowed: {', '.join(ARMS)}.")
-    row = ARMS[arm]
+    row = _named(ARMS, arm, "arm")
     shared = {**SHARED, **(overrides or {})}
     every = resolve_config("grpo", preset, seed, shared).checkpoint_every
     config = resolve_config(row.method, preset, seed, {**shared, **row.changes(every)})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
+
+
+def _named(known: Mapping[str, Any], name: str, kind: str) -> Any:
+    """What is known by a name, or a ValueError with all names."""
+    if name not in known:
+        raise ValueError(f"Unknown {kind} {name!r}. Allowed: {', '.join(known)}.")
+    return known[name]
 
 
 def ablation_configs(
@@ -118,9 +123,7 @@ def ablation_configs(
     Raises:
         ValueError: Unknown ablation.
     """
-    if name not in ABLATIONS:
-        raise ValueError(f"Unknown ablation {name!r}. Allowed: {', '.join(ABLATIONS)}.")
-    method, values = ABLATIONS[name]
+    method, values = _named(ABLATIONS, name, "ablation")
     plain = resolve_config(method, preset, seed, {**SHARED, **(overrides or {})})
     runs = {}
     for changes in [{}, *values(plain)]:

@@ -215,12 +215,7 @@ def shared_rollouts(
     """
     number = process_number()
     own_seed = PROCESS.seed(seed, number) if number else seed
-
-    def part(mine: Sequence[int]) -> list[list[Trajectory]]:
-        own = Lazily(rows.__getitem__, mine)
-        return sample_rollouts(model, processor, own, k, verifier, seed=own_seed, **settings)
-
-    return shared(range(len(rows)), part)
+    return _shared(rows, lambda own, _: sample_rollouts(model, processor, own, k, verifier, seed=own_seed, **settings))
 
 
 def shared_logps(
@@ -232,12 +227,15 @@ def shared_logps(
     **settings: Any,
 ) -> list[list[float]]:
     """`completion_logps` with the responses shared between the processes of a run; all get the whole result."""
+    return _shared(
+        rows,
+        lambda own, mine: completion_logps(model, processor, own, [completions[i] for i in mine], batch, **settings),
+    )
 
-    def part(mine: Sequence[int]) -> list[list[float]]:
-        own = Lazily(rows.__getitem__, mine)
-        return completion_logps(model, processor, own, [completions[i] for i in mine], batch, **settings)
 
-    return shared(range(len(rows)), part)
+def _shared(rows: Sequence[Mapping[str, Any]], work: Callable[[Sequence, Sequence[int]], list]) -> list:
+    """Work on each process's part of the rows, given with their places; all processes get the whole result."""
+    return shared(range(len(rows)), lambda mine: work(Lazily(rows.__getitem__, mine), mine))
 
 
 def completion_logps(

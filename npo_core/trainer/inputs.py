@@ -26,6 +26,8 @@ TAKEN = ("conversation", "tools", "chat_template", "add_generation_prompt", "tok
 BENDING = (
     *("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "no_repeat_ngram_size"),
     *("min_length", "min_new_tokens", "bad_words_ids", "sequence_bias", "encoder_repetition_penalty", "guidance_scale"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("exponential_decay_length_penalty", "watermarking_config"),
 )
 """Settings that TRL leaves to the policy's `generation_config.json` and that change the distribution of responses."""
 

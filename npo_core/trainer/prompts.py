@@ -1,5 +1,6 @@
 """What a policy could not read of a data set's prompts, found before the first step: template and context (ours)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,10 @@ PER_TURN = 64
 
 COUNTED_AT_ONCE = 64
 """Prompts that are tokenised together; one at a time where they have pictures."""
+
+
+WRITTEN_OUT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+"""Beginning of a conversation that stands as text where messages are wanted, as some tables and CSV files have it."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,14 @@ class PromptCheck:
         self.processor, self.room = processor, room
         self._shapes: dict[int, tuple] = {}
         self._bytes: dict[int, int] = {}
+        self._written_out: list[int] = []
 
     def add(self, index: int, prompt: str | Sequence[Mapping[str, Any]]) -> None:
         """Take in the prompt of a row, as it is stored but for its pictures."""
         self._shapes[index] = _shape(prompt)
         self._bytes[index] = _size(prompt) + PER_TURN * len(self._shapes[index])
+        if isinstance(prompt, str) and WRITTEN_OUT.match(prompt):
+            self._written_out.append(index)
 
     def complaints(self, dataset: Dataset, pictures: Mapping[int, Sequence[int]]) -> list[str]:
         """A clause for each rule that is broken, with a row of it.
@@ -99,6 +107,13 @@ class PromptCheck:
             pictures: Tokens of each picture of a row, by index; of rows that have some.
         """
         rows = dataset.with_format(None)
+        if self._written_out:
+            first, *others = self._written_out
+            more = f" (and {len(others)} more)" if others else ""
+            return [
+                f"{named(rows, first)} has chat messages written out as a text for a prompt{more}, which the policy "
+                "would read as they stand; decode them (json.loads, or ast.literal_eval)"
+            ]
         examples: dict[tuple, int] = {}
         for index, shape in self._shapes.items():
             examples.setdefault((shape, len(pictures.get(index, ()))), index)

@@ -18,6 +18,7 @@ from ..guidance.verifiers import extract_answer
 from ..runs.validation import DATA_COLUMNS
 from ..trainer.dataset import decoded_rows
 from ..trainer.pictures import inspect_picture, tokens_of_size
+from ..trainer.prompts import WRITTEN_OUT
 
 PLACEHOLDER = "<image>"
 """Where a question shows a picture; taken out, as chat templates put the pictures in front of the text themselves."""
@@ -107,6 +108,8 @@ def plain_messages(prompt: Any) -> tuple[list[dict[str, str]], int]:
     Raises:
         BrokenRule: It is neither, or ends in something else than a user's words.
     """
+    if isinstance(prompt, str) and WRITTEN_OUT.match(prompt):
+        raise BrokenRule("prompt of another kind: chat messages written out as a text; decode them (json.loads)")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     if not isinstance(messages, list):
         raise BrokenRule(f"prompt of another kind: a {type(messages).__name__}")

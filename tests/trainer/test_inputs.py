@@ -204,6 +204,10 @@ def test_template_arguments_that_the_trainer_gives_itself_are_refused():
         ("top_k", 1, False),
         ("temperature", 0.1, False),
         ("no_repeat_ngram_size", 1, True),
+        ("suppress_tokens", [7], True),
+        ("begin_suppress_tokens", [7], True),
+        ("forced_eos_token_id", 2, True),
+        ("exponential_decay_length_penalty", (2, 1.5), True),
     ],
 )
 def test_what_the_files_of_a_policy_name_counts_off_line_as_in_training(tmp_path, monkeypatch, name, value, kept):

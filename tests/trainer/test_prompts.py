@@ -90,6 +90,18 @@ def test_plain_texts_beside_conversations(tmp_path):
         require_columns(rows, processor=byte_tokenizer(), room=Room(4096, 8))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['[{"role": "user", "content": "2 + 2?"}]', "[{'content': 'what is', 'role': 'user'}]", ' [ {"from": "human"'],
+)
+def test_a_conversation_written_out_as_text_is_no_question(text):
+    """As CSV files, and tables of JSON text, hold it: the policy would read brackets and quotation marks."""
+    rows = Dataset.from_dict({"uid": ["a", "b", "c"], "prompt": ["What is [1]?", text, text], "answer": ["1"] * 3})
+    with pytest.raises(ValueError, match=r"Row 1 \(uid 'b'\) has chat messages written out .* \(and 1 more\)"):
+        require_columns(rows, processor=byte_tokenizer(), room=Room(4096, 8))
+    require_columns(rows.select([0]), processor=byte_tokenizer(), room=Room(4096, 8))
+
+
 def test_pictures_count_with_their_tokens():
     tiny = world("pictures")
     tokens = [length(tiny.processor, row) for row in tiny.dataset]

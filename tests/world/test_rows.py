@@ -88,6 +88,7 @@ def test_a_question_becomes_messages_of_plain_text(prompt, texts, placed):
         ([user("why?"), {"role": "assistant", "content": "because"}], "no question"),
         (5, "prompt of another kind: a int"),
         (["why?"], "prompt of another kind: why? is no chat message"),
+        ('[{"role": "user", "content": "why?"}]', "prompt of another kind: chat messages written out as a text"),
         ([{"role": "human", "content": "why?"}], "prompt of another kind"),
         ([user([{"type": "video"}, {"type": "text", "text": "why?"}])], "prompt of another kind"),
     ],

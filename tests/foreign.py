@@ -75,8 +75,7 @@ def tiny_model(kind: str, tokenizer: PreTrainedTokenizerFast, **settings: Any) -
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
-        initializer_range=0.3,
-        **{**size, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **settings},
+        **{"initializer_range": 0.3, **size, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, **settings},
     )
     head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     with torch.random.fork_rng():

@@ -53,13 +53,14 @@ def another(setting: Field, value):
 
 def pair(setting: Field, method: str = "autonpo") -> tuple[RunConfig, RunConfig]:
     """Two valid configurations that differ in one setting."""
+    real = setting.name == "warmstart_pass_rate"  # the supervised start of one model on one task
     config = RunConfig(
         method=METHOD.get(setting.name, method),
         micro_batch=8,  # divides whatever the others become
         checkpoint_keep=0 if setting.name == "random_interventions" else 20,
         # a tiny policy has no data of one's own, and vLLM needs a limit
-        policy="/somewhere",
-        data="some.parquet",
+        policy="smollm2" if real else "/somewhere",
+        data="letters" if real else "some.parquet",
         vllm="server",
         max_prompt_length=64,
     )

@@ -58,7 +58,9 @@ def closure(names: list[str]) -> dict[str, str]:
 
 LOCK, DEV, DOCS = pins(RUNTIME), pins(TOOLS), pins(SITE)
 CORE = list(map(Requirement, PYPROJECT["dependencies"]))
-LAB, DEVELOPMENT, DOCUMENTATION = (list(map(Requirement, EXTRAS[name])) for name in ("lab", "dev", "docs"))
+LAB, REAL, DEVELOPMENT, DOCUMENTATION = (
+    list(map(Requirement, EXTRAS[name])) for name in ("lab", "real", "dev", "docs")
+)
 
 on_reference_platform = pytest.mark.skipif(
     sys.platform != "linux" or sys.version_info[:2] != (3, 11) or not version("torch").endswith("+cpu"),
@@ -82,13 +84,13 @@ def test_a_loose_requirement_is_seen(line):
 
 def test_the_package_asks_for_ranges_with_both_ends():
     """A pin would replace what a user's own environment has; an open end would promise what nobody has tried."""
-    for requirement in [*CORE, *LAB, *DEVELOPMENT, *DOCUMENTATION, *map(Requirement, EXTRAS["study"])]:
+    for requirement in [*CORE, *LAB, *REAL, *DEVELOPMENT, *DOCUMENTATION, *map(Requirement, EXTRAS["study"])]:
         operators = sorted(part.operator for part in requirement.specifier)
         assert operators == ["<", ">="], f"{requirement} is not name>=lowest,<first untried"
 
 
 def test_the_lock_lies_in_every_range():
-    for requirement in [*CORE, *LAB]:
+    for requirement in [*CORE, *LAB, *REAL]:
         assert LOCK[canonicalize_name(requirement.name)] in requirement.specifier
     for requirement in DEVELOPMENT:
         assert DEV[canonicalize_name(requirement.name)] in requirement.specifier
@@ -101,7 +103,7 @@ def test_the_notebooks_need_what_the_figures_need():
 
 
 def test_the_core_asks_for_nothing_of_notebooks_and_figures():
-    assert not set(names(CORE)) & {*names(LAB), *names(DEVELOPMENT)}
+    assert not set(names(CORE)) & {*names(LAB), *names(REAL), *names(DEVELOPMENT)}
 
 
 def test_the_parts_of_the_lock_are_sorted_and_name_each_package_once():
@@ -117,14 +119,14 @@ def test_lock_has_neither_torchvision_nor_cuda():
 
 
 @on_reference_platform
-def test_lock_is_exactly_what_core_and_notebooks_need():
+def test_lock_is_exactly_what_core_notebooks_and_real_model_need():
     # setuptools builds the package, and stays: torch needs it on some platforms.
-    assert closure([*names(CORE), *names(LAB), "setuptools"]) == LOCK
+    assert closure([*names(CORE), *names(LAB), *names(REAL), "setuptools"]) == LOCK
 
 
 @on_reference_platform
 def test_development_tools_are_exactly_what_the_extra_needs():
-    assert closure([*names(CORE), *names(LAB), *names(DEVELOPMENT), "setuptools"]) == LOCK | DEV
+    assert closure([*names(CORE), *names(LAB), *names(REAL), *names(DEVELOPMENT), "setuptools"]) == LOCK | DEV
 
 
 @pytest.mark.parametrize("line", CONDA_LINES)

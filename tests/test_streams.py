@@ -87,5 +87,5 @@ def test_nothing_makes_a_key_of_its_own():
         for path in PACKAGE.rglob("*.py")
         if re.search(r"SeedSequence\(|default_rng\(", path.read_text())
     }
-    assert found == {"streams.py", "world/tasks/problems.py", "world/warmstart.py"}
+    assert found == {"streams.py", "world/letters.py", "world/tasks/problems.py", "world/warmstart.py"}
     assert all(isinstance(stream, Stream) and len(stream.draws) > 10 for stream in STREAMS.values())

@@ -56,22 +56,24 @@ class Offline:
         generate: Generate | None = None,
     ) -> list[list[Trajectory]]:
         training = self.training
-        return shared_rollouts(
-            policy,
-            self.processor,
-            Lazily(self.rows.__getitem__, uids),
-            k,
-            self.verifier,
-            seed=stream.seed(self.config.seed, *place),
-            max_new_tokens=training.max_completion_length,
-            source_step=step,
-            **asdict(training.sampling),
-            batch=self.config.rollout_batch,
-            score_batch=self.config.score_batch,
-            generate=generate,
-            chat_template_kwargs=training.chat_template_kwargs,
-            score_temperature=training.sampling.temperature,
-        )
+        # as the trainer's policy computes; and weights are then made 16 bits once, not for every token
+        with torch.autocast(join().device.type, torch.bfloat16, enabled=training.bf16):
+            return shared_rollouts(
+                policy,
+                self.processor,
+                Lazily(self.rows.__getitem__, uids),
+                k,
+                self.verifier,
+                seed=stream.seed(self.config.seed, *place),
+                max_new_tokens=training.max_completion_length,
+                source_step=step,
+                **asdict(training.sampling),
+                batch=self.config.rollout_batch,
+                score_batch=self.config.score_batch,
+                generate=generate,
+                chat_template_kwargs=training.chat_template_kwargs,
+                score_temperature=training.sampling.temperature,
+            )
 
     def _score(self, policy: PreTrainedModel, trajectories: Sequence[Trajectory]) -> list[list[float]]:
         """Log-probs of trajectories under another policy, in nats, at the training's temperature."""

@@ -179,6 +179,13 @@ class RunConfig(Settings):
                 f'data is {self.data!r} with policy "tiny", whose tokenizer knows the small world\'s words only. '
                 "Give a pretrained policy: a Hugging Face folder or a hub name."
             )
+        if self.warmstart_pass_rate:
+            require(
+                self.policy == "smollm2" and self.data.partition(":")[0] == "letters",
+                "warmstart_pass_rate",
+                self.warmstart_pass_rate,
+                '0 without policy "smollm2" and data "letters", the task that it is started on',
+            )
         if self.vllm != "off":
             length = self.max_prompt_length
             require(length > 0, "max_prompt_length", length, "above 0 with vLLM, which makes room for it beforehand")

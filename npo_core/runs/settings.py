@@ -67,7 +67,7 @@ class Settings:
     )
 
     # Policy
-    policy: str = _policy("tiny", '"tiny" for the small Qwen3-VL, else a Hugging Face folder or a hub name.')
+    policy: str = _policy("tiny", '"tiny", "smollm2" (SmolLM2-135M), else a Hugging Face folder or a hub name.')
     policy_seed: int = _tiny(0, "Seed of the tiny policy's initial weights and of its corpus.", bounds=WHOLE)
     hidden: int = _tiny(64, "Width of the tiny language model.", bounds=COUNT)
     layers: int = _tiny(3, "Layers of the tiny language model.", bounds=COUNT)
@@ -82,6 +82,11 @@ class Settings:
     warmstart_learning_rate: float = _tiny(2.0e-3, "Peak learning rate of the warm start.", bounds=POSITIVE)
 
     # Pretrained policies
+    warmstart_pass_rate: float = _pretrained(
+        0.0,
+        'Policy "smollm2": mean probability of a right response at which its supervised start ends; 0 for no start.',
+        bounds=Bounds(0, 1, high_open=True),
+    )
     dtype: Literal["float32", "bfloat16"] = _pretrained("float32", "Type of the policy's weights in memory.")
     mixed_precision: Literal["no", "bf16"] = _pretrained("no", "Precision of matrix products in training.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _pretrained("sdpa", "Attention of transformers.")
@@ -102,7 +107,7 @@ class Settings:
     )
 
     # Data of one's own; without `data` the small world is used
-    data: str = _data("", "Training prompts: a parquet or JSON-lines file, a folder, or a hub name.")
+    data: str = _data("", 'Training prompts: a parquet or JSON-lines file, a folder, a hub name, or "letters".')
     data_split: str = _data("train", "Split of `data` that is trained on.")
     test_data: str = _data("", "Test prompts, as `data`; empty holds out `eval_problems` prompts of `data`.")
     test_split: str = _data("test", "Split of `test_data`; a file has one.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from ..files import write_table
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.sources import GuidanceSource
-from ..guidance.verdicts import verifier_reward
+from ..guidance.verdicts import Verifier, verifier_reward
 from ..guidance.verifiers import BoxedVerifier
 from ..processes import collect, is_writer, join, process_count
 from ..runs.config import RunConfig
@@ -31,11 +31,9 @@ from ..trainer.vllm import engine_of, one_engine
 from ..world.data import DataSettings, RowsByUid, hold_out, image_policy, load_data
 from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
+from ..world.sources import TEST_SEED, made_source
 from ..world.tasks import make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
-
-TEST_SEED = 0
-"""Seed of the test problems: one fixed test set for all runs."""
 
 HELD_OUT = "held-out"
 """Suite of test prompts that name none."""
@@ -59,7 +57,7 @@ class World:
     train: Dataset
     test: Dataset
     rows: Mapping[str, Mapping[str, Any]]
-    verifier: BoxedVerifier
+    verifier: Verifier
 
 
 def prepare(config: RunConfig, quiet: bool = False) -> World:
@@ -78,15 +76,19 @@ def prepare(config: RunConfig, quiet: bool = False) -> World:
         check_policy(base, processor)
     if config.min_pixels or config.max_pixels:
         image_policy(processor, config.min_pixels, config.max_pixels)
-    if config.data:
+    verifier: Verifier = BoxedVerifier()
+    if made := made_source(config):
+        train, test, verifier = made.train, made.test, made.verifier
+        rows: Mapping[str, Mapping[str, Any]] = {row["uid"]: row for row in train}
+    elif config.data:
         train, test = _own_data(config, processor)
-        rows: Mapping[str, Mapping[str, Any]] = RowsByUid(train)
+        rows = RowsByUid(train)
     else:
         train = make_dataset(sample_problems("train", config.train_problems, config.data_seed, config.suites))
         test = make_dataset(sample_problems("test", config.eval_problems, TEST_SEED, config.suites))
         # a step asks for every row n times: read once here, pictures decoded, not n times from the file
         rows = {row["uid"]: row for row in train}
-    return World(base=base, processor=processor, train=train, test=test, rows=rows, verifier=BoxedVerifier())
+    return World(base=base, processor=processor, train=train, test=test, rows=rows, verifier=verifier)
 
 
 def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:

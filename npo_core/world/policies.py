@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from .speed.prompts import SharedPrompts
 from .speed.sharing import share_work
+from .speed.words import share_words
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -266,6 +267,7 @@ def load_policy(
         )
     if share:
         share_work(model)
+        share_words(model)
     if config.get_text_config().tie_word_embeddings:
         # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
         model._keys_to_ignore_on_save = {"lm_head.weight"}

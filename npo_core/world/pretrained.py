@@ -24,6 +24,7 @@ from transformers import (
 
 from ..guidance.fingerprints import tokenizer_of
 from ..runs.config import RunConfig
+from . import smollm
 from .policies import policy_folder, quiet_transformers
 
 _SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
@@ -120,11 +121,13 @@ def adapter_settings(config: RunConfig) -> LoraConfig | None:
 
 
 def policy_config(name: str) -> PretrainedConfig:
-    """Configuration of a policy: of a folder, of a hub model on disk, or of a Qwen3-VL whose size its name tells.
+    """Configuration of a policy: of a folder, of a hub model on disk, or of one whose size its name tells.
 
     Raises:
         FileNotFoundError: Neither on disk nor a Qwen3-VL of a known size.
     """
+    if name == smollm.NAME:
+        return smollm.smollm_config()
     known = re.search(r"Qwen3-VL-(\w+?)-", name)
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():

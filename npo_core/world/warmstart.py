@@ -25,6 +25,8 @@ from ..lock import Lock
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder, shipped_policies
+from . import smollm
+from .finetune import real_policy_folder
 from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
 from .pretrained import policy_folder
 from .speed.sharing import share_work
@@ -98,6 +100,8 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     Raises:
         FileNotFoundError: `config.policy` names neither a folder nor a model of the hub.
     """
+    if config.policy == smollm.NAME:
+        return real_policy_folder(config, quiet)
     if config.policy != "tiny":
         return policy_folder(config.policy)
     name = f"tiny-{base_digest(config)}"

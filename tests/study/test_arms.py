@@ -11,8 +11,11 @@ from npo_core.study.arms import ARMS, SHARED, arm_config
 
 LONGER = "GRPO, longer"
 
+PRESETS = [name for name in preset_names() if name != "real-smoke"]
+"""Presets that every arm fits into; six steps are too few for interventions that come every eight checkpoints."""
 
-@pytest.mark.parametrize("preset", preset_names())
+
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_differs_from_plain_grpo_in_what_it_says_alone(arm, preset):
     config, plain = arm_config(arm, preset, 3), arm_config("GRPO", preset, 3)
@@ -26,13 +29,13 @@ def test_an_arm_differs_from_plain_grpo_in_what_it_says_alone(arm, preset):
 
 
 def test_no_two_arms_are_the_same_run():
-    for preset in preset_names():
+    for preset in PRESETS:
         assert len({arm_config(arm, preset, 0).run_name for arm in ARMS}) == len(ARMS)
     assert arm_config("GRPO", "cpu", 0).run_name != arm_config("GRPO", "cpu", 1).run_name
 
 
 def test_all_arms_have_one_budget_but_the_longer_grpo():
-    for preset in preset_names():
+    for preset in PRESETS:
         plain = resolve_config("grpo", preset).compute_steps
         budgets = {arm: arm_config(arm, preset, 0).compute_steps for arm in ARMS}
         assert budgets.pop(LONGER) == 2 * plain

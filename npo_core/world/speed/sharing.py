@@ -143,7 +143,7 @@ def _shared_prefix_forward(
         return plain()
     cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
     prefix = plain(past_key_values=cache, use_cache=True, **shared)
-    _copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
+    copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
     hidden = prefix.last_hidden_state.index_select(0, inverse)
     if width < columns:
         rest = plain(
@@ -159,7 +159,7 @@ def _shared_prefix_forward(
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=returned)
 
 
-def _copy_rows(cache: DynamicCache, rows: Tensor, room: int | None) -> None:
+def copy_rows(cache: DynamicCache, rows: Tensor, room: int | None) -> None:
     """Give every row its copy of the cached beginning; with `room`, in layers that grow in place."""
     if room is None:
         cache.batch_select_indices(rows)

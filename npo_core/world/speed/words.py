@@ -1,0 +1,101 @@
+"""Words that the rollouts of a prompt share, for text policies of the Llama architecture: computed once, then copied.
+
+The counterpart of `sharing` for a policy without pictures, such as SmolLM2: in a step of 8 prompts with 8 rollouts
+each, half of all tokens are those of prompts, and 7 in 8 of these are copies.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .sharing import RECORDED, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
+
+
+def share_words(model: PreTrainedModel) -> None:
+    """Make a Llama compute the common beginning of rows once; other architectures are left alone.
+
+    So is a model that uses gradient checkpointing while it trains. No result depends on it except in the last bits.
+    """
+    base = getattr(model, "model", None)
+    if type(base) is LlamaModel:
+        base.forward = MethodOf(base, _shared_forward)
+
+
+def _shared_forward(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    use_cache=None,
+    **kwargs,
+):
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+        **kwargs,
+    }
+
+    def plain(**changes):
+        return type(self).forward(self, **(given | changes))
+
+    begins = past_key_values is None or (
+        type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0
+    )
+    understood = (
+        begins
+        and input_ids is not None
+        and len(input_ids) > 1
+        and (attention_mask is None or attention_mask.shape == input_ids.shape)
+        and (position_ids is None or position_ids.shape in (input_ids.shape, (1, input_ids.shape[1])))
+        and not (self.gradient_checkpointing and self.training)
+        and not (self.config.attention_dropout and self.training)
+        and not any(kwargs.get(name, getattr(self.config, name)) for name in RECORDED)
+        and kwargs.get("return_dict", self.config.return_dict) is not False
+    )
+    if not understood:
+        return plain()
+    rows, columns = input_ids.shape
+    if position_ids is None:
+        position_ids = torch.arange(columns, device=input_ids.device).unsqueeze(0)
+    position_ids = position_ids.expand(rows, columns)
+    width, first, inverse = cheapest_sharing(_seen(input_ids, attention_mask, position_ids))
+    if len(first) * width + rows * (columns - width) > WORTHWHILE * rows * columns:
+        return plain()
+    cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+    prefix = plain(
+        input_ids=input_ids[first, :width],
+        attention_mask=None if attention_mask is None else attention_mask[first, :width],
+        position_ids=position_ids[first, :width],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
+    hidden = prefix.last_hidden_state.index_select(0, inverse)
+    if width < columns:
+        rest = plain(
+            input_ids=input_ids[:, width:],
+            position_ids=position_ids[:, width:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
+    returned = None if past_key_values is None and use_cache is False else cache
+    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=returned)
+
+
+@torch.no_grad()
+def _seen(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+    """Number of what the model sees in a place, (rows, columns): equal where token, mask and position are equal."""
+    number = input_ids.long()
+    for part in (position_ids, *(() if attention_mask is None else (attention_mask,))):
+        part = part.long()
+        number = (number * (int(part.max()) + 2) + part + 1).contiguous()
+        _, number = number.unique(return_inverse=True)
+    return number

@@ -158,6 +158,18 @@ def make_prefix_run(folder: Path) -> Path:
     return folder
 
 
+def make_run_of_two(folder: Path) -> Path:
+    """The same run in two processes: a whole table numbers its groups over both, a record each by itself."""
+    make_run(folder)
+    guided = group(3, "a", [0.0] * (N - 1) + [1.0], guide=4, lost="the lost rollout")
+    others = [group(place, uid, [1.0, 0.0, 0.0, 0.0]) for place, uid in enumerate("bcd")]
+    table(folder, "step-00003-b01.parquet", [*others, guided])
+    record = json.loads((folder / "guided" / "b01.jsonl").read_text().splitlines()[1])
+    (folder / "guided" / "b01.jsonl").unlink()
+    (folder / "guided" / "b01-p1.jsonl").write_text(json.dumps(record) + "\n")  # its group has number 0 there
+    return folder
+
+
 def make_trl_run(folder: Path) -> Path:
     """A folder as TRL's log_completions leaves it: two prompts of four completions, two rewards, a conversation."""
     (folder / "completions").mkdir(parents=True)

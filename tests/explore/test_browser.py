@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from made_runs import HOSTILE, make_prefix_run, make_run, make_trl_run
+from made_runs import HOSTILE, make_prefix_run, make_run, make_run_of_two, make_trl_run
 from nbclient import NotebookClient
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -109,6 +109,16 @@ def test_what_a_guide_began_is_shown_apart_from_what_the_policy_wrote(tab, tmp_p
     page.locator('[data-action="without"]').click()
     expect(page.locator(".verdict")).to_contain_text("the policy's own rollout stays")
     page.locator('[data-action="without"]').click()
+
+
+def test_groups_of_two_processes_keep_apart_whose_numbers_are_the_same(tab, tmp_path):
+    page = tab(write_page(make_run_of_two(tmp_path / "two"))[0].as_uri())
+    rows = page.locator(".board .row")
+    assert rows.locator(".uid").all_inner_texts() == ["b", "c", "d", "a"]
+    assert page.locator(".squares.counted").count() == 0, "the table has every group of the step"
+    assert [row.locator(".sq.guide").count() for row in rows.all()] == [0, 0, 0, 1]
+    expect(page.locator(".groupdetail h2")).to_have_text("Group 3")
+    assert page.locator(".token .piece").all_inner_texts() == ["five", "·six", "∅"], "the record has the words"
 
 
 def test_filters_and_search_narrow_the_board(opened):

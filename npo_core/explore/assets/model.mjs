@@ -49,8 +49,6 @@ export function groupsOf(run, line) {
   const whole = line.recorded?.whole;
   const guided = line.recorded?.guided;
   const refused = new Map((guided?.refused ?? []).map((entry) => [entry[0], entry]));
-  const bySlot = new Map();
-  for (const group of [...(whole?.groups ?? []), ...(guided?.groups ?? [])]) bySlot.set(`${group.i}`, group);
   const listed = whole
     ? whole.groups.map((group) => ({ i: group.i, p: group.p, rate: null }))
     : line.g.map(([p, rate], i) => ({ i, p, rate }));
@@ -58,8 +56,12 @@ export function groupsOf(run, line) {
     if (!whole && !listed.some((entry) => entry.p === group.p)) listed.push({ i: group.i, p: group.p, rate: null });
   }
   const rates = new Map(line.g);
+  const times = new Map();
+  for (const { p } of listed) times.set(p, (times.get(p) ?? 0) + 1);
   return listed.map((entry) => {
-    const group = bySlot.get(`${entry.i}`)?.p === entry.p ? bySlot.get(`${entry.i}`) : guided?.groups.find((g) => g.p === entry.p);
+    // each process numbers its guided groups from 0, so the prompt tells which one it is, where it comes once in the step
+    const group = guided?.groups.find((g) => g.p === entry.p && (times.get(entry.p) === 1 || g.i === entry.i))
+      ?? whole?.groups.find((g) => g.i === entry.i && g.p === entry.p);
     const own = group ? ownSlots(group) : null;
     const rate = own ? own.filter((slot) => right(run, slot)).length / own.length : rates.get(entry.p) ?? entry.rate;
     const guide = guideFor(run, line, entry.p);

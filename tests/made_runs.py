@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -167,6 +168,19 @@ def make_run_of_two(folder: Path) -> Path:
     record = json.loads((folder / "guided" / "b01.jsonl").read_text().splitlines()[1])
     (folder / "guided" / "b01.jsonl").unlink()
     (folder / "guided" / "b01-p1.jsonl").write_text(json.dumps(record) + "\n")  # its group has number 0 there
+    return folder
+
+
+def make_large_run(folder: Path) -> Path:
+    """The same run with long responses in its tables, about as many as a page of two megabytes holds."""
+    make_run(folder)
+    for step in range(1, 5):
+        draws = np.random.default_rng(step)
+        groups = [
+            group(place, f"p{place}", [1.0, 0.0, 0.0, 0.0], [draws.bytes(600).hex() for _ in range(N)])
+            for place in range(158)
+        ]
+        table(folder, f"step-{step:05d}-b00.parquet", groups)
     return folder
 
 

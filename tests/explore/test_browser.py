@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from made_runs import HOSTILE, make_prefix_run, make_run, make_run_of_two, make_trl_run
+from made_runs import HOSTILE, make_large_run, make_prefix_run, make_run, make_run_of_two, make_trl_run
 from nbclient import NotebookClient
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -309,6 +309,19 @@ def test_it_opens_within_a_second(tab, address):
         return page.evaluate("performance.getEntriesByName('npo-explorer')[0].startTime")
 
     assert min(opening() for _ in range(3)) < 1000, "milliseconds from the click to the drawn page"
+
+
+def test_a_page_of_two_megabytes_takes_less_than_a_second_of_work_to_open(tab, tmp_path):
+    """In seconds of a core, so that a busy machine does not decide."""
+    path, _ = write_page(make_large_run(tmp_path / "large"))
+    assert 1.8e6 < path.stat().st_size <= 2e6
+    page = tab("about:blank#notebook")
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(path.as_uri())
+    expect(page.locator(".npo-explorer")).to_be_visible(timeout=20_000)
+    found = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+    assert found["TaskDuration"] < 1.0
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_runs import make_prefix_run, make_run, make_run_of_two, make_trl_run
 
 from npo_core.explore.page import asset, module
+from npo_core.explore.reading import read_run
 from npo_core.method.groups import gate, group_advantages, pass_rate
 from npo_core.method.ratios import RATIO_MODES, gradient_weight
 from npo_core.method.signal import ratio_sums, variance_cost
@@ -20,14 +22,15 @@ NODE = shutil.which("node")
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory):
-    """`node(expression, **names)`: a JavaScript expression over maths.mjs, its value back."""
+    """`node(expression, **names)`: a JavaScript expression over maths.mjs (or another module), its value back."""
     assert NODE is not None, "this file is left out where Node is missing, see tests/conftest.py"
     folder = tmp_path_factory.mktemp("node")
-    (folder / "maths.mjs").write_text(asset("maths.mjs"))
+    for name in ("maths", "model"):
+        (folder / f"{name}.mjs").write_text(asset(f"{name}.mjs"))
 
-    def run(expression, **names):
+    def run(expression, of="maths", **names):
         given = "".join(f"const {name} = {json.dumps(value)};" for name, value in names.items())
-        code = f"import * as m from './maths.mjs'; {given} console.log(JSON.stringify({expression}))"
+        code = f"import * as m from './{of}.mjs'; {given} console.log(JSON.stringify({expression}))"
         script = folder / "run.mjs"
         script.write_text(code)
         done = subprocess.run([NODE, script], capture_output=True, text=True)
@@ -127,3 +130,26 @@ def test_no_part_of_the_page_turns_text_into_markup():
             for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(")
             if word in name.read_text()
         }, name.name
+
+
+FROZEN = """(() => {
+  const freeze = (value) => {
+    if (value && typeof value === "object") { Object.values(value).forEach(freeze); Object.freeze(value); }
+    return value;
+  };
+  const prepared = m.prepare(freeze(data));
+  m.promptHistory(prepared);
+  let groups = 0;
+  for (const line of prepared.lines) for (const entry of m.groupsOf(prepared, line)) {
+    groups += 1;
+    if (!entry.group) continue;
+    for (const without of [true, false]) for (const tau of [0, 1]) m.asGated(prepared, entry, { tau, without });
+  }
+  return groups;
+})()"""
+
+
+@pytest.mark.parametrize("make", [make_run, make_prefix_run, make_run_of_two, make_trl_run])
+def test_what_is_derived_from_a_run_changes_nothing_in_its_data(node, make, tmp_path):
+    """The page hands its data on without a copy; a module would throw where it changed something frozen."""
+    assert node(FROZEN, of="model", data=read_run(make(tmp_path / "run"))) > 1

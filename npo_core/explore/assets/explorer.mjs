@@ -26,7 +26,7 @@ export function render({ model, el }) {
 }
 
 function mount(model, el, kept) {
-  const runs = structuredClone(model.get("data").runs).map(prepare);
+  const runs = model.get("data").runs.map(prepare);
   const state = { run: 0, clock: "compute", place: 0, group: null, filter: "all", search: "", tau: 0.6, without: false, ratioMode: "current",
     decision: 0, delta: 0, c: 3.3, prompt: null, poolSearch: "", markdown: true };
   const view = layout(el, runs);

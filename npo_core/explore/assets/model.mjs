@@ -6,12 +6,14 @@ import { gate, groupAdvantages } from "./maths.mjs";
 /** Data of the page from its compressed text. */
 export async function unpack(text) {
   if (typeof DecompressionStream === "undefined") throw new Error("it has no DecompressionStream (browsers before 2023).");
-  const bytes = Uint8Array.from(atob(text.trim()), (sign) => sign.charCodeAt(0));
+  const signs = atob(text.trim());
+  const bytes = new Uint8Array(signs.length); // by hand: Uint8Array.from takes 0.3 s of a page of 2 MB
+  for (let place = 0; place < signs.length; place += 1) bytes[place] = signs.charCodeAt(place);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }
 
-/** A run with what is derived from it once. */
+/** A run with what is derived from it once; the data itself is never changed, and so needs no copy. */
 export function prepare(run) {
   const segments = run.events.filter((event) => event.event === "segment");
   const abandoned = (line) => segments.some((s) => s.branch > line.b && line.s > s.start);

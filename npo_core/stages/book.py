@@ -5,6 +5,7 @@ has its page, with the error in it, and the others are executed all the same.
 """
 
 import argparse
+import ast
 import html
 import re
 import time
@@ -98,7 +99,7 @@ def make_book(
 
     Args:
         out: Folder of the pages; made if it is not there.
-        preset: Preset of every notebook that has one.
+        preset: Preset of every notebook of the small world; others have theirs, see `preset_for`.
         seed: Seed of every notebook that has one.
         only: Names of notebooks to execute; empty for all. The index lists those of this call.
         quiet: Without progress bars.
@@ -148,6 +149,8 @@ def _chapter(path: Path, out: Path, given: dict[str, Any], neighbours: Sequence[
     executed, started, failed = out / f"{path.stem}.ipynb", time.monotonic(), ""
     declared = papermill.inspect_notebook(str(path))
     parameters = {name: value for name, value in given.items() if name in declared}
+    if "preset" in declared:
+        parameters["preset"] = preset_for(ast.literal_eval(declared["preset"]["default"]), given["preset"])
     try:
         papermill.execute_notebook(str(path), str(executed), parameters=parameters, progress_bar=not quiet)
     except papermill.PapermillExecutionError as error:
@@ -156,6 +159,19 @@ def _chapter(path: Path, out: Path, given: dict[str, Any], neighbours: Sequence[
     _write(out / f"{path.stem}.html", _page(notebook, path.stem, neighbours))
     executed.unlink()
     return Chapter(path.stem, _title(notebook), _ending(notebook), time.monotonic() - started, failed)
+
+
+def preset_for(own: str, asked: str) -> str:
+    """Preset of a notebook: the one asked for, or for a notebook with a policy of its own that one's, small for smoke.
+
+    Args:
+        own: Preset that the notebook declares; "cpu" for those of the small world.
+        asked: Preset of the book.
+    """
+    if own == "cpu" or asked.startswith(own):
+        return asked
+    small = f"{own}-smoke"
+    return small if asked == "smoke" and small in preset_names() else own
 
 
 def _page(notebook: Any, name: str, neighbours: Sequence[str]) -> str:

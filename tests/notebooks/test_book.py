@@ -87,6 +87,21 @@ def test_what_cannot_be_made_is_refused_before_anything_runs(shelf, capsys, opti
     assert not (shelf / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "given"),
+    [
+        ("cpu", "cpu", "cpu"),
+        ("cpu", "smoke", "smoke"),
+        ("real", "cpu", "real"),
+        ("real", "smoke", "real-smoke"),
+        ("real", "real-smoke", "real-smoke"),
+        ("gpu", "smoke", "gpu"),
+    ],
+)
+def test_a_notebook_with_a_policy_of_its_own_keeps_it(own, asked, given):
+    assert book.preset_for(own, asked) == given
+
+
 def test_an_installed_copy_says_why_it_has_no_book(monkeypatch, capsys):
     monkeypatch.setattr(book, "checkout", lambda: None)
     assert main(["book"]) == 2

@@ -171,11 +171,12 @@ def _evidence_parser(stages) -> None:
     stage.set_defaults(stage=_evidence)
     stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
     stage.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds (default: 0 to 9)")
-    stage.add_argument("--arms", nargs="+", help="arms (default: all; see npo_core/arms.py)")
+    stage.add_argument("--arms", nargs="+", help="arms (default: all; see npo_core/study/arms.py)")
     stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every arm")
     stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
     stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
+    text = "folder of the results (default: data/results, of a preset other than cpu a folder of its name in it)"
+    stage.add_argument("--out", type=Path, help=text)
     stage.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -215,15 +216,17 @@ def _cell(options: argparse.Namespace) -> int:
 def _evidence(options: argparse.Namespace) -> int:
     from .study import cells as evidence
     from .study import claims, comparisons
+    from .study.findings import results_folder
     from .study.results import read_evidence
 
     cells = evidence.plan_cells(options.preset, options.seeds, options.arms, given_overrides(options.set))
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
-    for path in evidence.collect(cells, options.root, options.out):
+    out = options.out or results_folder() / ("" if options.preset == "cpu" else options.preset)
+    for path in evidence.collect(cells, options.root, out):
         print(path)
-    found = read_evidence(options.out)
+    found = read_evidence(out)
     print(comparisons.arm_markdown(found) if "GRPO" in found.arms else "No GRPO: nothing to compare with.")
-    print("\n" + claims.decide(found, options.out))
+    print("\n" + claims.decide(found, out))
     for arm, seeds in found.failed.items():
         print(f"failed: {arm}, seeds {seeds}", file=sys.stderr)
     return 1 if found.failed else 0

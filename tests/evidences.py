@@ -13,6 +13,8 @@ from npo_core.study.results import SAMPLINGS, SCORE_COLUMNS, Evidence
 SUITES = ("mathvista", "mmstar")
 STEPS = 40
 """Compute steps of a run."""
+PER_STEP = {"GRPO, groups of 16": 32, "GRPO, longer": 32}
+"""Rollouts of a step, 16 if not given; an arm that rolls back samples 16 more off line when it does."""
 
 
 def evidence(
@@ -54,7 +56,8 @@ def evidence(
                                 "compute_step": line["compute_step"], "final": last, "sampling": sampling,
                                 "suite": suite, "pass_rate": rate, "pass_at_4": rate + 0.1, "pass_at_8": rate + 0.2,
                                 "entropy": line["entropy"], "all_wrong_groups": 0.5,
-                                "interventions": int(ends[arm] < STEPS), "offline_rollouts": 16,
+                                "interventions": int(ends[arm] < STEPS),
+                                "rollouts": line["compute_step"] * PER_STEP.get(arm, 16) + 16 * line["branch"],
                             }
                         )  # fmt: skip
     about = {
@@ -105,8 +108,9 @@ def run_of(arm: str, seed: int, end: int) -> dict:
         "git_revision": "abc",
         "policy_steps": end,
         "compute_steps": STEPS,
-        "rollouts": STEPS * 16 + 16,
-        "offline_rollouts": 16,
+        "rollouts": STEPS * PER_STEP.get(arm, 16) + 16 * (back > 0),
+        "offline_rollouts": 16 * (back > 0),
+        "trained_tokens": STEPS * 16 * 10,
         "wall_seconds": 1.0,
         "interventions": [jump | {"at_edge": None, "quality": None, "variance": None}] if back else [],
     }

@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..study.arms import ARMS
+from ..study.clocks import ends, paired, reference, score_at
+from ..study.families import REFERENCES
 from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
 from .estimates import difference_text, interval, quoted, require_arms
@@ -24,7 +26,11 @@ from .style import ARM_LOOKS, COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, s
 
 GROUPS = {"baseline": "Baselines", "npo": "NPO", "control": "Controls"}
 """Titles of the kinds of arms."""
-AT_EQUAL = {"compute": ("o", COLORS[0], "at equal compute"), "policy": ("s", COLORS[1], "at equal policy step")}
+AT_EQUAL = {
+    "policy": ("s", COLORS[1], "at equal policy step"),
+    "compute": ("o", COLORS[0], "at equal compute steps"),
+    "rollouts": ("D", COLORS[2], "at equal total rollouts"),
+}
 """Marker, colour and name of the clock that a comparison holds equal."""
 METRICS = {"pass_rate": CURVES["npo/pass_rate"], "entropy": CURVES["npo/entropy"]}
 PAIRS = (("NPO", "NPO, exact ratio"), ("LUFFY", "LUFFY, no correction"))
@@ -34,9 +40,10 @@ FAR = 4
 
 
 def arm_differences(evidence: Evidence) -> Figure:
-    """Final test pass rate of every arm minus GRPO's, on both clocks (ours).
+    """Final test pass rate of every arm minus its reference, on three clocks (ours).
 
-    At equal policy step GRPO is scored where the arm ends. "GRPO, longer" has another budget and is left out.
+    At equal policy step GRPO is scored where the arm ends, at equal total rollouts the better of longer runs and larger
+    groups where they have spent as many. Arms that spend more than GRPO by plan are references and left out.
 
     Args:
         evidence: Results of the study.
@@ -45,25 +52,26 @@ def arm_differences(evidence: Evidence) -> Figure:
         ValueError: There is no GRPO, or nothing but GRPO.
     """
     require_arms(evidence, "GRPO")
-    arms = [arm for arm in evidence.arms if ARMS[arm].budget == 1 and arm != "GRPO"]
+    references = {name for names in REFERENCES.values() for name in names}
+    arms = [arm for arm in evidence.arms if arm not in references]
     if not arms:
         raise ValueError("The evidence holds no arm but GRPO; there is nothing to compare it with.")
-    finals = evidence.finals()
+    clocks = [clock for clock in AT_EQUAL if set(REFERENCES[clock]) & set(evidence.arms)]
     found: dict[str, dict[str, np.ndarray]] = {}
     for arm in arms:
-        other = {"compute": finals["GRPO"], "policy": _grpo_where_it_ends(evidence, arm)}
-        found[arm] = {clock: (finals[arm] - other[clock]).dropna().to_numpy() for clock in AT_EQUAL}
+        pairs = {clock: paired(evidence, arm, reference(evidence, arm, clock), clock) for clock in clocks}
+        found[arm] = {clock: (own - other).dropna().to_numpy() for clock, (own, other) in pairs.items()}
     counts = [len(values) for row in found.values() for values in row.values()]
     edges, far = _range(found)
     groups = {kind: [arm for arm in arms if ARMS[arm].kind == kind] for kind in GROUPS}
     groups = {kind: members for kind, members in groups.items() if members}
     with style():
         ratios = {"height_ratios": [len(members) + 0.2 for members in groups.values()]}
-        size = (WIDTH, 1.2 + 0.3 * len(groups) + 0.43 * len(arms))
+        size = (WIDTH, 1.2 + 0.3 * len(groups) + 0.48 * len(arms))
         figure, grid = canvas(len(groups), 1, size, sharex=True, gridspec_kw=ratios)
         for axes, (kind, members) in zip(grid[:, 0], groups.items(), strict=True):
             for place, arm in enumerate(members):
-                for clock, shift in zip(AT_EQUAL, (-0.2, 0.2), strict=True):
+                for clock, shift in zip(clocks, np.linspace(-0.25, 0.25, len(clocks)), strict=True):
                     marker, color, name = AT_EQUAL[clock]
                     values = found[arm][clock]
                     if arm in far and len(values):
@@ -74,12 +82,15 @@ def arm_differences(evidence: Evidence) -> Figure:
             axes.axvline(0, color=GREY, lw=1.0, ls="--", zorder=1)
             _rows(axes, [_row_label(arm, [len(v) for v in found[arm].values()], evidence) for arm in members])
             axes.set_title(GROUPS[kind], loc="left", fontweight="bold")
-        grid[-1, 0].set_xlabel("test pass rate minus GRPO's, paired by seed (fraction, mean over suites)")
+        grid[-1, 0].set_xlabel("test pass rate minus the reference's, paired by seed (fraction, mean over suites)")
         marks = [
             Line2D([], [], color=color, marker=marker, ms=6, label=name, **MEAN)
-            for marker, color, name in AT_EQUAL.values()
+            for marker, color, name in map(AT_EQUAL.get, clocks)
         ]
-        marks += [*_interval_marks(counts), Line2D([], [], color=GREY, lw=1.0, ls="--", label="as good as GRPO")]
+        marks += [
+            *_interval_marks(counts),
+            Line2D([], [], color=GREY, lw=1.0, ls="--", label="as good as the reference"),
+        ]
         figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return settle(figure)
 
@@ -240,8 +251,7 @@ def _paired_text(differences: pd.Series) -> str:
 
 def _grpo_where_it_ends(evidence: Evidence, arm: str) -> pd.Series:
     """GRPO's score by seed at the policy step at which the arm ends."""
-    ends = {run["seed"]: run["policy_steps"] for run in evidence.about["runs"] if run["arm"] == arm}
-    return evidence.at_policy_step("GRPO", ends).reindex(evidence.about["seeds"])
+    return score_at(evidence, "GRPO", "policy", ends(evidence, arm, "policy")).reindex(evidence.about["seeds"])
 
 
 # Rows

@@ -6,7 +6,7 @@ on from its last checkpoint. `start(config)` does the same in a process of its o
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
                 **_grounds(distance, found["choice"].get(when), found["planned"].get(when)),
             }
         )
-    offline = sum(event.get("rollouts", 0) for event in events if event["event"] in ("probe", "cache", "dismissed"))
+    offline = offline_rollouts(events)
     return {
         "policy_steps": metrics[-1]["policy_step"],
         "compute_steps": metrics[-1]["compute_step"],
@@ -237,6 +237,20 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
         "final": final,
         "interventions": interventions,
     }
+
+
+def offline_rollouts(events: Sequence[Mapping[str, Any]], before: int | None = None) -> int:
+    """Rollouts that were sampled outside of training steps: probes, caches, and caches that held nothing.
+
+    Args:
+        events: Events of a run, without those of abandoned sittings.
+        before: Compute step; only what was sampled before that step was made counts. None: all.
+    """
+    return sum(
+        event.get("rollouts", 0)
+        for event in events
+        if event["event"] in ("probe", "cache", "dismissed") and (before is None or event["compute_step"] < before)
+    )
 
 
 def _grounds(distance: int, choice: Mapping | None, planned: Mapping | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Arm:
         settings: Settings that differ from the preset's and from the method's own.
         budget: Compute steps over those of the preset; above 1 only for the longer GRPO run.
         grid: Settings in steps, as multiples of the preset's steps between checkpoints (10 in preset cpu).
+        rate_of: Preset whose learning rate the arm takes; "" keeps the own.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     budget: float = 1.0
     grid: Mapping[str, int] = field(default_factory=dict)
+    rate_of: str = ""
 
     def changes(self, checkpoint_every: int) -> dict[str, Any]:
         """All settings that differ from the preset's, at its distance between checkpoints."""
@@ -49,6 +51,7 @@ ARMS: Mapping[str, Arm] = {
     "GRPO, groups of 16": Arm("grpo", "twice the rollouts of each prompt, none off line", "baseline",
                               {"num_generations": 16}),
     "GRPO, entropy bonus": Arm("grpo", "a bonus on the token entropy", "baseline", {"entropy_bonus": 0.01}),
+    "GRPO, best rate": Arm("grpo", "the best of five learning rates", "baseline", rate_of="cpu_tuned"),
     "LUFFY": Arm("luffy", "external teacher that writes another form", "baseline"),
     "LUFFY, base's form": Arm("luffy", "external teacher that writes the base's own form", "baseline",
                               {"teacher_form_share": OWN_FORM}),
@@ -98,7 +101,10 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
     row = _named(ARMS, arm, "arm")
     shared = {**SHARED, **(overrides or {})}
     every = resolve_config("grpo", preset, seed, shared).checkpoint_every
-    config = resolve_config(row.method, preset, seed, {**shared, **row.changes(every)})
+    changes = row.changes(every)
+    if row.rate_of:
+        changes["learning_rate"] = resolve_config("grpo", row.rate_of).learning_rate
+    config = resolve_config(row.method, preset, seed, {**shared, **changes})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
 
 

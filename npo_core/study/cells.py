@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..runs.validation import WORLD
 from ..stages import run as stages
 from ..world.policies import load_policy
 from .arms import ARMS, arm_config
+from .families import AXES, CLOCKS, COUNTED, REFERENCES, compared_on
 from .findings import SCHEMA, results_folder
 from .results import ABOUT, SCORE_COLUMNS, SCORES, TRAINING, check_evidence
 
@@ -248,9 +249,10 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     ]
     lost = {(entry["arm"], entry["seed"]) for entry in failed}
     used = [cell for cell in cells if (cell.arm, cell.seed) not in lost and _finished(cell.folder(root))]
-    ends = [_policy_end(cell.folder(root)) for cell in used]
+    results = {(cell.arm, cell.seed): cell.folder(root).result() for cell in used}
     scores = pd.DataFrame(
-        [row for cell in used for row in _score_rows(cell, cell.folder(root), ends)], columns=list(SCORE_COLUMNS)
+        [row for cell in used for row in _score_rows(cell, cell.folder(root), _counts_to_score(cell, results))],
+        columns=list(SCORE_COLUMNS),
     )
     training = pd.DataFrame([row for cell in used for row in _training_rows(cell, cell.folder(root))])
     about = {
@@ -272,15 +274,12 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     return [folder / name for name in (SCORES, TRAINING, ABOUT)]
 
 
-def _policy_end(run: RunFolder) -> int:
-    return run.result()["policy_steps"]
-
-
 def _about(cell: Cell, run: RunFolder) -> dict[str, Any]:
     made = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
+    tokens = sum(line["completions/mean_length"] for line in run.metrics()) * cell.config.rollouts_per_step
     return {
         "arm": cell.arm,
         "seed": cell.seed,
@@ -288,6 +287,7 @@ def _about(cell: Cell, run: RunFolder) -> dict[str, Any]:
         "versions": versions,
         "git_revision": made["git_revision"],
         **{name: result[name] for name in chosen},
+        "trained_tokens": round(tokens),
         "interventions": [
             {
                 name: entry.get(name)
@@ -298,17 +298,47 @@ def _about(cell: Cell, run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _score_rows(cell: Cell, run: RunFolder, ends: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Rows of one run; GRPO is also scored where the other arms end, for the clock of policy steps."""
-    lines, result = run.metrics(), run.result()
+def _counts_to_score(cell: Cell, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """Where a cell is scored beside its own points: (clock, count) at which an arm ends that it is compared with."""
+    found = set()
+    for clock in CLOCKS:
+        end = {arm: result[COUNTED[clock]] for (arm, seed), result in results.items() if seed == cell.seed}
+        pairs = compared_on(clock) | {(arm, other) for arm in end for other in REFERENCES[clock]}
+        partners = {other if arm == cell.arm else arm for arm, other in pairs if cell.arm in (arm, other)}
+        found |= {(clock, end[arm]) for arm in partners if arm in end and end[arm] < end[cell.arm]}
+    return found
+
+
+def _saved_places(run: RunFolder) -> list[dict[str, Any]]:
+    """Lines of training that have a checkpoint, with all rollouts spent by then."""
+    config, events, saved = run.config, run.effective_events(), {}
+    places = []
+    for line in run.metrics():
+        branch, step = line["branch"], line["compute_step"]
+        if branch not in saved:
+            saved[branch] = complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False)
+        if line["policy_step"] in saved[branch]:
+            spent = step * config.rollouts_per_step + stages.offline_rollouts(events, before=step)
+            places.append(
+                {**{name: line[name] for name in ("branch", "policy_step", "compute_step")}, "rollouts": spent}
+            )
+    return places
+
+
+def _score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Rows of one run: its own points, and the newest checkpoint that has counted at most so much on each clock."""
+    lines, result, places = run.metrics(), run.result(), _saved_places(run)
     points = score_points(run)
     final = points[-1][:2]
-    if cell.arm == "GRPO":
-        more = [newest_place(run, step) for step in sorted(set(ends)) if step < run.config.compute_steps]
-        points = [*dict.fromkeys((*place, "paper") for place in more if place is not None), *points]
-        points = list(dict.fromkeys(points))
+    for clock, count in sorted(counts):
+        name = AXES[clock]
+        there = [place for place in places if place[name] <= count]
+        if there:
+            newest = max(there, key=lambda place: (place[name], place["compute_step"]))
+            points.insert(0, (newest["branch"], newest["policy_step"], "paper"))
     place_of = {(line["branch"], line["policy_step"]): index for index, line in enumerate(lines)}
-    for branch, step, sampling in points:
+    spent = {(place["branch"], place["policy_step"]): place["rollouts"] for place in places}
+    for branch, step, sampling in dict.fromkeys(points):
         found = score(run, branch, step, sampling)
         index = place_of[branch, step]
         recent = lines[max(0, index + 1 - RECENT) : index + 1]
@@ -328,7 +358,7 @@ def _score_rows(cell: Cell, run: RunFolder, ends: Sequence[int]) -> Iterator[dic
                 "entropy": float(np.mean([line["npo/entropy"] for line in recent])),
                 "all_wrong_groups": float(np.mean([line["npo/all_wrong_groups"] for line in recent])),
                 "interventions": sum(e["compute_step"] < compute_step for e in result["interventions"]),
-                "offline_rollouts": result["offline_rollouts"],
+                "rollouts": spent[branch, step],
             }
 
 

@@ -1,155 +1,68 @@
-"""Comparisons of the evidence study: paired by seed, on both clocks, with interval, test and power.
+"""Tables of the evidence study: arms on three clocks, secondary endpoints, suites, and the course of training.
 
-The arms of a seed share base policy, data order and test problems, so differences are paired. Intervals and tests are
-over seeds; docs/evidence.md says which of them is primary.
+Differences are paired by seed (`differences.py`), at what `clocks.py` holds equal; docs/evidence.md has the plan.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..method.stats import (
-    detectable_difference,
-    holm,
-    interquartile_mean,
-    mean_interval,
-    paired_t_test,
-    probability_of_improvement,
-    stratified_bootstrap,
-)
+from ..method.stats import holm, interquartile_mean, mean_interval, stratified_bootstrap
 from ..runs.folder import moving_average
 from ..streams import TEST_ITEMS
+from .clocks import against_reference, compare, ends
+from .differences import Difference, difference
+from .families import AT_CLOCK, CLOCKS, FAMILIES, REFERENCES
 from .results import Evidence
 
-PRIMARY = ("LUFFY", "ExGRPO", "RLEP", "NPO early", "NPO late", "NPO", "AutoNPO")
-"""Arms of the primary comparison with GRPO; Holm's adjustment is over these."""
-
-CLOCKS = ("compute", "policy")
-AT_CLOCK = {"compute": "compute", "policy": "policy step"}
 LEVEL_SHARE = 0.8
-"""Reference level of the speed-up: this share of the way from GRPO's first steps to its plateau."""
-SPEED_UP_COUNTS = ("without scout", "with scout", "with scout and off-line")
-"""What the guided run's steps count: its trajectory, all optimiser steps, off-line rollouts too."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of two arms over seeds.
-
-    Attributes:
-        arm: Arm.
-        against: What it is compared with.
-        clock: "compute": both at the end of the budget; "policy": the other at the policy step where the arm ends.
-        measure: What differs.
-        value: Mean over seeds, None with no seed.
-        low: Lower end of the 95 % t interval, None with fewer than two seeds.
-        high: Upper end.
-        p: Two-sided paired t test.
-        seeds: Seeds that both arms finished.
-        detectable: Difference that the test finds with probability 0.8.
-        improvement: Probability that a run of the arm beats one of the other.
-    """
-
-    arm: str
-    against: str
-    clock: str
-    measure: str
-    value: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    seeds: int
-    detectable: float | None
-    improvement: float | None
-
-    @property
-    def text(self) -> str:
-        """The difference in words for a table: mean and interval."""
-        if self.value is None:
-            return "–"
-        interval = "" if self.low is None else f" ({self.low:+.3f} to {self.high:+.3f})"
-        return f"{self.value:+.3f}{interval}"
-
-
-def difference(
-    arm: pd.Series, other: pd.Series, *, names: tuple[str, str], clock: str = "compute", measure: str = "test pass rate"
-) -> Difference:
-    """Difference of two arms, each a score by seed; seeds that one of them lacks are left out and not counted."""
-    both = pd.concat([arm, other], axis=1, keys=["arm", "other"]).dropna()
-    values = (both["arm"] - both["other"]).to_numpy(dtype=float)
-    several = len(values) > 1
-    estimate = mean_interval(values) if several else None
-    return Difference(
-        arm=names[0],
-        against=names[1],
-        clock=clock,
-        measure=measure,
-        value=float(values.mean()) if len(values) else None,
-        low=estimate.low if estimate else None,
-        high=estimate.high if estimate else None,
-        p=paired_t_test(values) if several else None,
-        seeds=len(values),
-        detectable=detectable_difference(values) if several else None,
-        improvement=probability_of_improvement(*both.to_numpy(dtype=float).T) if len(values) else None,
-    )
-
-
-def against_grpo(
-    evidence: Evidence, arm: str, clock: str = "compute", measure: str = "pass_rate", sampling: str = "paper"
-) -> Difference:
-    """An arm minus GRPO on one clock, mean over suites.
-
-    Args:
-        evidence: Results.
-        arm: Arm.
-        clock: "compute" or "policy"; the policy clock knows sampling "paper" only.
-        measure: Column of the scores.
-        sampling: How test responses are sampled.
-    """
-    own = evidence.finals(sampling, measure)[arm]
-    if clock == "compute":
-        other = evidence.finals(sampling, measure)["GRPO"]
-    else:
-        other = evidence.at_policy_step("GRPO", policy_ends(evidence, arm), measure)
-    return difference(own, other, names=(arm, "GRPO"), clock=clock, measure=f"{measure} ({sampling})")
-
-
-def policy_ends(evidence: Evidence, arm: str) -> dict[int, int]:
-    """Policy step at which each seed of an arm ends."""
-    return {run["seed"]: run["policy_steps"] for run in evidence.about["runs"] if run["arm"] == arm}
+"""Reference level of the speed-up: this share of the way from GRPO's first steps to the top of its rise."""
+RISE_FIRST, RISE_WINDOW = 10, 20
+"""Steps that the rise starts from, and steps in a row whose largest mean is its top (as in docs/gates.md)."""
+SPEED_UP_COUNTS = {"policy": "without scout", "compute": "with scout", "rollouts": "with scout and off-line"}
+"""What the guided run's steps count on each clock: its trajectory, all optimiser steps, off-line rollouts too."""
 
 
 def between(
     evidence: Evidence, arm: str, other: str, measure: str = "pass_rate", sampling: str = "paper"
 ) -> Difference:
-    """An arm minus another at equal compute, mean over suites."""
+    """An arm minus another, each at its own end, mean over suites."""
     finals = evidence.finals(sampling, measure)
     return difference(finals[arm], finals[other], names=(arm, other), measure=f"{measure} ({sampling})")
 
 
 def primary(evidence: Evidence) -> pd.DataFrame:
-    """The primary comparison: each arm against GRPO at equal compute, with Holm's adjustment; and the policy clock."""
-    arms = [arm for arm in PRIMARY if arm in evidence.arms]
-    rows = [asdict(against_grpo(evidence, arm, clock)) for arm in arms for clock in CLOCKS]
-    table = pd.DataFrame(rows, columns=[field.name for field in fields(Difference)])
-    for clock in CLOCKS:
-        chosen = (table["clock"] == clock) & table["p"].notna()
-        if chosen.any():
-            table.loc[chosen, "p_holm"] = holm(table.loc[chosen, "p"].to_numpy(dtype=float))
-    return table
+    """The primary comparison: every arm minus the reference of each clock, where the results hold one.
+
+    Returns:
+        A row per arm and clock with the fields of `Difference`, and `p_holm` for the arms of the family "guidance
+        pays". An arm that makes more steps than GRPO has no row at equal policy step or equal compute steps.
+    """
+    guided = {clock: {one.pair.arm: one.p_holm for one in compare(evidence, FAMILIES[0], clock)} for clock in CLOCKS}
+    rows = []
+    for arm in evidence.arms:
+        for clock in CLOCKS:
+            if arm in REFERENCES[clock] or not set(REFERENCES[clock]) & set(evidence.arms):
+                continue
+            most = max(max(ends(evidence, name, clock).values(), default=0) for name in REFERENCES[clock])
+            if max(ends(evidence, arm, clock).values(), default=0) > most:
+                continue
+            found = asdict(against_reference(evidence, arm, clock))
+            rows.append({**found, "clock": clock, "p_holm": guided[clock].get(arm)})
+    return pd.DataFrame(rows, columns=[*(field for field in Difference.__dataclass_fields__), "p_holm"])
 
 
 def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
-    """One row per arm: final score, IQM with a stratified bootstrap interval, differences on both clocks, cost.
+    """One row per arm: final score, IQM with a stratified bootstrap interval, differences on three clocks, cost.
 
-    `p_holm` is that of the primary comparison; an arm that makes more steps than GRPO has no equal policy step.
+    The columns "equal policy step", "equal compute steps" and "equal total rollouts" hold the difference to the clock's
+    reference in words, or None where there is none; see `primary`.
     """
-    table, rows = primary(evidence), []
-    adjusted = table[table["clock"] == "compute"].set_index("arm").get("p_holm", pd.Series(dtype=float))
-    furthest = max(policy_ends(evidence, "GRPO").values(), default=0)
+    rows = []
+    found = {(row["arm"], row["clock"]): _words(row) for row in primary(evidence).to_dict("records")}
     for arm in evidence.arms:
         finals = evidence.finals()[arm].dropna()
         plain = evidence.finals("plain")[arm].dropna()
@@ -158,9 +71,9 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
         ]
         grid = chosen.pivot(index="seed", columns="suite", values="pass_rate").to_numpy()
         runs = [run for run in evidence.about["runs"] if run["arm"] == arm]
-        further = any(run["policy_steps"] > furthest for run in runs)
         estimate = mean_interval(finals.to_numpy()) if len(finals) > 1 else None
         robust = stratified_bootstrap(grid, rng) if len(grid) > 1 else None
+        costs = ("policy_steps", "compute_steps", "offline_rollouts", "rollouts", "trained_tokens")
         rows.append(
             {
                 "arm": arm,
@@ -174,44 +87,49 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
                 "IQM high": robust.high if robust else None,
                 "pass rate at T = 1": float(plain.mean()),
                 "pass@8 at T = 1": float(evidence.finals("plain", "pass_at_8")[arm].mean()),
-                "equal compute": None if arm == "GRPO" else against_grpo(evidence, arm).text,
-                "p_holm": adjusted.get(arm),
-                "equal policy step": None if arm == "GRPO" or further else against_grpo(evidence, arm, "policy").text,
+                **{f"equal {AT_CLOCK[clock]}": found.get((arm, clock)) for clock in CLOCKS},
                 "entropy": float(chosen.groupby("seed")["entropy"].first().mean()),
                 "all-wrong groups": float(chosen.groupby("seed")["all_wrong_groups"].first().mean()),
-                "policy steps": float(np.mean([run["policy_steps"] for run in runs])) if runs else None,
-                "compute steps": float(np.mean([run["compute_steps"] for run in runs])) if runs else None,
-                "off-line rollouts": float(np.mean([run["offline_rollouts"] for run in runs])) if runs else None,
+                **{name.replace("_", " "): _mean(runs, name) for name in costs},
                 "interventions": float(np.mean([len(run["interventions"]) for run in runs])) if runs else None,
             }
         )
     return pd.DataFrame(rows)
 
 
+def _mean(runs: Sequence[dict[str, Any]], name: str) -> float | None:
+    return float(np.mean([run[name] for run in runs])) if runs else None
+
+
+def _words(row: dict[str, Any]) -> str:
+    """A difference as a table shows it: bold where it is sure; the reference is named where a clock has several."""
+    sure = row["low"] is not None and np.isfinite(row["low"]) and not row["low"] <= 0 <= row["high"]
+    sure = sure and (row["p_holm"] is None or not np.isfinite(row["p_holm"]) or row["p_holm"] < 0.05)
+    text = Difference(**{name: value for name, value in row.items() if name != "p_holm"}).text
+    return f"**{text}**" if sure else text
+
+
 def arm_markdown(evidence: Evidence) -> str:
     """The table of arms in Markdown.
 
-    Bold: the interval excludes 0 and, in the primary comparison, Holm's p of that clock is below 0.05.
+    Bold: the interval excludes 0 and, for the arms of the family "guidance pays", Holm's p on that clock is below 0.05.
     """
-    head = ("arm", "pass rate", "at equal compute", "p, Holm", "at equal policy step", "p, Holm")
-    lines = _head(*head, "steps on the trajectory", "off-line rollouts")
-    adjusted = primary(evidence).set_index(["arm", "clock"]).get("p_holm", pd.Series(dtype=float))
+    head = ("arm", "pass rate", *(f"at equal {AT_CLOCK[clock]}" for clock in CLOCKS))
+    lines = _head(*head, "steps on the trajectory", "off-line rollouts", "all rollouts")
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
-        arm, cells = row["arm"], {}
-        for clock in CLOCKS:
-            found, p = against_grpo(evidence, arm, clock), adjusted.get((arm, clock), np.nan)
-            apart = None not in (found.low, found.high) and not found.low <= 0 <= found.high
-            sure = apart and (arm not in PRIMARY or p < 0.05)
-            known = isinstance(row[f"equal {AT_CLOCK[clock]}"], str)
-            cells[clock] = (f"**{found.text}**" if sure else found.text) if known else ""
-            cells[f"p {clock}"] = _p_words(p)
-        costs = [f"{row[name]:,.0f}" for name in ("policy steps", "off-line rollouts")]
-        lines.append(_line(arm, f"{row['pass rate']:.3f}", *cells.values(), *costs))
+        known = (row[f"equal {AT_CLOCK[clock]}"] for clock in CLOCKS)
+        cells = [text if isinstance(text, str) else "" for text in known]
+        costs = [f"{row[name]:,.0f}" for name in ("policy steps", "offline rollouts", "rollouts")]
+        lines.append(_line(row["arm"], f"{row['pass rate']:.3f}", *cells, *costs))
+    against = primary(evidence)
+    chosen = against[against["clock"] == "rollouts"].groupby("against")["arm"].apply(list).to_dict()
+    for other, arms in chosen.items():
+        lines.append(f"\nAt equal total rollouts against {other}: {'; '.join(arms)}.")
     return "\n".join(lines)
 
 
 def secondary_markdown(evidence: Evidence) -> str:
-    """The secondary endpoints in Markdown: each arm on its own, then minus GRPO at equal compute, unadjusted.
+    """The secondary endpoints in Markdown: each arm on its own, then minus GRPO, each at its own end, unadjusted.
 
     Bold: the interval excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
     """
@@ -229,9 +147,9 @@ def secondary_markdown(evidence: Evidence) -> str:
             lines.append(_line(arm, own, "", "", *level, f"{row['all-wrong groups']:.3f}", ""))
             continue
         found = [difference(by_seed[arm], by_seed["GRPO"], names=(arm, "GRPO"), measure="IQM over suites")]
-        found += [against_grpo(evidence, arm, "compute", column, sampling) for sampling, column in finals]
+        found += [between(evidence, arm, "GRPO", column, sampling) for sampling, column in finals]
         texts = [f"**{one.text}**" if one.low is not None and one.low * one.high > 0 else one.text for one in found]
-        improvement = against_grpo(evidence, arm).improvement
+        improvement = between(evidence, arm, "GRPO").improvement
         chance = "–" if improvement is None else f"{improvement:.2f}"
         lines.append(_line(arm, own, texts[0], chance, *texts[1:], _apart(evidence, arm)))
     return "\n".join(lines)
@@ -246,10 +164,6 @@ def _apart(evidence: Evidence, arm: str) -> str:
     if "p_holm" not in table:
         return "–"
     return ", ".join(f"{row.suite} {row.value:+.2f}" for row in table[table["p_holm"] < 0.05].itertuples()) or "none"
-
-
-def _p_words(p: float) -> str:
-    return "" if not np.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _head(*names: str) -> list[str]:
@@ -310,7 +224,7 @@ def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
             continue
         run = next(run for run in evidence.about["runs"] if (run["arm"], run["seed"]) == (arm, seed))
         if not run["interventions"]:
-            rows[seed] = dict.fromkeys(SPEED_UP_COUNTS, np.nan)
+            rows[seed] = dict.fromkeys(SPEED_UP_COUNTS.values(), np.nan)
             continue
         per_step = run["config"]["prompts_per_step"] * run["config"]["num_generations"]
         offline = run["offline_rollouts"] / len(run["interventions"]) / per_step
@@ -331,10 +245,11 @@ def speed_up_bound(evidence: Evidence, arm: str = "NPO early") -> pd.Series:
 
 
 def reference_level(lines: Sequence[dict[str, Any]]) -> float:
-    """On-policy pass rate `LEVEL_SHARE` of the way from the first fortieth of a run's steps to its second quarter."""
-    rates = [line["pass_rate"] for line in lines]
-    first, plateau = np.mean(rates[: max(1, len(rates) // 40)]), np.mean(rates[len(rates) // 4 : len(rates) // 2])
-    return float(first + LEVEL_SHARE * (plateau - first))
+    """On-policy pass rate `LEVEL_SHARE` of the way from the first `RISE_FIRST` steps to the largest mean in a row."""
+    rates = np.array([line["pass_rate"] for line in lines], dtype=float)
+    first, window = rates[:RISE_FIRST].mean(), min(RISE_WINDOW, len(rates))
+    top = np.convolve(rates, np.ones(window) / window, mode="valid").max()
+    return float(first + LEVEL_SHARE * (top - first))
 
 
 def speed_up_ratios(slow: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any]], offline: float) -> dict[str, float]:
@@ -351,9 +266,9 @@ def speed_up_ratios(slow: Sequence[dict[str, Any]], fast: Sequence[dict[str, Any
     level = reference_level(slow)
     a, b = _reached(slow, level, 0), _reached(fast, level, 1)
     if a is None or b is None:
-        return dict.fromkeys(SPEED_UP_COUNTS, np.nan)
+        return dict.fromkeys(SPEED_UP_COUNTS.values(), np.nan)
     steps = (b["policy_step"], b["compute_step"], b["compute_step"] + offline)
-    return {count: a["compute_step"] / step for count, step in zip(SPEED_UP_COUNTS, steps, strict=True)}
+    return {count: a["compute_step"] / step for count, step in zip(SPEED_UP_COUNTS.values(), steps, strict=True)}
 
 
 def _lines(evidence: Evidence, arm: str, seed: int) -> list[dict[str, Any]]:

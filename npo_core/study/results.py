@@ -27,9 +27,10 @@ MAP, CORNER = "map.csv", "corner"
 
 SCORE_COLUMNS = (
     "arm", "seed", "policy_step", "compute_step", "final", "sampling", "suite", "pass_rate", "pass_at_4", "pass_at_8",
-    "entropy", "all_wrong_groups", "interventions", "offline_rollouts",
+    "entropy", "all_wrong_groups", "interventions", "rollouts",
 )  # fmt: skip
-"""Columns of the scores; entropy and all-wrong groups are means over the 20 compute steps before."""
+"""Columns of the scores; entropy and all-wrong groups are means over the 20 compute steps before, `rollouts` counts all
+that were spent by then, off-line ones too."""
 
 SAMPLINGS = ("paper", "plain")
 """How test responses are sampled: as the paper evaluates (temperature 0.7, top-p 0.8, top-k 20), and as in training."""
@@ -77,17 +78,6 @@ class Evidence:
         return chosen.pivot_table(index="seed", columns="arm", values=column, aggfunc="mean").reindex(
             columns=self.arms, index=self.about["seeds"]
         )
-
-    def at_policy_step(self, arm: str, steps: Mapping[int, int], column: str = "pass_rate") -> pd.Series:
-        """Score of an arm at the newest scored policy step that is at most the given one of each seed."""
-        found = {}
-        own = self.scores[(self.scores["arm"] == arm) & (self.scores["sampling"] == "paper")]
-        for seed, step in steps.items():
-            rows = own[(own["seed"] == seed) & (own["policy_step"] <= step)]
-            if len(rows):
-                newest = rows[rows["policy_step"] == rows["policy_step"].max()]
-                found[seed] = newest[column].mean()
-        return pd.Series(found, dtype=float)
 
 
 def has_evidence(folder: Path | None = None) -> bool:

@@ -23,8 +23,8 @@ PEAK = Claim(
     "interior peak",
     "S(Δ) = Q/V has one interior maximum",
     "Δ* ≈ 20 steps from the base, ≈ 70 from mid-training",
+    "",
     "–",
-    "a measurement, not a run",
     UNMEASURED,
     "the results hold no signal.json",
     SIGNAL,
@@ -58,7 +58,7 @@ def interior_peak(signal: Mapping[str, Any] | None) -> Claim:
     everywhere = [name for name in names if all(enough[origin, name] for origin in signal["origins"])]
     return replace(
         PEAK,
-        compute=_by_origin(
+        ours=_by_origin(
             rows,
             lambda row: (
                 f"{names[row['signal']]} {row['interval inside']}/{seeds} (maximum alone {row['interior']}/{seeds})"
@@ -88,7 +88,7 @@ def shapes(signal: Mapping[str, Any] | None) -> Claim:
     ]
     return replace(
         SHAPES,
-        compute=_by_origin(
+        ours=_by_origin(
             rows, lambda row: f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
         ),
         verdict=REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,

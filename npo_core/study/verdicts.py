@@ -1,69 +1,86 @@
 """A row of the table of verdicts, and the rules that decide it; `claims.py` and `signal_claims.py` fill them in.
 
-The rules are in docs/evidence.md, with the date of each and what was known by then.
+The rules are in docs/evidence.md, written before the runs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from .comparisons import Difference
+from .clocks import Compared
+from .differences import Difference
+from .families import EQUAL
 
-REPRODUCED, PARTLY, NOT, FEW = "reproduced", "partly", "not reproduced", "too few seeds"
-UNMEASURED = "not measured"
+REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN = "reproduced", "the other way", "about equal", "not shown"
+PARTLY, NOT, FEW, UNMEASURED = "partly", "not reproduced", "too few seeds", "not measured"
+
+ORDER = (REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN, FEW)
+"""Verdicts in the order in which a summary names them."""
 
 STUDY, SIGNAL = "make study", "python -m npo_core signal"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the table.
+    """One row of the table: a claim on one clock.
 
     Attributes:
         name: Short name.
-        claim: What the paper says.
-        paper: Its figure.
-        compute: Ours at equal compute, in words.
-        policy: Ours at equal policy step, in words.
-        verdict: "reproduced", "partly", "not reproduced", "too few seeds" or "not measured".
+        claim: What is claimed.
+        paper: The paper's figure.
+        clock: Clock that is held equal, of `families.CLOCKS`; "" where none is.
+        ours: Ours, in words.
+        verdict: One of the words above; of a family whose pairs differ, how many have which.
         grounds: What decided it.
         command: What makes the numbers.
-        numbers: The differences behind it.
-        opposite: Deciding differences whose interval lies on the other side of zero, as "arm − other".
+        numbers: The differences behind it, each with its own "verdict" where the claim is a family.
     """
 
     name: str
     claim: str
     paper: str
-    compute: str
-    policy: str
+    clock: str
+    ours: str
     verdict: str
     grounds: str
     command: str
     numbers: Sequence[Mapping[str, Any]] = ()
-    opposite: Sequence[str] = ()
 
 
-def side(found: Difference) -> int | None:
-    """1 when the interval lies above zero, −1 below, 0 when it holds zero, None without an interval."""
-    if found.low is None or found.high is None:
-        return None
-    return int(found.low > 0) - int(found.high < 0)
+def verdict_of(low: float | None, high: float | None, p_holm: float | None, margin: float = 0.0) -> str:
+    """The rule of the plan for one difference of test pass rates.
 
-
-def verdict_of(compute: Sequence[Difference], policy: Sequence[Difference] = ()) -> str:
-    """The rule of the plan: reproduced at equal compute, partly on one clock or for a part of the claim, else not."""
-    sides = [side(found) for found in compute]
-    if not sides or any(value is None for value in sides):
+    Args:
+        low: Lower end of its 95 % interval, None with fewer than two seeds.
+        high: Upper end.
+        p_holm: Its p after Holm's adjustment over the family; None where there is no family: the interval decides.
+        margin: What the claim says that it exceeds.
+    """
+    if low is None or high is None:
         return FEW
-    if all(value == 1 for value in sides):
+    if low > margin and (p_holm is None or p_holm < 0.05):
         return REPRODUCED
-    return PARTLY if 1 in [*sides, *(side(found) for found in policy)] else NOT
+    if high < margin:
+        return OTHER_WAY
+    return ABOUT_EQUAL if low >= -EQUAL and high <= EQUAL else NOT_SHOWN
 
 
-def opposite_of(found: Sequence[Difference]) -> list[str]:
-    """The differences that lie on the other side, by name."""
-    return [f"{entry.arm} − {entry.against}" for entry in found if side(entry) == -1]
+def verdict(one: Compared) -> str:
+    """`verdict_of` a compared pair; "about equal" is said of test pass rates alone."""
+    word = verdict_of(one.found.low, one.found.high, one.p_holm, one.pair.margin)
+    return NOT_SHOWN if word == ABOUT_EQUAL and one.found.measure != "pass_rate" else word
+
+
+def summary(words: Mapping[str, str]) -> str:
+    """Verdicts of pairs as one: the word that all share, or how many have which and who they are."""
+    kinds = [word for word in ORDER if word in words.values()]
+    if len(kinds) == 1:
+        return kinds[0]
+    parts = []
+    for kind in kinds:
+        names = [name for name, word in words.items() if word == kind]
+        parts.append(f"{kind}: {', '.join(names)}")
+    return "; ".join(parts)
 
 
 def in_words(found: Sequence[Difference]) -> str:
@@ -83,8 +100,3 @@ def powers(found: Sequence[Difference]) -> str:
     return "found with power 0.8 if at least: " + ", ".join(
         f"{name} {entry.detectable:.3f}" for name, entry in zip(names, known, strict=True)
     )
-
-
-def numbers(*groups: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Differences as they are written to `claims.json`."""
-    return [asdict(entry) for group in groups for entry in group]

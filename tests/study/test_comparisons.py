@@ -6,27 +6,26 @@ import pytest
 import scipy.stats
 from evidences import STEPS, SUITES, evidence
 
+from npo_core.study.clocks import against_reference
 from npo_core.study.comparisons import (
-    PRIMARY,
-    against_grpo,
     arm_markdown,
     arm_table,
     between,
     by_suite,
-    difference,
     entropy_widening,
-    policy_ends,
     primary,
     secondary_markdown,
     speed_up,
 )
+from npo_core.study.differences import difference
+from npo_core.study.families import GUIDED
 from npo_core.study.results import Evidence
 
 GAINS = [0.01, 0.03, 0.05]
 
 
 def test_a_difference_is_paired_by_seed():
-    found = against_grpo(evidence({"NPO": GAINS}), "NPO")
+    found = against_reference(evidence({"NPO": GAINS}), "NPO")
     half = scipy.stats.t.ppf(0.975, 2) * np.std(GAINS, ddof=1) / np.sqrt(3)
     assert (found.value, found.low, found.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half))
     assert found.p == pytest.approx(scipy.stats.ttest_rel([0.41, 0.53, 0.50], [0.40, 0.50, 0.45]).pvalue)
@@ -35,32 +34,25 @@ def test_a_difference_is_paired_by_seed():
     assert found.improvement == pytest.approx((6 + 0.5) / 9)
 
 
-def test_on_the_policy_clock_grpo_is_taken_where_the_arm_ends():
-    found = evidence({"NPO": GAINS}, ends={"NPO": 20})
-    assert policy_ends(found, "NPO") == {0: 20, 1: 20, 2: 20}
-    # GRPO's line at half the budget is 3/4 of its end
-    expected = np.mean([0.41 - 0.30, 0.53 - 0.375, 0.50 - 0.3375])
-    assert against_grpo(found, "NPO", "policy").value == pytest.approx(expected)
-
-
 def test_seeds_that_one_side_lacks_are_left_out_and_counted():
-    found = against_grpo(evidence({"NPO": GAINS}, failed=[("NPO", 2)]), "NPO")
+    found = against_reference(evidence({"NPO": GAINS}, failed=[("NPO", 2)]), "NPO")
     assert found.seeds == 2 and found.value == pytest.approx(0.02)
-    single = against_grpo(evidence({"NPO": GAINS}, failed=[("NPO", 2), ("GRPO", 0)]), "NPO")
+    single = against_reference(evidence({"NPO": GAINS}, failed=[("NPO", 2), ("GRPO", 0)]), "NPO")
     assert single.value == pytest.approx(0.03)
     assert (single.seeds, single.low, single.p, single.detectable) == (1, None, None, None)
     none = difference(pd.Series({0: 1.0}), pd.Series({1: 1.0}), names=("a", "b"))
     assert (none.value, none.seeds, none.text) == (None, 0, "–")
 
 
-def test_the_primary_family_is_adjusted_by_holm():
-    gains = {arm: [0.01 * (place + 1), 0.02 * (place + 1), 0.045] for place, arm in enumerate(PRIMARY)}
-    table = primary(evidence(gains))
-    compute = table[table["clock"] == "compute"].set_index("arm")
-    assert set(compute.index) == set(PRIMARY)
-    order = compute["p"].sort_values()
-    expected = np.minimum(1, np.maximum.accumulate(order.to_numpy() * np.arange(len(order), 0, -1)))
-    assert compute["p_holm"][order.index].to_numpy() == pytest.approx(expected)
+def test_every_arm_is_held_against_the_reference_of_each_clock():
+    found = evidence({"NPO": GAINS, "RLEP": GAINS, "GRPO, groups of 16": [0.0, 0.0, 0.0]}, ends={"NPO": 20})
+    table = primary(found).set_index(["arm", "clock"])
+    assert table.loc[("NPO", "policy"), "against"] == table.loc[("NPO", "compute"), "against"] == "GRPO"
+    assert table.loc[("NPO", "rollouts"), "against"] == "GRPO, groups of 16"
+    # the reference of a clock has no row on it, and one that spends more has none on the others
+    assert ("GRPO", "compute") not in table.index and ("GRPO, groups of 16", "rollouts") not in table.index
+    assert ("GRPO", "rollouts") in table.index
+    assert np.isfinite(table.loc[("NPO", "compute"), "p_holm"]) and pd.isna(table.loc[("RLEP", "compute"), "p_holm"])
 
 
 def test_two_arms_and_each_suite():
@@ -77,7 +69,7 @@ def test_the_table_of_arms():
     table = arm_table(found, np.random.default_rng(0)).set_index("arm")
     assert table.loc["GRPO", "pass rate"] == pytest.approx(0.45)
     assert table.loc["NPO", ["seeds", "failed", "interventions", "policy steps"]].tolist() == [2, 1, 1, 20]
-    assert table.loc["NPO", "equal compute"].startswith("+0.040")
+    assert table.loc["NPO", "equal compute steps"].startswith("+0.040")
     assert table.loc["GRPO", "pass@8 at T = 1"] == pytest.approx(0.65)
     assert table.loc["GRPO", "IQM low"] <= table.loc["GRPO", "IQM"] <= table.loc["GRPO", "IQM high"]
 
@@ -85,18 +77,17 @@ def test_the_table_of_arms():
 def test_the_table_of_arms_in_words_is_bold_where_a_difference_is_sure():
     up, wide = [0.10, 0.11, 0.12], [-0.1, 0.0, 0.2]
     found = evidence({"LUFFY": up, "NPO": wide, "GRPO, longer": up, "NPO, own resample": up}, ends={"NPO": 20})
-    rows = [row.strip("| ").split(" | ") for row in arm_markdown(found).splitlines()[2:]]
+    rows = [row.strip("| ").split(" | ") for row in arm_markdown(found).splitlines() if row.startswith("| ")][1:]
     table = {row[0]: row[1:] for row in rows}
-    p = scipy.stats.ttest_1samp(up, 0).pvalue
-    assert table["LUFFY"][1:3] == [f"**{against_grpo(found, 'LUFFY').text}**", f"{2 * p:.3f}"], "Holm over two arms"
-    assert table["NPO"][1] == against_grpo(found, "NPO").text and table["NPO"][5:] == ["20", "16"]
-    policy = sorted(against_grpo(found, arm, "policy").p for arm in ("LUFFY", "NPO"))
-    assert table["NPO"][4] == f"{max(2 * policy[0], policy[1]):.3f}", "Holm, the larger of two"
-    assert table["NPO, own resample"][1].startswith("**+0.110") and table["NPO, own resample"][2] == ""
-    # the second of two primary arms: sure by itself, not after Holm's adjustment
-    close = evidence({arm: [0.10, 0.11, 0.16] for arm in PRIMARY})
-    lone = against_grpo(close, "NPO")
-    assert lone.low > 0 and 7 * lone.p > 0.05
+    assert table["LUFFY"][2] == f"**{against_reference(found, 'LUFFY').text}**"
+    assert table["NPO"][2] == against_reference(found, "NPO").text and table["NPO"][4:] == ["20", "16", "656"]
+    assert table["NPO, own resample"][2].startswith("**+0.110")
+    assert table["LUFFY"][3] == f"**{against_reference(found, 'LUFFY', 'rollouts').text}**" != table["LUFFY"][2]
+    assert "At equal total rollouts against GRPO, longer: GRPO; LUFFY; NPO; " in arm_markdown(found)
+    # the second of six guided arms: sure by itself, not after Holm's adjustment
+    close = evidence({arm: [0.10, 0.11, 0.16] for arm in GUIDED})
+    lone = against_reference(close, "NPO")
+    assert lone.low > 0 and 6 * lone.p > 0.05
     assert all("**" not in line for line in arm_markdown(close).splitlines())
 
 
@@ -127,20 +118,21 @@ def test_secondary_endpoints_in_words():
     # Holm over four suites; "high" differs by the same in all seeds, and then a sign test says 0.25
     assert 4 * scipy.stats.ttest_1samp(up, 0).pvalue < 0.05
     assert table["LUFFY"][7] == "mathvista +0.11, mmstar +0.11"
-    assert table["NPO"][7] == "none" and table["NPO"][2] == f"{against_grpo(found, 'NPO').improvement:.2f}"
+    assert table["NPO"][7] == "none" and table["NPO"][2] == f"{between(found, 'NPO', 'GRPO').improvement:.2f}"
     assert table["GRPO"][1:3] == ["", ""] and table["GRPO"][5] == "0.600"
     lone = evidence({"NPO": [0.1]}, base=[0.4])
     assert "| NPO | 0.500 | +0.100 | 1.00 | +0.100 |" in secondary_markdown(lone)
 
 
-def test_an_arm_with_more_steps_than_grpo_has_no_equal_policy_step():
+def test_an_arm_with_more_steps_than_grpo_has_no_equal_step():
     found = evidence({"GRPO, longer": GAINS})
     for run in found.about["runs"]:
         run["policy_steps"] += 10 * (run["arm"] == "GRPO, longer")
+        run["compute_steps"] += 10 * (run["arm"] == "GRPO, longer")
     table = arm_table(found, np.random.default_rng(0)).set_index("arm")
-    assert table.loc["GRPO, longer", "equal policy step"] is None
-    (row,) = [row for row in arm_markdown(found).splitlines() if "longer" in row]
-    assert row.split(" | ")[4] == ""
+    assert table.loc["GRPO, longer", ["equal policy step", "equal compute steps"]].tolist() == [None, None]
+    (row,) = [row for row in arm_markdown(found).splitlines() if row.startswith("| GRPO, longer")]
+    assert row.split(" | ")[2:5] == ["", "", ""]
 
 
 def test_entropy_of_a_replay_over_that_of_the_first_pass():

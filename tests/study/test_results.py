@@ -32,11 +32,6 @@ def test_what_was_written_is_read(found, tmp_path):
     assert again.finals("plain", "pass_at_8")["GRPO"].tolist() == pytest.approx([0.60, 0.70, 0.65])
 
 
-def test_a_score_at_a_policy_step_is_that_of_the_newest_checkpoint_before_it(found):
-    assert found.at_policy_step("GRPO", {0: 25, 1: 40}).to_dict() == pytest.approx({0: 0.30, 1: 0.50})
-    assert found.at_policy_step("GRPO", {0: 9}).empty
-
-
 @pytest.mark.parametrize("name", [SCORES, TRAINING, ABOUT])
 def test_a_missing_file_is_named(found, tmp_path, name):
     (kept(found, tmp_path) / name).unlink()

@@ -35,7 +35,7 @@ from .offline import Offline
 from .record import GuidedGroups
 from .watch import Segment, Watch
 
-UNSOLVED = "the guide solved none of the prompts to be replayed"
+UNSOLVED = "no rollout of the guide can guide a prompt that is to be replayed"
 
 RATE_SLACK = 1e-6
 """Metric lines hold pass rates with six digits."""
@@ -258,11 +258,12 @@ class Controller(Offline):
                 guide, uids, start if own else step, origin, generate, () if own else known
             )
             if not len(cache):
-                run.event("dismissed", **clocks, reason=UNSOLVED, rollouts=rollouts)
+                run.event("dismissed", **clocks, reason=f"{UNSOLVED}: {cache.filled}", rollouts=rollouts)
                 return None
             name = f"guidance/{last.branch:02d}-{step:05d}.parquet"
             agree(lambda: cache.save(run.path / name))
-            run.event("cache", **clocks, file=name, prompts=len(uids), cached=len(cache), rollouts=rollouts)
+            held = {"cached": len(cache), "refused": cache.filled.refused}
+            run.event("cache", **clocks, file=name, prompts=len(uids), **held, rollouts=rollouts)
         if start == step:
             run.event("ahead", **clocks, until=until)
         else:

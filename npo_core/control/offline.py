@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..guidance.fingerprints import image_digest, tokenizer_digest
-from ..guidance.trajectories import GuidanceCache, Trajectory
+from ..guidance.trajectories import Filled, GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier
 from ..processes import join
 from ..runs.config import RunConfig
@@ -105,8 +105,9 @@ class Offline:
         if config.cache_stop:
             return self._sample_until_solved(guide, uids, step, generate, known)
         sampled = self._sample(guide, uids, config.cache_rollouts, step, CACHE, (step, 0), generate)
-        flat = [trajectory for group in sampled for trajectory in group if trajectory.correct]
-        if config.cache_rule == "closest" and flat:
+        flat = [trajectory for group in sampled for trajectory in group]
+        if config.cache_rule == "closest" and any(trajectory.correct for trajectory in flat):
+            flat = [trajectory for trajectory in flat if trajectory.correct]
             scores = self._score(self._learner(learner_folder), flat)
             flat = [
                 replace(trajectory, policy_logps=tuple(logps)) for trajectory, logps in zip(flat, scores, strict=True)
@@ -133,12 +134,15 @@ class Offline:
         tried = {trajectory.uid for trajectory in known}
         waiting = [uid for uid in uids if uid not in tried]
         turn = done = spent = 0
+        filled = Filled()
         while waiting and done < self.config.cache_rollouts:
             k = min(max(1, done), self.config.cache_rollouts - done)
             sampled = self._sample(guide, waiting, k, step, CACHE, (step, turn), generate)
             cache.fill([trajectory for group in sampled for trajectory in group])
+            filled += cache.filled
             turn, done, spent = turn + 1, done + k, spent + k * len(waiting)
             waiting = [uid for uid in waiting if uid not in cache]
+        cache.filled = filled
         return cache, spent
 
     def _empty_cache(self, guide: PreTrainedModel, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:

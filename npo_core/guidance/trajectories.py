@@ -67,6 +67,10 @@ class Filled:
     refused: int = 0
     example: str = ""
 
+    def __add__(self, other: "Filled") -> "Filled":
+        counts = (self.candidates + other.candidates, self.wrong + other.wrong, self.refused + other.refused)
+        return Filled(*counts, self.example or other.example)
+
     def __str__(self) -> str:
         first = f" (the first: {self.example})" if self.refused else ""
         return f"of {self.candidates} responses {self.wrong} were wrong, {self.refused} right but no guides{first}"

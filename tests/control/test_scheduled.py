@@ -1,6 +1,7 @@
 """Manual interventions: what is planned, what a run does with it, and that a kill changes nothing."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import npo_core.control.watch
+from npo_core.control.offline import Offline
 from npo_core.control.scheduled import Intervention, ScheduledNPO, planned_interventions, random_plan
 from npo_core.files import append_line, read_table
 from npo_core.guidance.fingerprints import tokenizer_digest
@@ -322,6 +324,23 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
 def test_rule_closest_scores_guides_under_the_base_policy_at_the_restart(tmp_path):
     run = stages.run(_config(late_step=0, cache_rule="closest", compute_steps=8), tmp_path, quiet=True)
     assert run.result()["interventions"][0]["cached"] >= 1
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_right_rollouts_that_cannot_guide_are_the_reason_of_a_dismissal(tmp_path, monkeypatch, stop):
+    """A policy that no longer ends its responses is right and cannot guide: that is said, not "solved nothing"."""
+    sample = Offline._sample
+
+    def endless(self, *args, **kwargs):
+        groups = sample(self, *args, **kwargs)
+        return [[replace(t, token_ids=(*t.token_ids[:-1], 0), correct=True) for t in group] for group in groups]
+
+    monkeypatch.setattr(Offline, "_sample", endless)
+    run = stages.run(_config(late_step=0, cache_stop=stop, compute_steps=8), tmp_path, quiet=True)
+    (dismissed,) = run.events("dismissed")
+    rollouts = dismissed["rollouts"]
+    assert f"of {rollouts} responses 0 were wrong, {rollouts} right but no guides (the first: " in dismissed["reason"]
+    assert "does not end with an end-of-sequence token" in dismissed["reason"]
 
 
 # Repeated interventions, with and without roll-back

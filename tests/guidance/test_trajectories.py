@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from npo_core.files import write_table
 from npo_core.guidance.sources import GuidanceSource, GuidanceWindow
-from npo_core.guidance.trajectories import RULES, GuidanceCache, GuidanceRefused, Trajectory, as_row
+from npo_core.guidance.trajectories import RULES, Filled, GuidanceCache, GuidanceRefused, Trajectory, as_row
 
 EOS = 2
 GOOD = Trajectory("a", (5, 6, EOS), (-0.5, -1.0, -0.25), 40, True, "5 6", (-1.0, -1.0, -1.0))
@@ -123,6 +123,11 @@ def test_why_prompts_are_without_a_guide_is_said(tmp_path):
     assert str(filled.filled) == "of 1 responses 0 were wrong, 0 right but no guides", "of the last filling alone"
     filled.save(tmp_path / "not" / "there" / "guides.parquet")
     assert len(GuidanceCache.load(tmp_path / "not" / "there" / "guides.parquet")) == 1
+
+
+def test_what_became_of_candidates_adds_up_over_turns():
+    first, second = Filled(4, 3, 1, "one"), Filled(8, 2, 5, "two")
+    assert first + second == Filled(12, 5, 6, "one") and Filled() + second == second
 
 
 def test_the_closest_needs_log_probs_of_the_policy_to_be_guided():

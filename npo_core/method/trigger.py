@@ -357,7 +357,7 @@ class Decision:
     reason: str
 
 
-def choose_distance(candidates: Sequence[Candidate], quality_floor: float = 0.05) -> Decision:
+def choose_distance(candidates: Sequence[Candidate], quality_floor: float = 0.0) -> Decision:
     """The distance with the largest signal Q / V (paper), among candidates whose quality reaches the floor (ours).
 
     Of equal signals the smaller distance wins: it rolls back fewer steps.

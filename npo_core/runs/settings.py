@@ -273,7 +273,7 @@ class Settings:
     probe_prompts: int = _auto(64, "Mistakes that a confirmation probe samples.", bounds=COUNT)
     probe_rollouts: int = _auto(8, "Rollouts per prompt in a probe.", bounds=COUNT)
     confirm_quality: float = _auto(0.05, "Probe pass rate below which a warning is dismissed.", bounds=SHARE)
-    quality_floor: float = _auto(0.05, "Smallest quality Q̂ of an eligible distance.", bounds=SHARE)
+    quality_floor: float = _auto(0.0, "Smallest quality Q̂ of an eligible distance; the paper has none.", bounds=SHARE)
     variance_proxy: Literal["kl", "second_moment", "sequence"] = _auto("kl", "Estimator V̂ of the variance cost.")
     variance_c: float = _auto(
         3.3, "c of V̂ = exp(c·KL per token), fitted to mode current; 17 for exact.", bounds=POSITIVE

@@ -304,12 +304,12 @@ def test_signal_is_quality_over_variance_and_ties_go_to_the_smaller_distance():
 def test_the_floor_removes_a_cheap_distance_without_quality():
     cheap, dear = _candidate(10, 0.04, 1.0), _candidate(80, 0.3, 20.0)
     assert cheap.signal > dear.signal
-    assert choose_distance([cheap, dear]).chosen == dear
-    assert choose_distance([cheap, dear], quality_floor=0.04).chosen == cheap
+    assert choose_distance([cheap, dear], quality_floor=0.05).chosen == dear
+    assert choose_distance([cheap, dear], quality_floor=0.04).chosen == cheap == choose_distance([cheap, dear]).chosen
 
 
 def test_none_eligible_gives_no_distance_and_says_why():
-    decision = choose_distance([_candidate(10, 0.0, 1.0), _candidate(20, 0.04, 1.2)])
+    decision = choose_distance([_candidate(10, 0.0, 1.0), _candidate(20, 0.04, 1.2)], quality_floor=0.05)
     assert decision.chosen is None and not decision.at_edge and len(decision.candidates) == 2
     assert "0.04" in decision.reason and "0.05" in decision.reason
 

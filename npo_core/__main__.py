@@ -25,6 +25,9 @@ from .study.map_command import add_stage as add_map
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
 
+INTERRUPTED = 130
+"""Exit status of a command that was stopped by Ctrl-C, as shells have it."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; return the exit status. A bad setting ends with one line, not with a traceback."""
@@ -47,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"npo_core {options.name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"npo_core {options.name}: stopped. What is done is kept; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

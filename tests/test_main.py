@@ -13,6 +13,7 @@ import pytest
 from npo_core.__main__ import main
 from npo_core.declaration import declarations
 from npo_core.runs.config import RunConfig, resolve_config
+from npo_core.stages import cost
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +45,16 @@ def test_a_bad_setting_ends_with_status_2_and_one_line(arguments, complaint, cap
     assert complaint in err
     assert err.count("\n") == 1
     assert err.endswith("\n")
+
+
+def test_a_command_that_is_stopped_says_so_in_one_line(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cost, "plan", stopped)
+    assert main(["plan", "--preset", "smoke"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "npo_core plan: stopped. What is done is kept; the same command goes on.\n")
 
 
 def test_so_does_the_process():

@@ -19,7 +19,7 @@ from npo_core.method.trigger import PlateauTrigger, PlateauWarning
 
 ROOT = Path(__file__).parents[1]
 CPU = {
-    "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False, "disable_tqdm": True,
+    "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False,
     "lr_scheduler_type": "constant",
 }  # fmt: skip
 """TRL arguments for a test, added to those of an example."""

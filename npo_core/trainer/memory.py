@@ -7,9 +7,10 @@ of what happens to be free, so that a run that is killed and goes on samples in 
 
 import functools
 import logging
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -24,8 +25,11 @@ COPIES = 2.9
 DRAWN = 4
 """Copies of the logits of one place, in 32 bits, while a token is drawn."""
 
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
-"""Memory that a container may use in all, in bytes, or "max"."""
+CONTROL = Path("/sys/fs/cgroup")
+"""Where Linux keeps what a container, or a job of a batch system, may use."""
+
+GROUPS = Path("/proc/self/cgroup")
+"""Groups that this process is in, from the top down: a line `number:controllers:/path` each."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +39,22 @@ def device_memory(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = CONTAINER.read_text(encoding="utf-8").strip() if CONTAINER.is_file() else "max"
-    return min(machine, int(allowed) if allowed.isdecimal() else machine) // process_count()
+    return min([psutil.virtual_memory().total, *_allowed()]) // process_count()
+
+
+def _allowed() -> Iterator[int]:
+    """Limits of memory that hold for this process, in bytes: of its group and of those around it, in both versions."""
+    lines = GROUPS.read_text(encoding="utf-8").splitlines() if GROUPS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (CONTROL / "memory", "memory.limit_in_bytes") if controllers else (CONTROL, "memory.max")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (folder / name).is_file():
+                text = (folder / name).read_text(encoding="utf-8").strip()
+                if text.isdecimal():  # else "max"
+                    yield int(text)
 
 
 def scoring_bytes(model: PreTrainedModel, tokens: int) -> int:

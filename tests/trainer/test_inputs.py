@@ -86,6 +86,26 @@ HABITS = {
     "plain strings that are begun": lambda: text_habit(
         "Llama", begin=True, pad=None, rows=[{"uid": t, "prompt": t, "answer": "1"} for t in TEXTS]
     ),
+    "an answer that is begun": lambda: text_habit(
+        rows=[
+            {
+                "uid": t,
+                "prompt": [{"role": "user", "content": t}, {"role": "assistant", "content": "It is"}],
+                "answer": "1",
+            }
+            for t in TEXTS
+        ]
+    ),
+    "a tool's word": lambda: text_habit(
+        rows=[
+            {
+                "uid": t,
+                "prompt": [{"role": "user", "content": t}, {"role": "tool", "content": "4\u00a0\U0001f600"}],
+                "answer": "1",
+            }
+            for t in TEXTS
+        ]
+    ),
     "pictures": lambda: visual_habit(None, "image"),
     "lists of pictures": lambda: visual_habit(None, "images"),
     "visual policy, text only": lambda: visual_habit(None, None),

@@ -54,15 +54,39 @@ def test_a_batch_takes_its_share_and_the_limit_holds(monkeypatch, caplog):
 
 
 def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CONTAINER", limit)
+    """In the form of control groups of today, in which a container sees itself as the top."""
+    monkeypatch.setattr(memory, "CONTROL", tmp_path)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "own")
     whole = device_memory("cpu")
-    assert whole > 2**28
+    assert whole > 2**28, "no such file, as on other systems"
+    (tmp_path / "own").write_text("0::/\n")
     for text, expected in (("max\n", whole), ("268435456\n", 2**28), (f"{2 * whole}\n", whole)):
-        limit.write_text(text)
+        (tmp_path / "memory.max").write_text(text)
         assert device_memory("cpu") == expected
     monkeypatch.setattr(memory, "process_count", lambda: 4)
     assert device_memory("cpu") == whole // 4
+
+
+@pytest.mark.parametrize("job", ["/slurm/job_7/step_0", "/"])
+def test_a_job_has_what_the_groups_around_it_are_allowed(monkeypatch, tmp_path, job):
+    """Batch systems put a job into a group inside of others, and older systems have a tree for each controller."""
+    monkeypatch.setattr(memory, "CONTROL", tmp_path)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "own")
+    whole = device_memory("cpu")
+    for lines, top, name in (
+        (f"0::{job}\n", tmp_path, "memory.max"),
+        (f"5:cpu,cpuacct:/elsewhere\n4:memory:{job}\n0::/\n", tmp_path / "memory", "memory.limit_in_bytes"),
+    ):
+        (tmp_path / "own").write_text(lines)
+        group = top / job.strip("/")
+        group.mkdir(parents=True, exist_ok=True)
+        assert device_memory("cpu") == whole
+        (group / name).write_text(f"{2**29}\n")
+        assert device_memory("cpu") == 2**29
+        (top / name).write_text(f"{2**28}\n")
+        assert device_memory("cpu") == 2**28, "the smallest on the way to the top"
+        (group / name).unlink(missing_ok=True)
+        (top / name).unlink(missing_ok=True)
 
 
 def test_less_memory_changes_no_score_and_k_may_be_more_than_fits(monkeypatch):

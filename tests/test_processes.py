@@ -130,7 +130,8 @@ def test_the_explorer_shows_the_guided_groups_of_all_processes(both):
     assert seen[0] == seen[1]
     files = {path.name for path in (both[1].path / "guided").glob("b*.jsonl")}
     assert any("-p1" in name for name in files) and any("-p" not in name for name in files)
-    assert {place[3] for place in seen[1]} > {0}, "groups of one process only"
+    half = both[1].config.prompts_per_step // 2
+    assert max(place[3] for place in seen[1]) >= half, "each process counts its groups from 0"
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 
 import ast
 import re
-import subprocess
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
+from committed import committed
 from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[1]
@@ -25,13 +26,6 @@ PRIVATE = {
         re.IGNORECASE,
     ),
 }
-
-
-def tracked() -> list[Path]:
-    """Every file that is, or is about to be, committed: tracked ones, and new ones that git does not ignore."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
 
 
 def private_names(text: str) -> list[str]:
@@ -110,16 +104,28 @@ def test_a_definition_in_a_cell_is_seen():
     assert sorted(definitions(code_of(cell))) == ["A", "train"]
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_no_committed_file_tells_where_it_was_written():
     found = []
-    for path in tracked():
+    for path in committed(ROOT):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a binary file: a picture, weights
         found += [f"{path.relative_to(ROOT)}, {complaint}" for complaint in private_names(text)]
     assert found == []
+
+
+def test_an_unpacked_archive_has_the_files_of_the_checkout(tmp_path):
+    """Without git's folder the tests above look at the same files."""
+    for name in (".gitignore", "README.md", "tests/committed.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for ignored in ("data/runs/run/config.json", ".venv/lib.py", "tests/__pycache__/committed.pyc"):
+        (tmp_path / ignored).parent.mkdir(parents=True)
+        (tmp_path / ignored).write_text("not committed")
+    found = {str(path.relative_to(tmp_path)) for path in committed(tmp_path)}
+    assert found == {".gitignore", "README.md", "tests/committed.py"}
+    assert {ROOT / name for name in found} <= set(committed(ROOT))
 
 
 @pytest.mark.parametrize("folder", ["work", "root", "home", "opt", "Users"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from committed import committed
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,14 +18,11 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy of what git has, so that nothing is left in the checkout."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    tracked = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in tracked:
-        if name.startswith(("npo_core/", "data/base/")) or "/" not in name:
-            if not (ROOT / name).is_file():
-                continue  # the empty last entry, or a file that is about to be deleted
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in committed(ROOT):
+        place = path.relative_to(ROOT)
+        if place.is_relative_to("npo_core") or place.is_relative_to("data/base") or len(place.parts) == 1:
+            (source / place).parent.mkdir(parents=True, exist_ok=True)
+            (source / place).write_bytes(path.read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, source]
     subprocess.run(build, check=True)
     (built,) = target.glob("npo_core-*.whl")

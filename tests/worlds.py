@@ -76,32 +76,30 @@ def world(name: str) -> TinyWorld:
     if name == "text":
         tokenizer = build_tokenizer(vocabulary())
         tokenizer.chat_template = CHAT_TEMPLATE
-        return TinyWorld(tokenizer, dataset, lambda: _tiny_qwen3(tokenizer))
+        return TinyWorld(tokenizer, dataset, lambda: qwen3(tokenizer, initializer_range=0.2))
     processor = build_processor(vocabulary())
     spec = TinyPolicySpec(hidden=32, layers=1, heads=1, vision_hidden=32, vision_depth=1)
     return TinyWorld(processor, dataset, lambda: build_tiny_policy(processor, spec, 0))
 
 
-def _tiny_qwen3(tokenizer) -> Qwen3ForCausalLM:
+def qwen3(tokenizer, width: int = 32, **changes: Any) -> Qwen3ForCausalLM:
+    """A random Qwen3 of one layer for the words of a tokenizer, the same one at every call."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": width // 2,
+        "max_position_embeddings": 128,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                head_dim=16,
-                max_position_embeddings=128,
-                initializer_range=0.2,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                tie_word_embeddings=False,
-            )
-        )
-    return model
+        return Qwen3ForCausalLM(Qwen3Config(**settings | changes))
 
 
 class Guides(dict):
@@ -249,20 +247,7 @@ def uniform_world(rows: Sequence[Mapping[str, Any]]) -> TinyWorld:
     tokenizer.chat_template = CHAT_TEMPLATE
 
     def build():
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=16,
-            tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = Qwen3ForCausalLM(config)
+        model = qwen3(tokenizer, 16)
         nn.init.zeros_(model.lm_head.weight)
         return model
 

@@ -16,9 +16,9 @@ pytest.importorskip("vllm", reason="vLLM is not in this environment; `make test-
 import cpu_vllm
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLProcessor
+from transformers import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from worlds import Guides
+from worlds import Guides, qwen3
 
 from npo_core.guidance.trajectories import Trajectory
 from npo_core.runs.config import resolve_config
@@ -47,22 +47,7 @@ def there(tmp_path_factory):
     Dataset.from_list(questions).to_parquet(folder / "problems.parquet")
     tokenizer = build_tokenizer(vocabulary())
     tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=128,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=False,
-        )
-    )
+    model = qwen3(tokenizer, 64, num_hidden_layers=2)
     prompts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False) for row in rows]
     problems = [parse_uid(row["uid"]) for row in rows]
     solutions = [write_response(problem, problem.states()) + tokenizer.eos_token for problem in problems]

@@ -1,6 +1,7 @@
 """vLLM's CPU build made fit for training; run as a script, a whole run with it in a process of its own.
 
-One process holds one engine: vLLM tears its process group down with the engine, and nothing distributed works after.
+Its trigger warns by the calendar. One process holds one engine: vLLM tears its process group down with the engine, and
+nothing distributed works after.
 """
 
 import json
@@ -18,6 +19,7 @@ os.environ |= {
 }
 
 import torch
+from triggers import calendar
 from trl.generation import vllm_generation
 
 
@@ -36,7 +38,9 @@ def make_fit() -> None:
 
 if __name__ == "__main__":
     make_fit()
+    import npo_core.control.watch
     from npo_core.runs.config import RunConfig
     from npo_core.stages import run as stages
 
+    npo_core.control.watch.PlateauTrigger = calendar(6)
     stages.run(RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), quiet=True)

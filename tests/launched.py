@@ -2,7 +2,7 @@
 
 Each process of a run samples with a seed of its own, so runs of one and of two processes are different samples of the
 same thing. To compare them, the uniform number behind each sampled token is made here from the prompt, the copy of it
-and the place in the response, wherever that is computed. All else is the run's own code.
+and the place in the response, wherever that is computed. The trigger warns by the calendar. All else is the run's own.
 """
 
 import hashlib
@@ -13,9 +13,14 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationMixin
+from triggers import calendar
 
+import npo_core.control.watch
 from npo_core.runs.config import RunConfig
 from npo_core.stages import run as stages
+
+WARNS_EVERY = 3
+"""Steps between the warnings of a run that is launched."""
 
 generate = GenerationMixin.generate
 
@@ -51,12 +56,14 @@ def multinomial_by_name(probabilities, num_samples):
     return torch.searchsorted(totals, draws * totals[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
 
 
-def sample_by_name() -> None:
+def rig_process() -> None:
+    """Sample by name and warn by the calendar, here and until the process ends."""
+    npo_core.control.watch.PlateauTrigger = calendar(WARNS_EVERY)
     GenerationMixin.generate = generate_by_name
     torch.multinomial = multinomial_by_name
 
 
 if __name__ == "__main__":
-    sample_by_name()
+    rig_process()
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import DistributedType, PartialState
-from launched import sample_by_name
+from launched import rig_process
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
@@ -99,7 +99,7 @@ def in_half_precision(config: RunConfig, folder: Path) -> dict:
 
 if __name__ == "__main__":
     PartialState._prepare_backend = with_gloo
-    sample_by_name()
+    rig_process()
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)
     half = config.with_changes(mixed_precision="bf16", compute_steps=1, method="grpo")

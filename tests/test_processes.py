@@ -19,8 +19,8 @@ from npo_core.runs.launchers import read_launcher
 from npo_core.runs.shared import SharedRunFolder, open_run
 
 LAUNCHED = Path(__file__).with_name("launched.py")
-SETTINGS = {"micro_batch": 8}
-"""A step of 16 rollouts: two passes of one process, one of each of two."""
+SETTINGS = {"micro_batch": 8, "compute_steps": 10, "cache_rollouts": 16}
+"""A step of 16 rollouts: two passes of one process, one of each of two; rollouts enough to find guides."""
 
 CLOSE = 1e-6
 """Weights of one and of two processes add the same gradients in another order."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from triggers import calendar
 from worlds import responses
 
 import npo_core.control.controller
@@ -17,7 +18,7 @@ from npo_core.control.watch import Segment, Watch
 from npo_core.files import append_line, read_table
 from npo_core.guidance.fingerprints import tokenizer_digest
 from npo_core.guidance.trajectories import GuidanceCache
-from npo_core.method.trigger import PlateauTrigger, PlateauWarning, TriggerSettings
+from npo_core.method.trigger import PlateauTrigger, TriggerSettings
 from npo_core.runs.checkpoints import checkpoint_folder, complete_checkpoints
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
@@ -55,14 +56,6 @@ def _config(base: Path, method: str = "autonpo", **overrides) -> RunConfig:
     )
 
 
-class Calendar(PlateauTrigger):
-    """Warns in every fifth step. Most of what is tested here must not hang on how a tiny policy happens to learn."""
-
-    def update(self, step, reward, entropy):
-        super().update(step, reward, entropy)
-        return PlateauWarning(step, reward, 0.0, entropy, -0.5) if step % 5 == 0 else None
-
-
 LOOSE = {"trigger_ema": 0.0, "trigger_window": 1, "trigger_warmup": 3, "trigger_cooldown": 4}
 """The package's own trigger, which then fires as soon as the entropy falls from one step to the next."""
 
@@ -75,7 +68,7 @@ def own_trigger(monkeypatch):
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(npo_core.control.watch, "PlateauTrigger", Calendar)
+        patch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(5))
         patch.setenv("NPO_RUNS", str(tmp_path_factory.mktemp("runs")))
         yield lambda name: tmp_path_factory.mktemp(name)
 

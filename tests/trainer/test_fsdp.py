@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import GenerationMixin
+from triggers import calendar
 
+import npo_core.control.watch
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
@@ -30,13 +32,11 @@ SETTINGS = {
     "learning_rate": 1.0e-3,
     "compute_steps": 6,
     "temperature": 1.2,
-    "trigger_warmup": 2,
-    "trigger_window": 1,
-    "trigger_cooldown": 1,
     "checkpoint_every": 1,
+    "cache_rollouts": 16,
     "eval_problems": 4,
 }
-"""AutoNPO with the settings of preset paper that matter here, and its roll-back within six steps."""
+"""AutoNPO with the settings of preset paper that matter here, and a roll-back within six steps."""
 
 CLOSE = 2e-6
 """Weights of sharded and of whole policies: the same gradients, added in another order."""
@@ -85,6 +85,7 @@ def both(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", launched.generate_by_name)
         patch.setattr(torch, "multinomial", launched.multinomial_by_name)
+        patch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(launched.WARNS_EVERY))
         one = stages.run(whole, folder, quiet=True)
     return one, RunFolder(shared, folder)
 
@@ -115,6 +116,7 @@ def test_a_sharded_run_decides_and_measures_as_a_whole_one(both):
     for first, second in zip(*(run.metrics() for run in both), strict=True):
         for name in ("npo/reward", "npo/entropy", "npo/guide_kl", "grad_norm"):
             assert first.get(name) == pytest.approx(second.get(name), abs=1e-5), name
+    assert any(line["npo/replaced_slots"] for line in both[0].metrics()), "no guide was used"
     assert both[0].result()["final"] == both[1].result()["final"]
 
 

@@ -57,9 +57,9 @@ def there(tmp_path_factory):
     for index, prompt in enumerate(prompts):
         labels[index, : len(tokenizer(prompt)["input_ids"])] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    while True:  # until it is right about half of the time, token by token
+    while True:  # until it is right in four of ten responses, and in some of nearly every prompt
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-        if loss < 0.35:
+        if loss < 0.15:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -192,7 +192,8 @@ def test_guide_rows_have_ratio_one_to_the_sampler(trainers, monkeypatch):
 
 
 def test_autonpo_probes_fills_its_cache_and_rolls_back(there, tmp_path):
-    run = run_apart(config(there, "autonpo"), tmp_path)
+    """Warned by the calendar, with rollouts enough that mistakes are solved by some of them."""
+    run = run_apart(config(there, "autonpo", probe_rollouts=16, cache_rollouts=16), tmp_path)
     kinds = [event["event"] for event in run.events()]
     assert {"probe", "choice", "cache", "rollback"} <= set(kinds), kinds
     ratios = [line["sampling/importance_sampling_ratio/mean"] for line in run.metrics()]

@@ -121,7 +121,7 @@ docs: $(DOCS_STAMP) ## Build the docs as a site, links and docstrings checked, i
 	@NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build -q $(ARGS)
 	@echo "Site: build/site/index.html; with its search: $(PYTHON) -m http.server -d build/site"
 
-PYTEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(DEV_STAMP) ## Run the tests but the long ones, JOBS files at a time (ARGS goes to pytest)
 	$(PYTEST) -m "not slow" $(ARGS)

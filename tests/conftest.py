@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -40,6 +42,16 @@ NEEDED = {
     "test_maths.py": (shutil.which("node"), "no node (Node.js 20 or newer): the page's maths is not compared"),
 }
 """Files of tests/explore that need a program from outside: whether it is here, and what to say if not."""
+
+
+@pytest.hookimpl(trylast=True)  # what is left out is gone by then
+def pytest_collection_modifyitems(items):
+    """Files with long tests first, then those with many: workers take whole files, and the last should be short."""
+    long, all_of = Counter(), Counter()
+    for item in items:
+        all_of[item.path] += 1
+        long[item.path] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: (-long[item.path], -all_of[item.path], str(item.path)))
 
 
 def pytest_report_header():

@@ -1,13 +1,14 @@
 """Kill commands and notebooks at random moments, start them again, and compare with runs that nobody killed.
 
-`python tests/kill_runs.py --kills 30` runs every target on preset smoke twice: undisturbed, and with its share
-of the kills (SIGKILL, at a moment drawn over the target's own duration; all of its processes, or only the one that was
-started, whose children then live on as orphans). Equal must be: result.json but for its seconds, the metric lines
-but for their times, and all weights, byte for byte. Exit status 1 says that they are not.
+`python tests/kill_runs.py --kills 30` runs every target on preset smoke twice: undisturbed, and with its share of the
+kills (SIGKILL, at a moment drawn over the CPU seconds of the undisturbed run; all of its processes, or only the one
+that was started, whose children then live on as orphans). Equal must be: result.json but for its seconds, the metric
+lines but for their times, and all weights, byte for byte. Exit status 1 says that they are not.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -90,43 +91,73 @@ def compare(reference: Mapping[str, object], disturbed: Mapping[str, object]) ->
     return sorted(name for name in {*reference, *disturbed} if reference.get(name) != disturbed.get(name))
 
 
+def effort(process: psutil.Process) -> float:
+    """CPU seconds of a process and of all that it has started and that still runs."""
+    total = 0.0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += sum(one.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            continue  # it had just ended
+    return total
+
+
+def watch(process: subprocess.Popen, until: float) -> float:
+    """Wait until a target has done so many CPU seconds of work, or has ended; return what it had done."""
+    seen, itself = 0.0, psutil.Process(process.pid)
+    while process.poll() is None and seen < until:
+        try:
+            seen = max(seen, effort(itself))
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.05)
+    return seen
+
+
+def undisturbed(target: str, folder: Path) -> float:
+    """Run a target to its end and return its CPU seconds: on a busy machine those of the wall say little."""
+    process = start(target, folder)
+    seconds = watch(process, math.inf)
+    ended(process, target, folder)
+    print(f"{target:<12} undisturbed, {seconds:.0f} CPU seconds", flush=True)
+    return seconds
+
+
+def ended(process: subprocess.Popen, target: str, folder: Path) -> None:
+    if process.wait() != 0:
+        raise RuntimeError(f"{target} fails, see {folder / target}.log")
+
+
+def disturbed(target: str, folder: Path, seconds: float, most: int, dice: random.Random) -> int:
+    """Start a target until it gets to its end, killed up to `most` times before; return how often it was."""
+    for made in range(most):
+        process = start(target, folder)
+        moment, orphans = dice.uniform(0.2, 1.0) * seconds, dice.random() < ORPHANS
+        done = watch(process, moment)
+        if process.poll() is not None:
+            ended(process, target, folder)
+            return made
+        kill(process, orphans)
+        print(f"{target:<12} kill after {done:.1f} CPU seconds{', children live on' if orphans else ''}", flush=True)
+    ended(start(target, folder), target, folder)
+    return most
+
+
 def torment(targets: Sequence[str], kills: int, seed: int, folder: Path) -> list[str]:
-    """Run all targets undisturbed and disturbed; return what differs."""
-    dice, durations = random.Random(seed), {}
-    for target in targets:
-        began = time.monotonic()
-        if start(target, folder / "reference").wait() != 0:
-            raise RuntimeError(f"{target} fails undisturbed, see {folder / 'reference' / target}.log")
-        durations[target] = time.monotonic() - began
-        print(f"{target:<12} undisturbed in {durations[target]:.0f} s", flush=True)
-    done = 0
+    """Run all targets undisturbed and disturbed, each with its share of the kills; return what differs."""
+    dice, different, done, runs, weights = random.Random(seed), [], 0, 0, 0
     for place, target in enumerate(targets):
+        seconds = undisturbed(target, folder / target)
+        reference, turn = outcome(folder / target), 0
+        runs += sum(name.endswith("result.json") for name in reference)
+        weights += sum(name.endswith(".safetensors") for name in reference)
         due = kills * (place + 1) // len(targets)
-        while True:
-            process = start(target, folder / "disturbed")
-            if done >= due:
-                if process.wait() != 0:
-                    raise RuntimeError(f"{target} fails after kills, see {folder / 'disturbed' / target}.log")
-                break
-            moment, orphans = dice.uniform(0.2, 1.0) * durations[target], dice.random() < ORPHANS
-            try:
-                status = process.wait(timeout=moment)
-            except subprocess.TimeoutExpired:
-                kill(process, orphans)
-                done += 1
-                print(
-                    f"{target:<12} kill {done} after {moment:.1f} s{', children live on' if orphans else ''}",
-                    flush=True,
-                )
-                continue
-            if status != 0:
-                raise RuntimeError(f"{target} fails after kills, see {folder / 'disturbed' / target}.log")
-            due = done  # it had finished: the others get the kills that are left
-        print(f"{target:<12} finished", flush=True)
-    reference, disturbed = outcome(folder / "reference"), outcome(folder / "disturbed")
-    different = compare(reference, disturbed)
-    weights = sum(name.endswith(".safetensors") for name in reference)
-    runs = sum(name.endswith("result.json") for name in reference)
+        while done < due:  # a target that ends before its kills are used up is begun anew
+            turn += 1
+            again = folder / f"{target}-{turn}"
+            done += disturbed(target, again, seconds, due - done, dice)
+            different += [f"{target}-{turn}/{name}" for name in compare(reference, outcome(again))]
+        print(f"{target:<12} compared", flush=True)
     print(f"{done} kills, {runs} runs, {weights} weight files: {len(different)} differences", *different, sep="\n  ")
     return different
 

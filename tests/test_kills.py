@@ -5,11 +5,11 @@ from kill_runs import compare, torment
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "kills"), [("autonpo", 3), ("03_autonpo", 2)])
+@pytest.mark.parametrize(("target", "kills"), [("autonpo", 2), ("03_autonpo", 1)])
 def test_what_is_killed_and_started_again_ends_as_what_was_not(tmp_path, capsys, target, kills):
     assert torment([target], kills, 0, tmp_path) == []
     said = capsys.readouterr().out
-    assert said.count(" kill ") >= 1, "nothing was killed, so this says nothing"
+    assert said.count(" kill ") == kills
     assert "weight files: 0 differences" in said and " 0 weight files" not in said
 
 

@@ -110,7 +110,7 @@ def watch(process: subprocess.Popen, until: float) -> float:
             seen = max(seen, effort(itself))
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.05)
+        time.sleep(0.25)
     return seen
 
 

@@ -38,8 +38,11 @@ SETTINGS = {
 }
 """AutoNPO with the settings of preset paper that matter here, and a roll-back within six steps."""
 
-CLOSE = 2e-6
-"""Weights of sharded and of whole policies: the same gradients, added in another order."""
+CLOSE = 5e-7
+"""Weights of sharded and of whole policies, the mean of a tensor: the same gradients, added in another order."""
+
+ASTRAY = SETTINGS["learning_rate"] / 10
+"""The same of one weight: Adam divides by the gradient's size, so where that is nearly zero rounding decides."""
 
 
 def untied(folder: Path) -> Path:
@@ -104,9 +107,10 @@ def test_a_sharded_policy_is_trained_rolled_back_and_guided_as_a_whole_one(both)
     for place, found in one.items():
         assert found.keys() == two[place].keys() == base.keys()
         for name, weight in found.items():
-            assert (weight - two[place][name]).abs().max() < CLOSE, (place, name)
+            apart = (weight - two[place][name]).abs()
+            assert apart.mean() < CLOSE and apart.max() < ASTRAY, (place, name)
     for name in ("lm_head.weight", "model.visual.patch_embed.proj.weight"):
-        assert (base[name] - one[max(one)][name]).abs().max() > 100 * CLOSE, f"{name} hardly moved"
+        assert (base[name] - one[max(one)][name]).abs().mean() > 100 * CLOSE, f"{name} hardly moved"
 
 
 @pytest.mark.slow

@@ -7,22 +7,26 @@ has its page, with the error in it, and the others are executed all the same.
 import argparse
 import ast
 import html
+import json
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_json, write_whole
 from ..progress import duration
 from ..runs.config import preset_names
 from ..runs.folder import checkout, environment
 
 ENDING = "## What came out"
 """Heading in a notebook after which it prints what its runs came to."""
+
+SHELF = "book.json"
+"""What the index is made from."""
 
 STYLE = "<style>.highlight pre { font-family: var(--jp-code-font-family); line-height: 1.4; }</style>"
 """Source code that a notebook shows, which nbconvert sets as text."""
@@ -59,6 +63,7 @@ class Chapter:
         ending: What it printed of its runs; empty where it prints nothing.
         seconds: That its execution took.
         failed: Why it did not come to its end, or empty.
+        parameters: What it was given.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Chapter:
     ending: str
     seconds: float
     failed: str
+    parameters: Mapping[str, Any]
 
 
 def add_stage(stages) -> None:
@@ -101,11 +107,11 @@ def make_book(
         out: Folder of the pages; made if it is not there.
         preset: Preset of every notebook of the small world; others have theirs, see `preset_for`.
         seed: Seed of every notebook that has one.
-        only: Names of notebooks to execute; empty for all. The index lists those of this call.
+        only: Names of notebooks to execute; empty for all. Others that were executed before stay in the index.
         quiet: Without progress bars.
 
     Returns:
-        The notebooks in their order.
+        The notebooks of this call in their order.
 
     Raises:
         ValueError: No checkout, packages that are not there, an unknown preset, or an unknown notebook.
@@ -114,15 +120,26 @@ def make_book(
     if preset not in preset_names():
         raise ValueError(f"Unknown preset {preset!r}. Allowed: {', '.join(preset_names())}.")
     out.mkdir(parents=True, exist_ok=True)
-    chapters = []
+    shelf, done = _earlier(out), []
+    order = sorted({*shelf, *(path.stem for path in notebooks)})
     for place, path in enumerate(notebooks):
         print(f"{path.stem} ({place + 1} of {len(notebooks)})", flush=True)
-        neighbours = [near.stem if near else "" for near in _neighbours(notebooks, place)]
-        chapters.append(_chapter(path, out, {"preset": preset, "seed": seed}, neighbours, quiet))
-        done = chapters[-1]
-        print(f"{path.stem}: {done.failed or 'done'}, {duration(done.seconds)}", flush=True)
-        _write(out / "index.html", _index(chapters, preset, seed))  # what is there can be read before the rest is done
-    return chapters
+        chapter = _chapter(path, out, {"preset": preset, "seed": seed}, order, quiet)
+        print(f"{path.stem}: {chapter.failed or 'done'}, {duration(chapter.seconds)}", flush=True)
+        done.append(chapter)
+        shelf[path.stem] = chapter
+        # what is there can be read before the rest is done
+        write_json(out / SHELF, [asdict(shelf[name]) for name in order if name in shelf])
+        _write(out / "index.html", _index([shelf[name] for name in order if name in shelf]))
+    return done
+
+
+def _earlier(out: Path) -> dict[str, Chapter]:
+    """Notebooks that an earlier call executed into this folder, by name, whose pages are still there."""
+    if not (out / SHELF).is_file():
+        return {}
+    found = [Chapter(**entry) for entry in json.loads((out / SHELF).read_text(encoding="utf-8"))]
+    return {chapter.name: chapter for chapter in found if (out / f"{chapter.name}.html").is_file()}
 
 
 def _notebooks(only: Sequence[str]) -> list[Path]:
@@ -137,12 +154,7 @@ def _notebooks(only: Sequence[str]) -> list[Path]:
     return [path for name, path in known.items() if not only or name in only]
 
 
-def _neighbours(notebooks: Sequence[Path], place: int) -> tuple[Path | None, Path | None]:
-    before = notebooks[place - 1] if place else None
-    return before, notebooks[place + 1] if place + 1 < len(notebooks) else None
-
-
-def _chapter(path: Path, out: Path, given: dict[str, Any], neighbours: Sequence[str], quiet: bool) -> Chapter:
+def _chapter(path: Path, out: Path, given: dict[str, Any], order: Sequence[str], quiet: bool) -> Chapter:
     import nbformat
     import papermill
 
@@ -156,9 +168,11 @@ def _chapter(path: Path, out: Path, given: dict[str, Any], neighbours: Sequence[
     except papermill.PapermillExecutionError as error:
         failed = f"{error.ename}: {error.evalue}"
     notebook = nbformat.read(executed, as_version=4)
+    place = order.index(path.stem)
+    neighbours = ["".join(order[max(0, place - 1) : place]), "".join(order[place + 1 : place + 2])]
     _write(out / f"{path.stem}.html", _page(notebook, path.stem, neighbours))
     executed.unlink()
-    return Chapter(path.stem, _title(notebook), _ending(notebook), time.monotonic() - started, failed)
+    return Chapter(path.stem, _title(notebook), _ending(notebook), time.monotonic() - started, failed, parameters)
 
 
 def preset_for(own: str, asked: str) -> str:
@@ -211,19 +225,20 @@ def _said(output: Any) -> str:
     return output.text if output.output_type == "stream" else output.get("data", {}).get("text/markdown", "")
 
 
-def _index(chapters: Sequence[Chapter], preset: str, seed: int) -> str:
+def _index(chapters: Sequence[Chapter]) -> str:
     found = environment()
     about = (
-        f"Preset {preset}, seed {seed}, Python {found['python']}, "
+        f"Python {found['python']}, "
         + ", ".join(f"{name} {number}" for name, number in found["packages"].items())
         + (f", revision {found['git_revision'][:10]}" if found["git_revision"] else "")
         + ". Seconds are those of this machine; finished runs were loaded."
     )
     entries = []
     for chapter in chapters:
+        given = ", ".join(f"{name} {value}" for name, value in chapter.parameters.items())
         parts = [
             f'<li value="{int(chapter.name[:2])}"><a href="{chapter.name}.html">{html.escape(chapter.title)}</a>',
-            f'<span class="dim">{duration(chapter.seconds)}</span>',
+            f'<span class="dim">{html.escape(given)}; {duration(chapter.seconds)}</span>',
             f"<br>{html.escape(chapter.ending)}" if chapter.ending else "",
             f'<br><span class="failed">Stopped: {html.escape(chapter.failed)}</span>' if chapter.failed else "",
         ]

@@ -45,7 +45,7 @@ def test_each_notebook_has_a_page_and_one_that_fails_stops_nothing(shelf, capsys
     assert chapters[0].ending == "smoke and 3 < 9" and chapters[1].ending == ""
     assert chapters[1].failed == "ValueError: no study <yet>"
     pages = {path.name: path.read_text() for path in out.iterdir()}
-    assert set(pages) == {"00_one.html", "01_two.html", "02_three.html", "index.html"}
+    assert set(pages) == {"00_one.html", "01_two.html", "02_three.html", "index.html", "book.json"}
     assert all(outside(page) == [] for page in pages.values())
     assert "smoke and 3 &lt; 9" in pages["index.html"] and "no study &lt;yet&gt;" in pages["index.html"]
     assert "One &amp; only" in pages["index.html"] and "no study" in pages["01_two.html"]
@@ -58,7 +58,12 @@ def test_the_command_says_what_failed_and_makes_chosen_notebooks_alone(shelf, ca
     assert main(["book", "--preset", "smoke", "--out", str(shelf / "out"), "--only", "01_two", "--quiet"]) == 1
     assert "Not executed to the end: 01_two" in capsys.readouterr().out
     assert main(["book", "--preset", "smoke", "--out", str(shelf / "out"), "--only", "02_three", "--quiet"]) == 0
-    assert "Three" in (shelf / "out" / "index.html").read_text()
+    index = (shelf / "out" / "index.html").read_text()
+    assert "Three" in index and "no study" in index, "what was executed before stays in the index"
+    assert 'href="01_two.html"' in (shelf / "out" / "02_three.html").read_text()
+    (shelf / "out" / "01_two.html").unlink()
+    assert main(["book", "--preset", "smoke", "--out", str(shelf / "out"), "--only", "02_three", "--quiet"]) == 0
+    assert "no study" not in (shelf / "out" / "index.html").read_text(), "a page that is gone is not listed"
 
 
 @pytest.mark.slow

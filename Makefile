@@ -29,7 +29,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study gates map corner claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal study gates map claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -75,11 +75,8 @@ study: setup ## Run the evidence study, arms x seeds, and write data/results/ (h
 gates: setup ## Run GRPO through the gates of the small world, and write data/results/gates.json (an hour; resumable)
 	$(BIN)/python -m npo_core gates --preset $(PRESET) $(ARGS)
 
-map: setup ## Run the map of the gain over learning rate and hard facts (hours; resumable)
+map: setup ## When does guidance pay? Its gain over learning rate and distance, the premise beside it (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
-
-corner: setup ## Run the follow-up of the map in one cell, on new seeds and with controls (about an hour; resumable)
-	$(BIN)/python -m npo_core map --corner --preset $(PRESET) $(ARGS)
 
 claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in seconds
 	$(BIN)/python -m npo_core claims $(ARGS)

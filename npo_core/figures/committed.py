@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
-from ..study.results import ABOUT, CORNER, MAP, has_evidence, read_evidence
+from ..study.results import MAP, has_evidence, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .grids import gain_map, suite_table
 from .idea import guided_group
@@ -25,8 +25,8 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
     """Draw the idea and, where there are results, every figure of the study; save them as PNG and SVG.
 
     Args:
-        results: Folder that `python -m npo_core study` made, or one without a study; where the map of the gain and its
-            follow-up lie beside the study, their figures are drawn too.
+        results: Folder that `python -m npo_core study` made, or one without a study; where the map of the gain lies
+            beside the study, its figure is drawn too.
         target: Folder of the figures.
 
     Returns:
@@ -49,6 +49,4 @@ def _of_study(results: Path) -> dict[str, Figure]:
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
     if (results / MAP).is_file():
         figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
-    if (results / CORNER / ABOUT).is_file():
-        figures["evidence_corner"] = controls(read_evidence(results / CORNER))
     return figures

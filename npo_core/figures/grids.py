@@ -19,8 +19,6 @@ from .style import GREY, WIDTH, canvas, settle, style
 PAPER_ARMS = {"NPO (early)": "NPO early", "NPO (early+late)": "NPO"}
 """Arms of the paper's methods that have another name here."""
 COLORMAP = "RdBu"
-MAP_CLOCKS = {"difference": "at equal compute", "difference_policy": "at equal policy step"}
-"""Columns of the map that are drawn, with the titles of their panels."""
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 """Share of linear red, green and blue in the brightness of a colour; text is white on what is dark."""
 
@@ -81,48 +79,48 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
 
 
 def gain_map(cells: pd.DataFrame) -> Figure:
-    """NPO minus GRPO on both clocks over learning rate and share of hard facts (ours).
+    """When does guidance pay? Gain of a guided window over learning rate and distance, the premise in words (ours).
+
+    A cell is coloured only where its interval excludes zero: what cannot be told from zero stays white.
 
     Args:
-        cells: A row per cell and seed: `learning_rate`, `hard_share`, `seed`, `difference` and `difference_policy`
-            (test pass rate at equal compute and at equal policy step, NaN if a run failed) and `plateau` (GRPO's pass
-            rate in the second half).
+        cells: A row per cell and seed: `learning_rate`, `distance`, `seed`, `difference` (test pass rate minus GRPO's
+            at equal total rollouts, NaN if a run failed), `guide_solves` and `own_solves` (shares of failed prompts).
 
     Raises:
         ValueError: Columns are missing, or there is no row.
     """
-    absent = {"learning_rate", "hard_share", "seed", "plateau", *MAP_CLOCKS} - set(cells.columns)
+    absent = {"learning_rate", "distance", "seed", "difference", "guide_solves", "own_solves"} - set(cells.columns)
     if absent or cells.empty:
         raise ValueError(f"The map lacks {quoted(sorted(absent)) if absent else 'rows'}; give a row per cell and seed.")
-    rates, shares = sorted(set(cells["learning_rate"])), sorted(set(cells["hard_share"]))
-    limit = cells.groupby(["hard_share", "learning_rate"])[list(MAP_CLOCKS)].mean().abs().max(axis=None)
-    counts = []
+    rates, distances = sorted(set(cells["learning_rate"])), sorted(set(cells["distance"]))
+    means, marked = np.full((len(distances), len(rates)), np.nan), np.full((len(distances), len(rates)), False)
+    texts, counts = [["not run"] * len(rates) for _ in distances], []
+    for (distance, rate), rows in cells.groupby(["distance", "learning_rate"]):
+        y, x = distances.index(distance), rates.index(rate)
+        values = rows["difference"].dropna().to_numpy(float)
+        mean, low, high = interval(values)
+        marked[y, x] = low > 0 or high < 0
+        means[y, x] = mean if marked[y, x] else np.nan
+        counts.append(len(values))
+        solves = f"{rows['guide_solves'].mean():.2f} / {rows['own_solves'].mean():.2f}"
+        texts[y][x] = f"{difference_text(values, 3, chr(10))}\n{solves}"
+    limit = cells.groupby(["distance", "learning_rate"])["difference"].mean().abs().max()
     with style():
-        size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 1.7 * len(shares))
-        figure, grid = canvas(len(MAP_CLOCKS), 1, size, sharex=True)
-        panels = list(grid[:, 0])
-        for axes, (column, title) in zip(panels, MAP_CLOCKS.items(), strict=True):
-            means, marked = np.full((len(shares), len(rates)), np.nan), np.full((len(shares), len(rates)), False)
-            texts = [["not run"] * len(rates) for _ in shares]
-            for (share, rate), rows in cells.groupby(["hard_share", "learning_rate"]):
-                y, x = shares.index(share), rates.index(rate)
-                values = rows[column].dropna().to_numpy(float)
-                means[y, x], low, high = interval(values)
-                marked[y, x] = low > 0 or high < 0
-                counts.append(len(values))
-                plateau = rows["plateau"].mean()
-                texts[y][x] = difference_text(values, 3, "\n") + f"\nn = {len(values)}, GRPO {plateau:.2f}"
-            shades = _draw_cells(axes, means, texts, marked, limit)
-            names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
-            axes.set_xticks(np.arange(len(rates)) + 0.5, names)
-            axes.set_yticks(np.arange(len(shares)) + 0.5, [f"{share:g}" for share in shares])
-            axes.invert_yaxis()
-            axes.set_ylabel("share of hard facts (fraction)")
-            axes.set_title(title, loc="left")
-        panels[-1].set_xlabel("learning rate (AdamW)")
-        figure.colorbar(shades, ax=panels, label="NPO minus GRPO in test pass rate (fraction)", aspect=30)
-        measure = _measure("mean [95 % t interval over n seeds]", counts)
-        _legend_of_cells(figure, f"{measure}\nGRPO: its on-policy pass rate in the second half", counts)
+        size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 0.85 * len(distances))
+        figure, ((axes,),) = canvas(1, 1, size)
+        shades = _draw_cells(axes, means, texts, marked, limit)
+        names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
+        axes.set_xticks(np.arange(len(rates)) + 0.5, names)
+        axes.set_yticks(np.arange(len(distances)) + 0.5, ["own\nresample" if d == 0 else f"{d:g}" for d in distances])
+        axes.invert_yaxis()
+        axes.set_ylabel("distance Δ of the guide (policy steps)")
+        axes.set_xlabel("learning rate (AdamW)")
+        figure.colorbar(shades, ax=axes, label="test pass rate minus GRPO's\n(equal total rollouts)", aspect=30)
+        measure = _measure("gain: mean [95 % t interval over n seeds]", counts)
+        seeds = "–".join(map(str, sorted({min(counts), max(counts)})))
+        below = "below: share of the base policy's failures that the guide / an own resample solves"
+        _legend_of_cells(figure, f"{measure}, n = {seeds}\n{below}", counts)
     return settle(figure)
 
 

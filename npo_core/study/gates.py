@@ -167,20 +167,34 @@ def read_course(run: RunFolder) -> Course | None:
     )
 
 
-def measure_premise(config: RunConfig, root: Path | None = None, quiet: bool = False) -> dict[str, list[dict]]:
+def measure_premise(
+    config: RunConfig,
+    root: Path | None = None,
+    quiet: bool = False,
+    origins: Sequence[int] = ORIGINS,
+    distances: Sequence[int] = DISTANCES,
+) -> dict[str, list[dict]]:
     """Who solves what a policy fails, from each origin at each distance, along a finished GRPO run (resumable).
+
+    Args:
+        config: Settings of the run.
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+        origins: Policy steps to measure from.
+        distances: Distances of the later policies, in policy steps.
 
     Returns:
         Records of `premise.Premise` by origin.
     """
     run, world = RunFolder(config, root), stages.prepare(config, quiet)
     saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
-    pairs = [Pair(origin, RESAMPLE, 0) for origin in ORIGINS]
-    pairs += [Pair(origin, f"{origin + distance:06d}", distance) for origin in ORIGINS for distance in DISTANCES]
+    pairs = [Pair(origin, RESAMPLE, 0) for origin in origins]
+    pairs += [Pair(origin, f"{origin + distance:06d}", distance) for origin in origins for distance in distances]
+    count = min(PROMPTS, len(world.train))
     settings = SignalSettings(
-        prompts=PROMPTS, rollouts=ROLLOUTS, scored=1, gradients=0, max_new_tokens=config.max_completion_length
+        prompts=count, rollouts=ROLLOUTS, scored=1, gradients=0, max_new_tokens=config.max_completion_length
     )
-    rows = list(world.train.select(range(PROMPTS)))
+    rows = list(world.train.select(range(count)))
     policies = {f"{step:06d}": folder for step, folder in saved.items()}
     measurement = Measurement(
         run.path / "premise", policies, pairs, world.processor, rows, world.verifier, settings, load_policy, quiet
@@ -188,9 +202,9 @@ def measure_premise(config: RunConfig, root: Path | None = None, quiet: bool = F
     measurement.run()
     tables = read_pairs(measurement.folder, pairs)
     found = {}
-    for origin in ORIGINS:
+    for origin in origins:
         here = {pair.distance: sums for pair, sums in tables.items() if pair.origin == origin}
-        later = {distance: here[distance].shown for distance in DISTANCES}
+        later = {distance: here[distance].shown for distance in distances}
         records = premise(here[0].failed, here[0].shown, later, GATES.generator(origin))
         found[str(origin)] = [asdict(record) for record in records]
     return found

@@ -22,8 +22,8 @@ from .findings import SCHEMA, results_folder
 
 SCORES, TRAINING, ABOUT = "evidence.csv", "evidence_training.parquet", "evidence.json"
 """File names in the folder of results."""
-MAP, CORNER = "map.csv", "corner"
-"""There too: the map of the gain, and the folder of its follow-up in one cell."""
+MAP = "map.csv"
+"""There too: the map of the gain."""
 
 SCORE_COLUMNS = (
     "arm", "seed", "policy_step", "compute_step", "final", "sampling", "suite", "pass_rate", "pass_at_4", "pass_at_8",

@@ -111,13 +111,12 @@ def fabricate(arms=tuple(ARMS), seeds=SEEDS, failed=()):
 
 def cells(seeds=3, centers=(0.001, 0.02, -0.03)):
     rows = [
-        (rate, share, seed, center + 0.01 * index + 0.002 * (seed - 1), 0.8 - share)
+        (rate, distance, seed, center + 0.01 * index + 0.002 * (seed - 1), 0.1 + 0.2 * index, 0.1)
         for rate, center in zip((5e-5, 1e-4, 3e-4), centers, strict=True)
-        for index, share in enumerate((0.1, 0.25))
+        for index, distance in enumerate((0, 20))
         for seed in range(seeds)
     ]
-    table = pd.DataFrame(rows, columns=["learning_rate", "hard_share", "seed", "difference", "plateau"])
-    return table.assign(difference_policy=table["difference"] + 0.03)
+    return pd.DataFrame(rows, columns=["learning_rate", "distance", "seed", "difference", "guide_solves", "own_solves"])
 
 
 @pytest.fixture(scope="module")
@@ -390,41 +389,40 @@ def test_controls_stand_beside_grpo_on_both_clocks(drawn):
     assert written[1.02, 1].endswith("(minus GRPO\nwhere NPO ends)")
 
 
-def test_the_map_shows_mean_interval_and_seeds_of_every_cell():
+def test_the_map_shows_mean_interval_and_premise_of_every_cell():
     table = cells()
     table.loc[0, "difference"] = np.nan
     figure = gain_map(table)
     axes = figure.axes[0]
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["5e-5", "1e-4", "3e-4"]
-    assert labels_of(axes) == ["0.1", "0.25"] and axes.get_ylim()[0] < axes.get_ylim()[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["5e-5", "1e-4", "3e-4"]
+    assert labels_of(axes) == ["own\nresample", "20"] and axes.get_ylim()[0] < axes.get_ylim()[1]
     shown = texts_of(axes)
     low, high = t_interval([0.018, 0.02, 0.022])
-    assert shown[1.5, 0.5] == f"+0.020\n[{low:+.3f}, {high:+.3f}]\nn = 3, GRPO 0.70"
-    assert shown[0.5, 0.5].startswith("+0.002\n[−0.011, +0.015]\nn = 2")
+    assert shown[1.5, 0.5] == f"+0.020\n[{low:+.3f}, {high:+.3f}]\n0.10 / 0.10"
+    assert shown[1.5, 1.5].endswith("\n0.30 / 0.10") and shown[0.5, 0.5].startswith("+0.002\n[−0.011, +0.015]")
     frames = sorted((int(patch.get_x()), int(patch.get_y())) for patch in axes.patches)
     assert frames == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
-    norm = axes.collections[0].norm
-    assert norm.vcenter == 0 and norm.vmax == -norm.vmin
+    assert any("n = 2–3" in text for text in legends_of(figure))
     bold = {text.get_position() for text in axes.texts if text.get_fontweight() == "bold"}
     assert bold == {(x + 0.5, y + 0.5) for x, y in frames}
 
 
-def test_the_map_shows_both_clocks_in_the_same_colours():
-    compute, policy = gain_map(cells()).axes[:2]
-    assert [axes.get_title(loc="left") for axes in (compute, policy)] == ["at equal compute", "at equal policy step"]
-    assert texts_of(compute)[1.5, 0.5].startswith("+0.020\n") and texts_of(policy)[1.5, 0.5].startswith("+0.050\n")
-    for axes in (compute, policy):
-        norm = axes.collections[0].norm
-        assert (norm.vmin, norm.vmax) == pytest.approx((-1.25 * 0.06, 1.25 * 0.06))
+def test_the_map_does_not_shade_what_cannot_be_told_from_zero():
+    axes = gain_map(cells()).axes[0]
+    shades = axes.collections[0]
+    norm, values = shades.norm, shades.get_array()
+    assert norm.vcenter == 0 and (norm.vmin, norm.vmax) == pytest.approx((-1.25 * 0.03, 1.25 * 0.03))
+    assert np.ma.getmaskarray(values)[0].tolist() == [True, False, False], "+0.001 with an interval around zero"
+    assert values[1].tolist() == pytest.approx([0.011, 0.03, -0.02])
 
 
 def test_the_map_says_what_was_not_run_and_what_failed():
     table = cells()
     table.loc[table["learning_rate"] == 3e-4, "difference"] = np.nan
-    table = table[(table["learning_rate"] != 1e-4) | (table["hard_share"] != 0.25)]
+    table = table[(table["learning_rate"] != 1e-4) | (table["distance"] != 20)]
     shown = texts_of(gain_map(table).axes[0])
     assert shown[1.5, 1.5] == "not run"
-    assert shown[2.5, 0.5].startswith("no seed\nn = 0")
+    assert shown[2.5, 0.5].startswith("no seed\n")
 
 
 # All
@@ -473,8 +471,8 @@ def test_missing_arms_are_named_where_they_are_needed(paper):
         arm_differences(only)
     with pytest.raises(ValueError, match='lacks "LUFFY", "ExGRPO"'):
         suite_table(only, paper)
-    with pytest.raises(ValueError, match='lacks "hard_share", "plateau"'):
-        gain_map(cells().drop(columns=["plateau", "hard_share"]))
+    with pytest.raises(ValueError, match='lacks "distance", "own_solves"'):
+        gain_map(cells().drop(columns=["own_solves", "distance"]))
     with pytest.raises(ValueError, match="lacks rows"):
         gain_map(cells()[:0])
 

@@ -171,8 +171,8 @@ def measure_premise(
     config: RunConfig,
     root: Path | None = None,
     quiet: bool = False,
-    origins: Sequence[int] = ORIGINS,
-    distances: Sequence[int] = DISTANCES,
+    origins: Sequence[int] | None = None,
+    distances: Sequence[int] | None = None,
 ) -> dict[str, list[dict]]:
     """Who solves what a policy fails, from each origin at each distance, along a finished GRPO run (resumable).
 
@@ -180,12 +180,14 @@ def measure_premise(
         config: Settings of the run.
         root: Folder of all runs; the project's `data/runs` if None.
         quiet: Without progress bars.
-        origins: Policy steps to measure from.
-        distances: Distances of the later policies, in policy steps.
+        origins: Policy steps to measure from; those of the gates if None.
+        distances: Distances of the later policies, in policy steps; those of the gates if None.
 
     Returns:
         Records of `premise.Premise` by origin.
     """
+    origins = ORIGINS if origins is None else origins
+    distances = DISTANCES if distances is None else distances
     run, world = RunFolder(config, root), stages.prepare(config, quiet)
     saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
     pairs = [Pair(origin, RESAMPLE, 0) for origin in origins]

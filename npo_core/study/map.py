@@ -1,7 +1,7 @@
 """When does guidance pay? The gain of one guided window at equal total rollouts, over learning rate × guide distance.
 
 For each learning rate and seed: a GRPO run, and for each distance Δ a run whose scout makes Δ steps, goes back to the
-base policy and is guided by what they led to, for a window. Beside the gain stands the premise of the same policies: what
+base policy and is guided by what they led to, for a window. Beside the gain stands the premise of these policies: what
 share of the prompts that the base policy fails the guide solves, minus the base policy's own resample. Does the second,
 which is known before any guided run, predict the first? The plan is in docs/evidence.md; `python -m npo_core map` runs
 what is missing and writes `data/results/map.csv`. Ours.

@@ -102,7 +102,7 @@ class Offline:
     ) -> tuple[GuidanceCache, int]:
         """Guides of a policy for some prompts, and the rollouts that were sampled for them."""
         config = self.config
-        if config.cache_stop:
+        if config.cache_stop and config.cache_rule == "first":  # the other rules choose among all
             return self._sample_until_solved(guide, uids, step, generate, known)
         sampled = self._sample(guide, uids, config.cache_rollouts, step, CACHE, (step, 0), generate)
         flat = [trajectory for group in sampled for trajectory in group]

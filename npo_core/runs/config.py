@@ -119,12 +119,6 @@ class RunConfig(Settings):
         if self.placement == "replace":
             most = self.num_generations - 1
             require(self.guides_per_group <= most, "guides_per_group", self.guides_per_group, f"at most {most}")
-        require(
-            self.cache_rule == "first" or not self.cache_stop,
-            "cache_stop",
-            self.cache_stop,
-            f"false with cache_rule {self.cache_rule}, which chooses among all correct rollouts of a prompt",
-        )
         if self.guides_per_group > 1:
             require(self.method == "rlep", "method", self.method, '"rlep", the one with several guides for a prompt')
         require(

@@ -191,7 +191,7 @@ class Settings:
         acts="guidance",
     )
     cache_stop: bool = _guidance(
-        False, "Stop sampling a prompt's guides at its first correct rollout.", acts="guidance"
+        False, "With cache_rule first: stop sampling a prompt at its first usable rollout.", acts="guidance"
     )
     cache_rule: Literal["first", "shortest", "closest"] = _guidance(
         "first", "Which correct rollout of a prompt is kept as its guide.", acts="guidance"

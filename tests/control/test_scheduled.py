@@ -425,6 +425,12 @@ def test_only_prompts_that_were_gated_when_the_window_first_ran_get_a_guide(chea
     assert cheap.result()["offline_rollouts"] == cache["rollouts"]
 
 
-def test_stopping_and_choosing_among_all_rollouts_exclude_each_other():
-    with pytest.raises(ValueError, match="cache_stop is True; it must be false with cache_rule shortest"):
-        _config(cache_stop=True, cache_rule="shortest")
+def test_a_rule_that_chooses_among_all_rollouts_gets_all_of_them(tmp_path):
+    """Stopping is of the rule "first" alone, so a preset that stops leaves the other rules what they are."""
+    runs = [
+        stages.run(_config(late_step=0, cache_rule="shortest", cache_stop=stop, compute_steps=8), tmp_path, quiet=True)
+        for stop in (True, False)
+    ]
+    caches = [run.events("cache") for run in runs]
+    assert [event["rollouts"] for event in caches[0]] == [event["rollouts"] for event in caches[1]] != []
+    assert [_course(line) for line in _lines(runs[0])] == [_course(line) for line in _lines(runs[1])]

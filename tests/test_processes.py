@@ -40,7 +40,7 @@ def launched(folder: Path, launcher: str) -> RunFolder:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCHED.parents[1])},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return RunFolder(config, folder / (launcher or "one"))
@@ -203,7 +203,7 @@ dist.destroy_process_group()
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCHED.parents[1])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(line for line in done.stdout.splitlines() if line) == ["refused in 0", "refused in 1"]

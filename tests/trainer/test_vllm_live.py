@@ -92,7 +92,7 @@ def run_apart(settings, folder: Path) -> RunFolder:
         env={**kept, "NPO_RUNS": str(folder), "PYTHONPATH": f"{HERE.parent}:{HERE / 'vllm_site'}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return RunFolder(settings, folder)
@@ -255,7 +255,7 @@ for form in (ids, collapse_pictures(ids, processor)):
         env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}:{HERE / 'vllm_site'}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("SEEN")] == ["SEEN False", "SEEN True"]

@@ -1,4 +1,4 @@
-"""A random kill of a command that rolls back, , and of a notebook; `tests/kill_runs.py` does many."""
+"""A random kill of a command that rolls back, and of a notebook; `tests/kill_runs.py` does many."""
 
 import pytest
 from kill_runs import compare, torment

@@ -167,7 +167,7 @@ def ran(monkeypatch):
 @pytest.mark.parametrize("method", ["grpo", "autonpo"])
 def test_the_stage_is_the_method_and_values_are_json_or_bare_words(ran, method, capsys):
     settings = ["tau_gate=0.5", "learning_rate=1e-4", 'suites=["mathvista", "mmstar"]', "ratio_mode=exact"]
-    settings += ['cache_rule="shortest"', "freeze_vision=false", "policy=/a=b"]
+    settings += ['cache_rule="shortest"', "cache_stop=false", "freeze_vision=false", "policy=/a=b"]
     arguments = [method, "--preset", "smoke", "--seed", "3", "--root", "elsewhere", "--quiet"]
     assert main([*arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     overrides = {
@@ -176,6 +176,7 @@ def test_the_stage_is_the_method_and_values_are_json_or_bare_words(ran, method, 
         "suites": ["mathvista", "mmstar"],
         "ratio_mode": "exact",
         "cache_rule": "shortest",
+        "cache_stop": False,
         "freeze_vision": False,
         "policy": "/a=b",
     }

@@ -151,7 +151,10 @@ ABLATIONS: Mapping[str, tuple[str, Callable[[RunConfig], list[dict[str, Any]]]]]
         "npo",
         lambda plain: [{"early_window": plain.early_window // 2}, {"early_window": plain.early_window * 3 // 2}],
     ),
-    "cache rule": ("npo", lambda plain: [{"cache_rule": rule} for rule in ("shortest", "closest")]),
+    "cache rule": (
+        "npo",
+        lambda plain: [{"cache_rule": rule, "cache_stop": False} for rule in ("shortest", "closest")],
+    ),
     "ratio": ("npo", lambda plain: [{"ratio_mode": mode} for mode in ("exact", "truncated", "shaped")]),
     "trigger": (
         "autonpo",

@@ -214,7 +214,8 @@ def test_guides_from_the_own_policy_are_of_the_one_rolled_back_to(grpo, root, mo
         return fill(self, guide, uids, step, learner, generate, known)
 
     monkeypatch.setattr(ScheduledNPO, "_fill_cache", watched)
-    run = stages.run(_config(guide_from="own", **LATE), root, quiet=True)
+    whole = {"cache_prompts": "all", "cache_stop": False}
+    run = stages.run(_config(guide_from="own", **whole, **LATE), root, quiet=True)
     assert run.events("prefix")[0]["compute_step"] == 4
     rolled_back_to = load_file(checkpoint_folder(run.path / "branches" / "00", 2) / "model.safetensors")
     (guide,) = filled
@@ -322,7 +323,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
 
 
 def test_rule_closest_scores_guides_under_the_base_policy_at_the_restart(tmp_path):
-    run = stages.run(_config(late_step=0, cache_rule="closest", compute_steps=8), tmp_path, quiet=True)
+    run = stages.run(
+        _config(late_step=0, cache_rule="closest", cache_stop=False, compute_steps=8), tmp_path, quiet=True
+    )
     assert run.result()["interventions"][0]["cached"] >= 1
 
 

@@ -95,7 +95,7 @@ def test_memory_of_a_decision_by_hand():
         ("grpo", {}, (False, False)),
         ("exgrpo", {}, (False, False)),
         ("npo", {}, (False, True)),
-        ("npo", {"cache_rule": "closest"}, (True, True)),
+        ("npo", {"cache_rule": "closest", "cache_stop": False}, (True, True)),
         ("npo", {"guide_from": "own"}, (True, True)),
         ("npo", {"guide_from": "none"}, (False, False)),
         ("luffy", {}, (True, True)),

@@ -7,7 +7,7 @@ import pytest
 from npo_core.runs.config import METHOD_SETTINGS, preset_names, resolve_config
 from npo_core.stages.prefix import shared_steps
 from npo_core.stages.run import CONTROLLERS
-from npo_core.study.arms import ARMS, SHARED, arm_config
+from npo_core.study.arms import ABLATIONS, ARMS, SHARED, ablation_configs, arm_config
 
 LONGER = "GRPO, longer"
 
@@ -64,6 +64,16 @@ def test_overrides_reach_every_arm_but_not_what_makes_it():
     assert arm_config("GRPO", "smoke", 0, {"checkpoint_keep": 7}).checkpoint_keep == 7
     assert arm_config(LONGER, "smoke", 0, {"compute_steps": 100}).compute_steps == 200
     assert arm_config("GRPO", "smoke", 0).checkpoint_keep == SHARED["checkpoint_keep"] == 0
+
+
+@pytest.mark.parametrize("preset", ["cpu", "cpu_tuned", "smoke"])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_can_be_run_and_changes_what_it_names(name, preset):
+    configs = ablation_configs(name, preset, 3)
+    setting = next(iter(configs)).partition(" = ")[0]
+    values = [getattr(config, setting) for config in configs.values()]
+    assert len(values) == len(set(values)) > 1
+    assert [f"{setting} = {value}" for value in values] == list(configs)
 
 
 def test_an_unknown_arm_is_refused():

@@ -167,10 +167,11 @@ endif
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vLLM path on the CPU, in an environment of its own (.venv-vllm)
 	OMP_NUM_THREADS=2 PYTHONPATH=tests/vllm_site $(VLLM)/bin/python -m pytest tests/trainer/test_vllm_live.py $(ARGS)
 
-lint: $(DEV_STAMP) ## Check style and formatting, notebooks included, and the walls between the rooms
+lint: $(DEV_STAMP) ## Check style and formatting, notebooks included, the walls between the rooms, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 clean: ## Remove caches and build output; .venv and data/runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

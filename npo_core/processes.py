@@ -33,6 +33,13 @@ def join() -> PartialState:
     return PartialState(timeout=timedelta(hours=PATIENCE))
 
 
+def own_device() -> torch.device:
+    """Device of this process."""
+    device = join().device
+    assert device is not None  # accelerate has set it
+    return device
+
+
 def process_count() -> int:
     """Processes of this run."""
     return torch.distributed.get_world_size() if _joined() else 1

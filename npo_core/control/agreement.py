@@ -94,7 +94,7 @@ def _arguments(trainer: NPOTrainer, config: RunConfig) -> list[str]:
 
 def _parts(trainer: NPOTrainer, output_dir: Path, guidance: GuidanceSource | None, watch: TrainerCallback) -> list[str]:
     found = []
-    if Path(trainer.args.output_dir) != Path(output_dir):
+    if Path(str(trainer.args.output_dir)) != Path(output_dir):
         found.append(f"output_dir is {trainer.args.output_dir}; it must be what the factory is given, {output_dir}")
     if watch not in trainer.callback_handler.callbacks:
         found.append("callbacks is without the one that the factory is given; nothing would be watched. Hand it on")
@@ -111,6 +111,7 @@ def _prompts(trainer: NPOTrainer, uids: Sequence[str]) -> list[str]:
         return []
     if not order:
         return ["train_dataset has no column uid, which names a prompt in metric lines and cache"]
+    assert isinstance(trainer.train_dataset, Dataset)  # it has an order
     # all that a roll-back will need of the rows, though until the first one nothing asks for it
     judged = isinstance(trainer.verifier, AnswerVerifier)
     found, _ = row_complaints(trainer.train_dataset, judged, trainer.processing_class, Room.of(trainer))
@@ -144,8 +145,8 @@ def keep_order(trainer: NPOTrainer, step: int) -> None:
     """
     make = trainer._get_train_sampler
 
-    def sampler_in_its_pass(*args: Any):
-        sampler = make(*args)
+    def sampler_in_its_pass(dataset: Any = None):
+        sampler = make(dataset)
         if isinstance(sampler, RepeatSampler):
             for _ in range(step // (sampler.num_samples // sampler.batch_size)):
                 next(iter(sampler))

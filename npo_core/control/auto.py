@@ -13,7 +13,6 @@ from ..method.trigger import Candidate, Decision, Mistake, choose_distance
 from ..streams import DIVERGENCE, PROBE
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import trainer_generate
-from .agreement import prompt_order
 from .controller import Controller
 from .record import record_probe
 from .watch import Segment, Watch
@@ -66,9 +65,7 @@ class AutoNPO(Controller):
         if not config.roll_back:
             self._note(watch, clocks, mistakes, probed, [])
             until = min(step + config.ahead_window, step + left)
-            per_step = self.training.prompts_per_step
-            window = slice(step * per_step, until * per_step)
-            ahead = list(dict.fromkeys(prompt_order(trainer)[window]))
+            ahead = self._prompts_of(trainer, step, until)
             return self._replay(trainer, watch, step, checkpoints[step], ahead, until, known)
         weighed = self._candidates(step, origins, mistakes, probed)
         self._note(watch, clocks, mistakes, probed, weighed)

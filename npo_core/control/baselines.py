@@ -99,8 +99,8 @@ class GuidedByPolicy(Controller):
         return correct[:1] if count == 1 else correct if len(correct) >= count else []
 
     def _guidance(self, segment: Segment, resume_from: Path | None = None) -> GuidanceSource | None:
-        path = self.run_folder.path / segment.guidance
-        cache = self._load_cache(path, self._cache_type)
+        assert segment.guidance is not None  # `_first_segment` gives it, and there is no other segment
+        cache = self._load_cache(self.run_folder.path / segment.guidance, self._cache_type)
         if isinstance(cache, ReplayPool):
             cache.seed = self.config.seed
         return cache

@@ -159,6 +159,12 @@ class Controller(Offline):
             f"train on npo_core.training_schedule ({needed} rows or more) with shuffle_dataset=False"
         ]
 
+    def _prompts_of(self, trainer: NPOTrainer, start: int, stop: int) -> list[str]:
+        """Prompts of the steps after policy step `start` up to `stop`, each once."""
+        order, per_step = prompt_order(trainer), self.training.prompts_per_step
+        assert order is not None  # `_order_complaints` refuses a stream
+        return list(dict.fromkeys(order[start * per_step : stop * per_step]))
+
     def _stop_at(self, segments: Sequence[Segment]) -> int | None:
         """Policy step at which the last segment stops for a decision, or None."""
         return None
@@ -197,9 +203,8 @@ class Controller(Offline):
             self.run_folder.event("resume", compute_step=compute_step, policy_step=step)
         if saved:
             return saved[step]
-        if segment.resume_from is None:
-            return None
-        return agree(lambda: require_complete(self.run_folder.path / segment.resume_from))
+        origin = segment.resume_from
+        return None if origin is None else agree(lambda: require_complete(self.run_folder.path / origin))
 
     def _lineage(self, segments: Sequence[Segment]) -> list[dict[str, Any]]:
         """Metric lines of the current trajectory: rolled-back ones left out, in the order of `policy_step`."""

@@ -52,12 +52,13 @@ class Training:
     def of(cls, trainer: NPOTrainer) -> "Training":
         """That of a trainer."""
         args = trainer.args
+        assert args.generation_batch_size is not None  # TRL has computed it
         return cls(
             trainer.max_completion_length,
             Sampling.of(trainer),
             args.tau_gate,
             args.generation_batch_size // trainer.num_generations,
-            args.bf16,
+            bool(args.bf16),
             trainer.chat_template_kwargs,
         )
 

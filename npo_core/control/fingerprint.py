@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pyarrow as pa
 from datasets import Dataset
 from peft import PeftModel
 
@@ -121,7 +122,7 @@ def data_digest(dataset: Any) -> str | None:
     rows = dataset.with_format("arrow").select_columns(columns).select(list(first.values()))
     digest = hashlib.sha256(repr(order).encode())
     for batch in rows.iter(1024):
-        digest.update(repr([batch[name].to_pylist() for name in columns]).encode())
+        digest.update(repr([cast(pa.Table, batch)[name].to_pylist() for name in columns]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..guidance.fingerprints import image_digest, tokenizer_digest
 from ..guidance.trajectories import Filled, GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier
-from ..processes import join
+from ..processes import own_device
 from ..runs.config import RunConfig
 from ..streams import CACHE, Stream
 from ..trainer.inputs import end_tokens
@@ -57,7 +57,7 @@ class Offline:
     ) -> list[list[Trajectory]]:
         training = self.training
         # as the trainer's policy computes; and weights are then made 16 bits once, not for every token
-        with torch.autocast(join().device.type, torch.bfloat16, enabled=training.bf16):
+        with torch.autocast(own_device().type, torch.bfloat16, enabled=training.bf16):
             return shared_rollouts(
                 policy,
                 self.processor,
@@ -80,7 +80,7 @@ class Offline:
         rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
         # a trainer's policy computes in its mixed precision; one that is compared with it must too
-        with torch.autocast(join().device.type, torch.bfloat16, enabled=self.training.bf16):
+        with torch.autocast(own_device().type, torch.bfloat16, enabled=self.training.bf16):
             return shared_logps(
                 policy,
                 self.processor,
@@ -155,4 +155,5 @@ class Offline:
 
     def _learner(self, folder: Path | None) -> PreTrainedModel:
         """Policy of a checkpoint, in evaluation mode; None is the base policy."""
-        return self.make_trainer.policy(folder).eval().to(join().device)
+        policy = self.make_trainer.policy(folder).eval()
+        return policy.to(own_device())  # pyright: ignore[reportArgumentType] (a decorator of transformers hides `self`)

@@ -13,7 +13,6 @@ from ..runs.checkpoints import checkpoint_folder, require_complete
 from ..runs.config import RunConfig
 from ..streams import RANDOM_PLAN
 from ..trainer.trainer import NPOTrainer
-from .agreement import prompt_order
 from .controller import Controller
 from .watch import Segment, Watch
 
@@ -121,6 +120,7 @@ class ScheduledNPO(Controller):
 
     def _decide(self, trainer: NPOTrainer, watch: Watch, step: int, segments: Sequence[Segment]) -> Segment | None:
         intervention = self._next(segments)
+        assert intervention is not None  # training stops for one
         origin = None
         if intervention.back_to == step:
             origin = checkpoint_folder(self._branch(segments[-1]), step)
@@ -129,9 +129,8 @@ class ScheduledNPO(Controller):
             if origin is None:
                 # names what is wrong with it: missing, half written or slimmed
                 require_complete(checkpoint_folder(self._branch(segments[-1]), intervention.back_to))
-        per_step = self.training.prompts_per_step
-        window = slice(intervention.back_to * per_step, intervention.guide_until * per_step)
-        uids = self._gated(list(dict.fromkeys(prompt_order(trainer)[window])), segments, intervention.back_to)
+        prompts = self._prompts_of(trainer, intervention.back_to, intervention.guide_until)
+        uids = self._gated(prompts, segments, intervention.back_to)
         clocks = {"policy_step": step, "compute_step": watch.compute_step}
         self.run_folder.event(
             "planned", **clocks, stage=intervention.stage, to=intervention.back_to, guide_until=intervention.guide_until

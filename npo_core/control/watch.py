@@ -110,7 +110,7 @@ class Watch(TrainerCallback):
         self.pool = MistakePool(config.pool_cutoff, config.pool_capacity, config.pool_expiry)
         self.due: int | None = None
         self.compute_step = 0
-        self.trainer: NPOTrainer | None = None
+        self.trainer: NPOTrainer  # set once it is made, before it trains
         self._rolled_back: dict[int, list[str]] = {}
 
     def replay(self, lines: Sequence[Mapping[str, Any]]) -> int | None:
@@ -175,7 +175,7 @@ class Watch(TrainerCallback):
         warning = self.observe(line)
         self.due = state.global_step if warning is not None or self._stops(line) else None
         shown = {name: f"{line.get(f'npo/{name}', float('nan')):.2f}" for name in ("reward", "entropy")}
-        self.bar.advance(**shown, at=state.global_step)
+        self.bar.advance(steps=1, **shown, at=state.global_step)
         if warning is not None:
             self.run_folder.event(
                 "warning", compute_step=self.compute_step, policy_step=state.global_step, **_fields(warning)
@@ -189,9 +189,10 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        branch = Path(args.output_dir)
-        if isinstance(self.trainer.guidance, ReplaySource):
-            self.trainer.guidance.save(checkpoint_folder(branch, state.global_step))
+        assert args.output_dir is not None
+        branch, guidance = Path(args.output_dir), self.trainer.guidance
+        if isinstance(guidance, ReplaySource):
+            guidance.save(checkpoint_folder(branch, state.global_step))
         collect(None)  # each process writes its random state
         if is_writer():
             mark_complete(checkpoint_folder(branch, state.global_step))

@@ -153,7 +153,8 @@ def _close(given: Number, reference: Number) -> bool:
     exact = given.unit is None and reference.unit is None
     if exact or 1 in (given.value.denominator, reference.value.denominator):
         return False
-    written = reference.unit / 2 if reference.unit is not None else given.unit
+    written = given.unit if reference.unit is None else reference.unit / 2
+    assert written is not None  # not both are exact
     return abs(given.value - reference.value) <= min(written, RELATIVE_TOLERANCE * abs(reference.value))
 
 
@@ -252,7 +253,8 @@ def normalise_answer(answer: str) -> str:
 def _respelled(text: str) -> list[str]:
     """Commands, characters and white space of a text, each in one spelling; white space that meets is one token."""
     out: list[str] = []
-    for given in _TOKEN.findall(text):
+    found: list[str] = _TOKEN.findall(text)
+    for given in found:
         token = _SPELLINGS.get(given, given)
         token = _SPACE if token != _THIN and token.isspace() else token
         if token in (_SPACE, _THIN) and out and out[-1] in (_SPACE, _THIN):

@@ -298,13 +298,18 @@ def _choose(choices: list[Trajectory], rule: str) -> Trajectory:
     if rule == "shortest":
         return min(choices, key=lambda choice: len(choice.token_ids))
     if rule == "closest":
-        if any(choice.policy_logps is None for choice in choices):
-            raise ValueError(
-                "Cache rule 'closest' needs the log-probs under the policy to be guided (policy_logps); "
-                "score the trajectories first, or use rule 'first' or 'shortest'."
-            )
-        return max(choices, key=lambda choice: sum(choice.policy_logps) / len(choice.policy_logps))
+        return max(choices, key=_closeness)
     return choices[0]
+
+
+def _closeness(choice: Trajectory) -> float:
+    """Mean log-prob under the policy to be guided, nats per token."""
+    if choice.policy_logps is None:
+        raise ValueError(
+            "Cache rule 'closest' needs the log-probs under the policy to be guided (policy_logps); "
+            "score the trajectories first, or use rule 'first' or 'shortest'."
+        )
+    return sum(choice.policy_logps) / len(choice.policy_logps)
 
 
 def as_row(trajectory: Trajectory) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def premise(
         if bool((shown[~mask] > 0).any()):
             raise ValueError(f"{name}: a prompt counts as solved that the policy did not fail; mask it by `failed`.")
     mine = own[mask] > 0
-    rows, p_values = [], []
+    rows: list[tuple[int, Estimate, Estimate, Estimate]] = []
+    p_values: list[float] = []
     for distance in sorted(later):
         theirs = later[distance][mask] > 0
         difference = theirs.astype(float) - mine

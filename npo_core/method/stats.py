@@ -85,7 +85,7 @@ def interquartile_mean(scores: Real[np.ndarray, "*shape"] | Bool[np.ndarray, "*s
     Raises:
         ValueError: there is no score, or one is not finite.
     """
-    return float(scipy.stats.trim_mean(_as_scores(scores, at_least=1), 0.25, axis=None))
+    return float(scipy.stats.trim_mean(_as_scores(scores, at_least=1).ravel(), 0.25))
 
 
 def bootstrap_interval(
@@ -151,7 +151,8 @@ def paired_t_test(differences: Scores) -> float:
     data = _as_scores(differences, at_least=2)
     if np.ptp(data) == 0:
         return 1.0 if data[0] == 0 else 2.0 ** (1 - data.size)
-    return float(scipy.stats.ttest_1samp(data, 0.0).pvalue)
+    result = scipy.stats.ttest_1samp(data, 0.0)
+    return float(result.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy makes the result's class at run time)
 
 
 def needed_items(first: float, second: float, power: float = 0.8) -> int:

@@ -7,15 +7,18 @@ timeout does not end a long run.
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import ProcessorMixin
-from trl import GRPOTrainer
 
 from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 ALL_REFUSED = 8
 """Guides that are wrong at injection, and none right, after which training stops: then it is not the single guide."""
@@ -23,12 +26,12 @@ ALL_REFUSED = 8
 logger = logging.getLogger(__name__)
 
 
-def needs_behaviour(trainer: GRPOTrainer) -> bool:
+def needs_behaviour(trainer: "NPOTrainer") -> bool:
     """Whether the ratio of the guide rows is made from the guides' stored log-probs."""
     return trainer.args.ratio_mode != "current" and trainer.args.guide_behaviour == "stored"
 
 
-def known_uids(trainer: GRPOTrainer) -> set[str] | None:
+def known_uids(trainer: "NPOTrainer") -> set[str] | None:
     """Uids of the training data, whose columns are checked; None of a stream, which is not read ahead of training.
 
     Raises:
@@ -39,7 +42,7 @@ def known_uids(trainer: GRPOTrainer) -> set[str] | None:
     return uids
 
 
-def _rows(trainer: GRPOTrainer) -> tuple[list[str], set[str] | None]:
+def _rows(trainer: "NPOTrainer") -> tuple[list[str], set[str] | None]:
     """What keeps NPO from using the training data, a clause each, and its uids."""
     # for guidance alone, as the rules for answers and pictures that it reads by
     from .dataset import missing_columns, row_complaints
@@ -58,7 +61,7 @@ def _refuse(what: str, found: Sequence[str]) -> None:
         raise ValueError(f"{what}:{listed}")
 
 
-def require_own_rollouts(trainer: GRPOTrainer, what: str) -> None:
+def require_own_rollouts(trainer: "NPOTrainer", what: str) -> None:
     """Refuse ways of sampling in which a guide would not arrive, or not alone: TRL makes the group elsewhere.
 
     Args:
@@ -72,7 +75,7 @@ def require_own_rollouts(trainer: GRPOTrainer, what: str) -> None:
         raise ValueError(f"{complaint}.")
 
 
-def _others_sample(trainer: GRPOTrainer, what: str) -> list[str]:
+def _others_sample(trainer: "NPOTrainer", what: str) -> list[str]:
     given = {
         "rollout_func": trainer.rollout_func is not None,
         "environment_factory": trainer.environment_factories is not None,
@@ -86,7 +89,7 @@ def _others_sample(trainer: GRPOTrainer, what: str) -> list[str]:
     ]
 
 
-def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
+def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
     """Refuse a source, or settings, with which the trainer could not guide.
 
     Raises:
@@ -103,12 +106,13 @@ def check_source(trainer: GRPOTrainer, source: GuidanceSource) -> None:
         _warn(trainer, cache, uids)
 
 
-def _settings(trainer: GRPOTrainer, source: GuidanceSource) -> list[str]:
+def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
     """What of the trainer's arguments keeps it from guiding, a clause each."""
     args, processes, found = trainer.args, trainer.accelerator.num_processes, []
     if trainer.verifier is None:
         found.append("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=…")
     found += _others_sample(trainer, "guidance")
+    assert args.steps_per_generation is not None  # TRL has computed it
     batch = args.per_device_train_batch_size * args.steps_per_generation
     if batch % trainer.num_generations:
         found.append(
@@ -140,7 +144,7 @@ def _settings(trainer: GRPOTrainer, source: GuidanceSource) -> list[str]:
     return found
 
 
-def _misfits(trainer: GRPOTrainer, cache: GuidanceCache) -> list[str]:
+def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
     """Why the trainer cannot use a cache, a clause each."""
     own, found = tokenizer_digest(trainer.processing_class), []
     if cache.tokenizer_digest and cache.tokenizer_digest != own:
@@ -163,11 +167,11 @@ def _misfits(trainer: GRPOTrainer, cache: GuidanceCache) -> list[str]:
     return found
 
 
-def _other_temperatures(trainer: GRPOTrainer, cache: GuidanceCache) -> set[float]:
+def _other_temperatures(trainer: "NPOTrainer", cache: GuidanceCache) -> set[float]:
     return {guide.temperature for guide in cache} - {trainer.temperature}
 
 
-def _warn(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | None) -> None:
+def _warn(trainer: "NPOTrainer", cache: GuidanceCache, uids: set[str] | None) -> None:
     """Say what makes a cache that can be used useless, or some metrics of it."""
     if other := _other_temperatures(trainer, cache):
         logger.warning(
@@ -185,7 +189,7 @@ def _warn(trainer: GRPOTrainer, cache: GuidanceCache, uids: set[str] | None) -> 
         )
 
 
-def check_guide(trainer: GRPOTrainer, guide: Trajectory, uid: str) -> None:
+def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
     """Refuse a guide that no correct source would give.
 
     Raises:
@@ -211,7 +215,7 @@ def check_guide(trainer: GRPOTrainer, guide: Trajectory, uid: str) -> None:
         )
 
 
-def empty_cache(trainer: GRPOTrainer, kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
+def empty_cache(trainer: "NPOTrainer", kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
     """A cache without guides that refuses what the trainer could not use; see `NPOTrainer.new_cache`."""
     return kind.empty(
         trainer.processing_class, trainer.eos_token_ids, trainer.max_completion_length, known_uids(trainer)

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 from trl.trainer.utils import get_config_model_id
 
 from ..declaration import check_declared
@@ -64,6 +64,7 @@ class NPOConfig(GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_declared(self)
+        assert self.num_generations is not None  # TRL has divided by it
         own = self.num_generations - (self.guides_per_group if self.placement == "append" else 0)
         if not 1 <= self.guides_per_group < self.num_generations or own < 2:
             raise ValueError(
@@ -110,4 +111,5 @@ def own_arguments(args: GRPOConfig | None, model: Any) -> NPOConfig:
     own.__class__ = NPOConfig
     for name in {each.name for each in fields(NPOConfig)} - {each.name for each in fields(GRPOConfig)}:
         setattr(own, name, NPOConfig.__dataclass_fields__[name].default)
+    assert isinstance(own, NPOConfig)
     return own

@@ -105,6 +105,7 @@ def row_complaints(
     """
     known: tuple[Any, ...] = (dataset._fingerprint, answer, image_digest(processor) if processor is not None else None)
     if room is not None:
+        assert processor is not None  # its tokens fill the room
         known += (repr(room), tokenizer_digest(processor), processor.chat_template)
     if known not in _LOOKED_THROUGH:
         while len(_LOOKED_THROUGH) >= REMEMBERED:
@@ -209,7 +210,7 @@ def missing_columns(names: Sequence[str] | None, answer: bool = True) -> list[st
     """
     required = [name for name in REQUIRED_COLUMNS if answer or name != "answer"]
     missing = [] if names is None else [name for name in required if name not in names]
-    if not missing:
+    if names is None or not missing:
         return []
     made = ". npo_core.with_uids(dataset) makes the first" if "uid" in missing else ""
     return [
@@ -237,7 +238,9 @@ def _first_without(dataset: Dataset, name: str) -> int | None:
     for chunk in dataset.data.column(name).chunks:
         empty = chunk.is_null()
         if pa.types.is_list(chunk.type):
-            empty = pc.or_(empty, pc.equal(pc.fill_null(pc.list_value_length(chunk), 0), 0))
+            # pyarrow makes its functions when it is imported: a checker of types sees none of them
+            lengths = pc.fill_null(pc.list_value_length(chunk), 0)  # pyright: ignore[reportAttributeAccessIssue]
+            empty = pc.or_(empty, pc.equal(lengths, 0))  # pyright: ignore[reportAttributeAccessIssue]
         missing += empty.to_pylist()
     if not any(missing):
         return None

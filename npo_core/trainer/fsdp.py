@@ -10,12 +10,14 @@ What is put right, each with a test on two processes of the CPU:
    they are reduced and added up in 32; the outputs of TRL's head stay as it computes them.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 
 def reduced_each_pass() -> dict[str, Any]:
@@ -33,7 +35,7 @@ def reshard(model: torch.nn.Module) -> None:
             part.reshard()
 
 
-def train_sharded(trainer: GRPOTrainer) -> None:
+def train_sharded(trainer: "NPOTrainer") -> None:
     """Make a fresh trainer, whose policy will be sharded, compute the gradient of the whole batch in 32 bits.
 
     Raises:
@@ -46,6 +48,7 @@ def train_sharded(trainer: GRPOTrainer) -> None:
         )
     trainer.model.register_forward_pre_hook(_gather_head)
     plugin = trainer.accelerator.state.fsdp_plugin
+    assert plugin is not None
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32

@@ -8,17 +8,20 @@ it leaves unset, `generate` takes from the policy's own `generation_config.json`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from ..guidance.fingerprints import tokenizer_of
 from .pictures import pictures_of, prompt_as_seen
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 TAKEN = ("conversation", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict", "padding")
 """Arguments of `apply_chat_template` that TRL gives itself; as `chat_template_kwargs` they would stand there twice."""
@@ -79,7 +82,7 @@ def prompt_tokens(
     if any(pictures):
         prompts = [prepare_multimodal_messages(*each) for each in zip(prompts, pictures, strict=True)]
     asked = _Asked(processor, template, isinstance(processor, ProcessorMixin))
-    ids, _, fields = GRPOTrainer._tokenize_prompts(asked, prompts)
+    ids, _, fields = GRPOTrainer._tokenize_prompts(cast(GRPOTrainer, asked), prompts)
     return [list(row) for row in ids], dict(fields)
 
 
@@ -179,9 +182,10 @@ class Sampling:
         return {name: getattr(self, name) for name in SHARED}
 
     @classmethod
-    def of(cls, trainer: GRPOTrainer) -> "Sampling":
+    def of(cls, trainer: "NPOTrainer") -> "Sampling":
         """That of a trainer's rollouts; what it gives to vLLM beside these settings, vLLM keeps."""
-        further = {} if trainer.use_vllm else trainer.args.generation_kwargs or {}
+        given = cast(Mapping[str, Any] | None, trainer.args.generation_kwargs)  # TRL has read a text as JSON
+        further = {} if trainer.use_vllm else given or {}
         return cls(**{name: getattr(trainer, name) for name in SHARED}, generation_kwargs=further)
 
     def settings(self, model: PreTrainedModel, processor, max_new_tokens: int) -> GenerationConfig:

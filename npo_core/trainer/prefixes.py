@@ -5,14 +5,16 @@ are masked out of the loss, and what follows is the policy's own. Whether it end
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 
 from ..guidance.trajectories import Trajectory
 from .inputs import encode_prompts
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 
 def beginning(guide: Trajectory, share: float) -> list[int]:
@@ -27,7 +29,7 @@ def beginning(guide: Trajectory, share: float) -> list[int]:
 
 
 def continued(
-    trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]], prefixes: Sequence[Sequence[int]]
+    trainer: "NPOTrainer", rows: Sequence[Mapping[str, Any]], prefixes: Sequence[Sequence[int]]
 ) -> list[list[int]]:
     """Responses that begin with given tokens and are the policy's own from there on: one draw each, as in training.
 
@@ -47,7 +49,7 @@ def continued(
             trainer.model_wrapped,
             trainer.accelerator,
             generation_kwargs=trainer.generation_kwargs,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=cast(dict | None, trainer.args.gradient_checkpointing_kwargs),
         ) as model,
         torch.no_grad(),
     ):

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PretrainedConfig
-from trl import GRPOTrainer
 
 from .inputs import prompt_tokens
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 PER_TURN = 64
 """Tokens that a chat template adds to a turn at most, where a prompt is seen to be short without being tokenised."""
@@ -40,7 +42,7 @@ class Room:
     setting: str = "max_completion_length"
 
     @classmethod
-    def of(cls, trainer: GRPOTrainer) -> "Room":
+    def of(cls, trainer: "NPOTrainer") -> "Room":
         """That of a trainer; an engine that samples for it may have a shorter context than the policy."""
         limits = [
             context_length(trainer.model.config),
@@ -62,6 +64,7 @@ class Room:
             others: How many others do not fit either.
         """
         more = f" (and {others} more are too long)" if others else ""
+        assert self.context is not None  # without a limit every prompt fits
         left = max(0, self.context - self.response)
         return (
             f"{prompt} has a prompt of {tokens:,} tokens{more}; the policy's context is {self.context:,}, which with "

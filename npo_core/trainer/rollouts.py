@@ -25,7 +25,7 @@ class StepRollouts:
         prefixes: Tokens that a guide gave, by row, where the policy went on by itself.
         refused: Guides that were judged wrong, so that the sampled rollout stayed.
         verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
-        prompt_ids: Token ids of each row's prompt, as TRL made them; None where a `rollout_func` samples.
+        prompt_ids: Token ids of each row's prompt, as TRL made them; empty where a `rollout_func` samples.
         rewards: Weighted reward of each row; NaN where no reward function scored it.
         correct: Verdict on each row, or None without a verifier.
     """
@@ -37,7 +37,7 @@ class StepRollouts:
     prefixes: dict[int, int] = field(default_factory=dict)
     refused: list[Trajectory] = field(default_factory=list)
     verdicts: dict[int, bool] = field(default_factory=dict)
-    prompt_ids: Sequence[Sequence[int]] | None = None
+    prompt_ids: Sequence[Sequence[int]] = ()
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 
@@ -67,6 +67,7 @@ class StepRollouts:
 
     def on_policy(self) -> torch.Tensor:
         """Verdicts on what the policy sampled, shape (rows,): where a guide took a slot, on what was there."""
+        assert self.correct is not None
         verdicts = self.correct.clone()
         for row, (_, was_correct) in self.overwritten.items():
             verdicts[row] = was_correct
@@ -117,6 +118,7 @@ class RolloutTable:
         guided_only: bool = False,
         first: int = 0,
     ):
+        assert rollouts.rewards is not None
         self.step, self.refused = step, list(rollouts.refused)
         mask = output["completion_mask"].bool()
         guided = {row // n for row in rollouts.guided}

@@ -8,7 +8,7 @@ sampling distribution. What will guide is scored at the temperature of training:
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -134,6 +134,7 @@ def sample_rollouts(
                 part = [rows[place] for place in range(start, min(start + prompts, len(rows)))]
                 repeated = [row for row in part for _ in range(k)]
                 if generate is None:
+                    assert settings is not None
                     draw = partial(_drawn, model, processor, settings=settings, template=chat_template_kwargs)
                     at_once = [repeated[place : place + batch] for place in range(0, len(repeated), batch)]
                     ids = [row for some in at_once for row in draw(some)]
@@ -186,8 +187,9 @@ def _drawn(
     """Token ids of one response per row, padding behind it included."""
     encoded = encode_prompts(processor, rows, template)
     inputs = {name: value.to(model.device) for name, value in encoded.items()}
+    # transformers mixes `generate` into each kind of model, and not into what they all are
     # processes that hold a policy together sample in step, to the end of the longest response of all
-    ids = model.generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
+    ids = cast(Any, model).generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -359,9 +361,9 @@ def _forced(
     return logits.log_softmax(dim=-1), ids
 
 
-def _counts_places(model: PreTrainedModel) -> bool:
+def _counts_places(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a model takes the places of its tokens as they are; one with a vision tower makes its own of the mask."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     text_only = inner.config.get_text_config() is inner.config
     return text_only and "position_ids" in inspect.signature(inner.forward).parameters
 

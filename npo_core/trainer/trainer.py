@@ -23,19 +23,21 @@ this order, and each sets what later ones read:
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from trl import GRPOConfig, GRPOTrainer
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 
-from ..guidance.sources import GuidanceSource, ReplaySource
+from ..guidance.sources import GuidanceSource, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..guidance.verdicts import Verifier, completion_text, is_correct
 from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
-from .config import PAPER, own_arguments
+from .config import PAPER, NPOConfig, own_arguments
 from .pictures import collapse_pictures, keep_pictures_out, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
@@ -69,6 +71,16 @@ class NPOTrainer(GRPOTrainer):
     _name = "NPO"
     _paper = PAPER
 
+    # what a trainer has once it is made, and TRL and transformers declare wider
+    args: NPOConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    train_dataset: Dataset | IterableDataset
+    num_generations: int
+    max_completion_length: int
+    chat_template_kwargs: dict[str, Any]
+    _rollouts: StepRollouts
+
     def __init__(
         self,
         model: Any,
@@ -87,7 +99,6 @@ class NPOTrainer(GRPOTrainer):
         self.record_rollouts = False
         self.guided_sink: Callable[[int, list[dict[str, Any]], list[Trajectory]], None] | None = None
         self.group_pass_rates: dict[str, float] = {}
-        self._rollouts: StepRollouts | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: RolloutTable | None = None
         self._token_sums: torch.Tensor | None = None
@@ -152,15 +163,9 @@ class NPOTrainer(GRPOTrainer):
             return inputs
         from .sampling import completion_entropies  # for a replaying source alone: others need not load it
 
-        n = self.num_generations
-        model = self.accelerator.unwrap_model(self.model)
-        entropies = partial(
-            completion_entropies,
-            model,
-            self.processing_class,
-            batch=self.args.per_device_train_batch_size,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        n, batch, template = self.num_generations, self.args.per_device_train_batch_size, self.chat_template_kwargs
+        model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
+        entropies = partial(completion_entropies, model, processor, batch=batch, chat_template_kwargs=template)
         chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
         rows = list(inputs)
         for group, row in chosen.items():
@@ -229,15 +234,18 @@ class NPOTrainer(GRPOTrainer):
 
     def _verify(self, responses: Mapping[int, Sequence[int]]) -> dict[int, bool]:
         """Verdicts on token ids by row: on the text that rewards get, off line too."""
-        rows, prompts = self._rollouts.rows, self._rollouts.prompt_ids
+        rows, prompts, verifier = self._rollouts.rows, self._rollouts.prompt_ids, self.verifier
+        assert verifier is not None  # asked for with guidance, or where there is one
         asked, before = [rows[row] for row in responses], lambda: [prompts[row] for row in responses]
         texts = response_texts(self.processing_class, asked, list(responses.values()), before)
-        return {row: is_correct(self.verifier(text, rows[row])) for row, text in zip(responses, texts, strict=True)}
+        return {row: is_correct(verifier(text, rows[row])) for row, text in zip(responses, texts, strict=True)}
 
     def _guides_for(self, uid: str, count: int) -> Sequence[Trajectory]:
+        source, done = self.guidance, self.state.global_step
+        assert source is not None
         if count > 1:
-            return self.guidance.guides(uid, self.state.global_step, count)
-        guide = self.guidance.guide(uid, self.state.global_step)
+            return cast(ManyGuides, source).guides(uid, done, count)  # as `check_source` found it
+        guide = source.guide(uid, done)
         return [] if guide is None else [guide]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -248,7 +256,7 @@ class NPOTrainer(GRPOTrainer):
             # TRL leaves a row without any reward out of the group's mean and std, and gives it advantage 0
             void = torch.zeros(len(inputs), dtype=torch.bool, device=rewards.device)
             void[step.void] = True
-            rewards = rewards.masked_fill(self.accelerator.gather(void).unsqueeze(1), float("nan"))
+            rewards = rewards.masked_fill(cast(torch.Tensor, self.accelerator.gather(void)).unsqueeze(1), float("nan"))
         weighted = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
         step.rewards = weighted.masked_fill(rewards[own].isnan().all(dim=1), float("nan"))
         if self.verifier is not None and self.model.training:
@@ -268,14 +276,13 @@ class NPOTrainer(GRPOTrainer):
         self, step: StepRollouts, is_guide: torch.Tensor, own: torch.Tensor, advantages: torch.Tensor
     ) -> None:
         """On-policy metrics of a generation batch, over all processes; rows that no reward scored are in no mean."""
+        assert step.rewards is not None
         scored = own & ~step.rewards.isnan()
         sums = [
             step.rewards[scored].sum(),
             scored.sum(),
             is_guide.sum(),
-            torch.tensor(0),
-            torch.tensor(0),
-            torch.tensor(0),
+            *[torch.tensor(0)] * 3,
             torch.tensor(len(step.refused)),
             advantages[is_guide].sum(),
             torch.tensor(sum(step.verdicts[row] for row in step.prefixes)),
@@ -290,7 +297,7 @@ class NPOTrainer(GRPOTrainer):
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
             self.group_pass_rates = {uid: rate for part in gather_object([own_rates]) for uid, rate in part.items()}
         totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
-        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = cast(torch.Tensor, self.accelerator.reduce(totals, reduction="sum")).tolist()
         reward, rows, replaced, gated, rate, wrong, refused, advantage, solved, groups = totals
         metrics = self._metrics["train"]
         metrics["npo/reward"].append(reward / rows if rows else float("nan"))
@@ -319,7 +326,8 @@ class NPOTrainer(GRPOTrainer):
         self._token_sums = None if self.accelerator.sync_gradients else totals
         if not self.accelerator.sync_gradients:
             return  # more passes of this step follow
-        entropy, tokens, guided, log_sum, weights, squares = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = cast(torch.Tensor, self.accelerator.reduce(totals, reduction="sum")).tolist()
+        entropy, tokens, guided, log_sum, weights, squares = totals
         metrics = self._metrics["train"]
         metrics["npo/entropy"].append(entropy / tokens if tokens else float("nan"))
         if guided:
@@ -351,7 +359,7 @@ class NPOTrainer(GRPOTrainer):
             if self._recording is not None and self._recording.see(
                 logps.detach(), self._token_mask(self._loss_inputs), self._loss_inputs
             ):
-                self._hand_over()
+                self._hand_over(self._recording)
         return logps, entropies, aux_loss
 
     def _set_guide_ratio(self, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
@@ -370,21 +378,16 @@ class NPOTrainer(GRPOTrainer):
         if self.args.ratio_mode == "exact":
             inputs["old_per_token_logps"] = torch.where(rows, behaviour, old)
             return
-        weight = gradient_weight(
-            logps,
-            behaviour,
-            self._token_mask(inputs),
-            self.args.ratio_mode,
-            truncation=self.args.ratio_truncation,
-            gamma=self.args.ratio_gamma,
-        )
+        mask, mode = self._token_mask(inputs), self.args.ratio_mode
+        most, gamma = self.args.ratio_truncation, self.args.ratio_gamma
+        weight = gradient_weight(logps, behaviour, mask, mode, truncation=most, gamma=gamma)
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         inputs["old_per_token_logps"] = torch.where(rows, logps, old)
         inputs["advantages"] = torch.where(rows, advantages * weight.to(advantages.dtype), advantages)
 
-    def _hand_over(self) -> None:
-        table, self._recording = self._recording, None
+    def _hand_over(self, table: RolloutTable) -> None:
+        self._recording = None
         if isinstance(self.guidance, ReplaySource):
             self.guidance.observe(table.step, table.rows)
         if self.record_rollouts and self.rollout_sink is not None:

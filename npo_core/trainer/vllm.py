@@ -13,19 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from trl import GRPOTrainer
+from transformers import PreTrainedModel
 from trl.generation import vllm_generation
-from trl.models import prepare_fsdp
+from trl.models import prepare_fsdp  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 
 from .fsdp import reshard
 from .inputs import prompt_tokens
 from .pictures import collapse_pictures, pictures_of
 from .sampling import Generate
 
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
-def engine_of(trainer: GRPOTrainer) -> Any | None:
+
+def engine_of(trainer: "NPOTrainer") -> Any | None:
     """What trainers of a run share: the colocated engine, or the writing process's connection to the server."""
     if not trainer.use_vllm:
         return None
@@ -73,7 +76,7 @@ class _TakenOver:
         return getattr(self._engine, name)
 
 
-def place(trainer: GRPOTrainer, checkpoint: Path | None = None) -> None:
+def place(trainer: "NPOTrainer", checkpoint: Path | None = None) -> None:
     """Bring a policy that was not trained yet in this sitting to where it can be sampled from.
 
     Training does this by itself: it shards the policy (FSDP) and loads the checkpoint that it resumes from.
@@ -83,12 +86,12 @@ def place(trainer: GRPOTrainer, checkpoint: Path | None = None) -> None:
         checkpoint: Checkpoint whose weights are loaded, or None.
     """
     if trainer.is_fsdp_enabled:
-        trainer.model = trainer.model_wrapped = prepare_fsdp(trainer.model, trainer.accelerator)
+        trainer.model = trainer.model_wrapped = cast(PreTrainedModel, prepare_fsdp(trainer.model, trainer.accelerator))
     if checkpoint is not None:
         trainer._load_from_checkpoint(str(checkpoint))
 
 
-def trainer_generate(trainer: GRPOTrainer) -> Generate | None:
+def trainer_generate(trainer: "NPOTrainer") -> Generate | None:
     """How the policy that a trainer holds is sampled off line: by its vLLM, its weights sent first; None without one.
 
     vLLM draws from its own random state, so what it samples cannot be repeated bit for bit.

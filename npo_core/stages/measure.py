@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..declaration import require
@@ -64,6 +65,7 @@ class Measurement:
         quiet: Without a progress bar.
         rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
         score_batch: Responses that are scored at a time, at most, in the same way.
+        bf16: Sample and score with matrix products in 16 bits, as a run with such a `mixed_precision` does.
 
     Raises:
         ValueError: Policies that cannot be compared, too few rows, or a folder with rollouts of other settings.
@@ -82,6 +84,7 @@ class Measurement:
         quiet: bool = False,
         rollout_batch: int = ROLLOUT_BATCH,
         score_batch: int = ROLLOUT_BATCH,
+        bf16: bool = False,
     ):
         for name, batch in (("rollout_batch", rollout_batch), ("score_batch", score_batch)):
             require(batch >= 1, name, batch, "at least 1")
@@ -92,7 +95,7 @@ class Measurement:
         check_policies(self.policies, processor)
         self.folder, self.pairs, self.settings = Path(folder), list(pairs), settings
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
-        self.rollout_batch, self.score_batch = rollout_batch, score_batch
+        self.rollout_batch, self.score_batch, self.bf16 = rollout_batch, score_batch, bf16
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -186,18 +189,19 @@ class Measurement:
                 )
             if settings.gradients and any(name == f"{pair.origin:06d}" for pair in self.pairs):
                 require_gradients_fit(model, settings.parameters, settings.gradients, settings.max_new_tokens)
-            groups = sample_rollouts(
-                model,
-                self.processor,
-                self.rows,
-                settings.rollouts,
-                self.verifier,
-                seed=MEASURED.seed(settings.seed, stream, name),
-                max_new_tokens=settings.max_new_tokens,
-                source_step=int(name) if name.isdecimal() else -1,
-                score=False,
-                batch=self.rollout_batch,
-            )
+            with self._precision(model):
+                groups = sample_rollouts(
+                    model,
+                    self.processor,
+                    self.rows,
+                    settings.rollouts,
+                    self.verifier,
+                    seed=MEASURED.seed(settings.seed, stream, name),
+                    max_new_tokens=settings.max_new_tokens,
+                    source_step=int(name) if name.isdecimal() else -1,
+                    score=False,
+                    batch=self.rollout_batch,
+                )
             self._write(path, groups)
         groups = self._groups(name, stream)
         # the others only tell right from wrong
@@ -216,7 +220,12 @@ class Measurement:
         """Log-probs of the scored rollouts of each prompt under a policy, in nats."""
         scored = [trajectory.token_ids for group in groups for trajectory in group[: self.settings.scored]]
         rows = [row for row in self.rows for _ in range(self.settings.scored)]
-        return completion_logps(model, self.processor, rows, scored, self.score_batch)
+        with self._precision(model):
+            return completion_logps(model, self.processor, rows, scored, self.score_batch)
+
+    def _precision(self, model: PreTrainedModel) -> torch.autocast:
+        """Not for gradients: weights that were made 16 bits without one are remembered so."""
+        return torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16)
 
     @staticmethod
     def _write(path: Path, groups: Sequence[Sequence[Trajectory]]) -> None:

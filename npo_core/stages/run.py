@@ -190,20 +190,21 @@ def evaluate_policy(
         generate: Samples in place of the model, such as vLLM.
     """
     sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p, "top_k": config.eval_top_k}
-    return evaluate(
-        model,
-        world.processor,
-        list(world.test),
-        world.verifier,
-        k=config.eval_rollouts,
-        seed=TEST_SEED,
-        max_new_tokens=config.max_completion_length,
-        batch=config.rollout_batch,
-        generate=generate,
-        label=f"evaluation: {label}",
-        quiet=quiet,
-        **({"temperature": config.temperature, "top_p": 1.0, "top_k": 0} if plain else sampling),
-    )
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        return evaluate(
+            model,
+            world.processor,
+            list(world.test),
+            world.verifier,
+            k=config.eval_rollouts,
+            seed=TEST_SEED,
+            max_new_tokens=config.max_completion_length,
+            batch=config.rollout_batch,
+            generate=generate,
+            label=f"evaluation: {label}",
+            quiet=quiet,
+            **({"temperature": config.temperature, "top_p": 1.0, "top_k": 0} if plain else sampling),
+        )
 
 
 def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
@@ -275,23 +276,24 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
     world = prepare(config) if world is None else world
     rows = [world.test[index] for index in range(count)]
     policy = load_policy(world.base, dtype=config.dtype, attention=config.attention).to(join().device)
-    groups = sample_rollouts(
-        policy,
-        world.processor,
-        rows,
-        k,
-        world.verifier,
-        seed=config.seed,
-        max_new_tokens=config.max_completion_length,
-        score=False,
-        batch=config.rollout_batch,
-    )
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        groups = sample_rollouts(
+            policy,
+            world.processor,
+            rows,
+            k,
+            world.verifier,
+            seed=config.seed,
+            max_new_tokens=config.max_completion_length,
+            score=False,
+            batch=config.rollout_batch,
+        )
     del policy
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # a run in another process will want this memory
     return [
         {
-            "picture": row["image"],
+            "picture": row.get("image"),
             "question": row["prompt"][-1]["content"],
             "answer": row["answer"],
             "responses": [(trajectory.text, trajectory.correct) for trajectory in group],

@@ -176,7 +176,10 @@ class NPOTrainer(GRPOTrainer):
         self._rollouts.prompt_ids = prompt_ids
         if self.use_vllm and self.vllm_mode == "colocate":
             prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
-        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # accelerate opens autocast for each token's pass, and casts all weights each time; here once for all tokens
+        device = self.accelerator.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and device == "cpu"):
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self.model.training:
             if self.guidance is not None:
                 self._choose_guides(completion_ids)

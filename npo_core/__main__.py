@@ -21,6 +21,7 @@ from .runs.settings import SignalSettings
 from .stages.book import add_stage as add_book
 from .study.gates_command import add_stage as add_gates
 from .study.map_command import add_stage as add_map
+from .study.real_command import add_stage as add_real
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     add_gates(stages)
+    add_real(stages)
     add_explore(stages)
     add_book(stages)
     _signal_parser(stages)

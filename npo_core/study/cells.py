@@ -107,7 +107,7 @@ def run_cells(
         processes: Processes at a time; the number of cores if None.
         quiet: Without a progress bar.
     """
-    waiting = [cell for cell in cells if not _finished(cell.folder(root))]
+    waiting = [cell for cell in cells if not finished(cell.folder(root))]
     for cell in waiting:
         (cell.folder(root).path / "failed.json").unlink(missing_ok=True)
     total = sum(cell.config.compute_steps for cell in cells)
@@ -160,7 +160,7 @@ def _note_end(cell: Cell, status: int, root: Path | None) -> None:
         write_json(folder / "failed.json", {"reason": reason, "log": tail})
 
 
-def _finished(run: RunFolder) -> bool:
+def finished(run: RunFolder) -> bool:
     return run.result() is not None and all(_score_file(run, *point).exists() for point in score_points(run))
 
 
@@ -215,7 +215,7 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
 def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
     """Train what is left of a run and score it; what a process of the study does."""
     run = stages.run(config, root, quiet=True)
-    if not _finished(run):
+    if not finished(run):
         with run.writing(quiet=True):
             world = stages.prepare(config, quiet=True)
             for point in score_points(run):
@@ -248,10 +248,10 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         if (reason := cell.failure(root)) is not None
     ]
     lost = {(entry["arm"], entry["seed"]) for entry in failed}
-    used = [cell for cell in cells if (cell.arm, cell.seed) not in lost and _finished(cell.folder(root))]
+    used = [cell for cell in cells if (cell.arm, cell.seed) not in lost and finished(cell.folder(root))]
     results = {(cell.arm, cell.seed): cell.folder(root).result() for cell in used}
     scores = pd.DataFrame(
-        [row for cell in used for row in _score_rows(cell, cell.folder(root), _counts_to_score(cell, results))],
+        [row for cell in used for row in score_rows(cell, cell.folder(root), _counts_to_score(cell, results))],
         columns=list(SCORE_COLUMNS),
     )
     training = pd.DataFrame([row for cell in used for row in _training_rows(cell, cell.folder(root))])
@@ -262,7 +262,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         "seeds": sorted({cell.seed for cell in cells}),
         "suites": list(cells[0].config.suites),
         "failed": failed,
-        "runs": [_about(cell, cell.folder(root)) for cell in used],
+        "runs": [about_run(cell, cell.folder(root)) for cell in used],
     }
     check_evidence(scores, about)
     for column in training.columns[training.dtypes == np.float64]:
@@ -274,7 +274,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     return [folder / name for name in (SCORES, TRAINING, ABOUT)]
 
 
-def _about(cell: Cell, run: RunFolder) -> dict[str, Any]:
+def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
     made = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
@@ -325,7 +325,7 @@ def _saved_places(run: RunFolder) -> list[dict[str, Any]]:
     return places
 
 
-def _score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """Rows of one run: its own points, and the newest checkpoint that has counted at most so much on each clock."""
     lines, result, places = run.metrics(), run.result(), _saved_places(run)
     points = score_points(run)

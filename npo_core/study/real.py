@@ -1,0 +1,235 @@
+"""The evidence on the real model: a few arms × seeds of preset `real`, one process a run, and the premise along GRPO.
+
+Plan and meaning: docs/evidence.md. `python -m npo_core real-study` runs what is missing and writes
+`data/results/real/`; a kill at any moment loses at most the steps since the last checkpoint. Runs and scores are those
+of the other study (`cells`); what differs is written here: the arms, and that weights are deleted as soon as nothing
+needs them, since a checkpoint of this model takes 1.6 GB.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..files import write_json, write_whole
+from ..lock import Lock
+from ..runs.checkpoints import slim
+from ..runs.config import resolve_config
+from ..runs.folder import RunFolder
+from ..stages.signal_run import measure_run, settings_for
+from .arms import Arm
+from .cells import Cell, about_run, run_cells, score_rows
+from .findings import SCHEMA, results_folder
+
+REAL_ARMS: Mapping[str, Arm] = {
+    "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
+    "GRPO, groups of 16": Arm("grpo", "twice the rollouts of each prompt, and as many in all as NPO early", "baseline",
+                              {"num_generations": 16}, budget=2 / 3),
+    "NPO early": Arm("npo", "scout, restart and guided window", "npo", {"late_step": 0, "late_start": 0}),
+    "AutoNPO": Arm("autonpo", "interventions chosen by the run", "npo", {"checkpoint_keep": 5}),
+    "NPO early, own resample": Arm("npo", "as NPO early, guide from the base policy itself", "control",
+                                   {"late_step": 0, "late_start": 0, "guide_from": "own"}),
+}  # fmt: skip
+"""Arms in the order of tables. NPO early spends 60 steps of 64 rollouts and 1,280 off line: 40 steps of 128."""
+
+SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
+"""Settings of every arm that are not the preset's; AutoNPO alone rolls back to what it has kept."""
+
+ORIGINS, DISTANCES = (0, 20), (10, 20, 30, 40)
+"""Policy steps that the premise is measured from, and its distances."""
+
+PROMPTS = 64
+"""Prompts of the premise, the first of the training set."""
+
+SCORES, ABOUT, PREMISE = "scores.csv", "about.json", "premise.json"
+"""Files of the results."""
+
+SETTLED = "settled.json"
+"""File of a run whose scores are all here, and whose weights may be gone."""
+
+
+def real_folder() -> Path:
+    """Where committed results are kept."""
+    return results_folder() / "real"
+
+
+def plan_real(
+    preset: str, seeds: Sequence[int], arms: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> list[Cell]:
+    """Cells of the study in the order they run: seed by seed, GRPO first, whose beginning AutoNPO shares.
+
+    Args:
+        preset: Name of a preset, `real` or smaller.
+        seeds: Seeds of sampling during training.
+        arms: Names in `REAL_ARMS`; None for all.
+        overrides: Settings of every run that are not the plan's.
+
+    Raises:
+        ValueError: Unknown arm.
+    """
+    for arm in arms or ():
+        if arm not in REAL_ARMS:
+            raise ValueError(f"Unknown arm {arm!r}. Allowed: {', '.join(REAL_ARMS)}.")
+    cells = []
+    for seed in seeds:
+        for name, arm in REAL_ARMS.items():
+            if arms is None or name in arms:
+                settings = {**SHARED, **(overrides or {}), **arm.settings}
+                settings["compute_steps"] = round(settings["compute_steps"] * arm.budget)
+                cells.append(Cell(name, seed, resolve_config(arm.method, preset, seed, settings)))
+    return cells
+
+
+def run_real(
+    cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, processes: int | None = None,
+    quiet: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Run and score what is missing, as many runs at a time as there are processes, and write the results.
+
+    Args:
+        cells: What to run.
+        root: Folder of all runs; the project's `data/runs` if None.
+        out: Folder of the results; `data/results/real` if None.
+        processes: Runs at a time; the number of cores if None.
+        quiet: Without progress bars.
+
+    Returns:
+        The files written.
+    """
+    at_a_time = processes or os.cpu_count() or 1
+    waiting = [cell for cell in cells if not _settled(cell, root).exists()]
+    written: dict[Path, None] = {}
+    while waiting:
+        now, waiting = waiting[:at_a_time], waiting[at_a_time:]
+        run_cells(now, root, at_a_time, quiet)
+        for cell in now:
+            if (reason := cell.failure(root)) is not None:
+                print(f"failed: {cell.arm}, seed {cell.seed}: {reason}")
+            else:
+                settle(cell, root)
+    done = [cell for cell in cells if _settled(cell, root).exists()]
+    if done:
+        written |= dict.fromkeys(collect_real(done, root, out))
+    return list(written)
+
+
+def _settled(cell: Cell, root: Path | None) -> Path:
+    return cell.folder(root).path / SETTLED
+
+
+def settle(cell: Cell, root: Path | None = None) -> None:
+    """Note the scores of a run that is finished and scored, and give its disk free: what is left loads no run.
+
+    GRPO keeps its weights, since the premise is measured on them.
+    """
+    run = cell.folder(root)
+    write_json(_settled(cell, root), {"rows": list(_rows(cell, run)), "about": about_run(cell, run)})
+    for checkpoint in (run.path / "branches").glob("*/checkpoint-*"):
+        if cell.arm == "GRPO":
+            slim(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+
+
+def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
+    """Write scores and what made them; what is there of other arms and seeds stays.
+
+    Args:
+        cells: Settled cells.
+        root: Folder of all runs.
+        out: Folder of the results.
+    """
+    folder = real_folder() if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {(cell.arm, cell.seed) for cell in cells}
+    found = [json.loads(_settled(cell, root).read_text(encoding="utf-8")) for cell in cells]
+    order = list(REAL_ARMS)
+    with Lock(folder / "lock.json", f"The results {folder}").holding():
+        rows = [*_others(_read_rows(folder), made), *(row for one in found for row in one["rows"])]
+        runs = [*_others(_read_runs(folder), made), *(one["about"] for one in found)]
+        table = pd.DataFrame(rows).sort_values(["seed", "arm", "compute_step", "sampling", "suite"])
+        about = {
+            "schema": SCHEMA,
+            "model": "SmolLM2-135M-Instruct, from 4-bit weights",
+            "runs": sorted(runs, key=lambda run: (run["seed"], order.index(run["arm"]))),
+        }
+        write_whole(folder / SCORES, lambda path: table.to_csv(path, index=False, float_format="%.6f"))
+        write_json(folder / ABOUT, about)
+    return [folder / SCORES, folder / ABOUT]
+
+
+def _rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Scores of a run on three clocks: trajectory, executed steps, and rollouts in all, those off line included."""
+    spent = [
+        (event["compute_step"], event.get("rollouts", 0))
+        for event in run.effective_events()
+        if event["event"] in ("probe", "cache", "dismissed")
+    ]
+    for row in score_rows(cell, run, []):
+        offline = sum(rollouts for step, rollouts in spent if step <= row["compute_step"])
+        del row["offline_rollouts"]
+        yield {**row, "rollouts": row["compute_step"] * run.config.rollouts_per_step + offline}
+
+
+def _others(found: Sequence[dict[str, Any]], made: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+    return [one for one in found if (one["arm"], one["seed"]) not in made]
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / SCORES
+    return pd.read_csv(path).to_dict("records") if path.exists() else []
+
+
+def _read_runs(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ABOUT
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+
+
+def measure_real_premise(
+    cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, quiet: bool = False
+) -> Path:
+    """The premise and S along the first GRPO run among the cells, from the base and from mid-training.
+
+    Args:
+        cells: Cells of the study; the run is made first if it is not there.
+        root: Folder of all runs.
+        out: Folder of the results.
+        quiet: Without progress bars.
+
+    Raises:
+        ValueError: No GRPO among the cells.
+    """
+    config = next((cell.config for cell in cells if cell.arm == "GRPO"), None)
+    if config is None:
+        raise ValueError("There is no GRPO among the arms, along which the premise is measured; add it.")
+    every, last = config.checkpoint_every, config.compute_steps
+    origins = [origin for origin in ORIGINS if origin < last and origin % every == 0]
+    settings = settings_for(config, prompts=min(PROMPTS, config.train_problems), gradients=0)
+    measured = measure_run(config, origins, settings, distances=len(DISTANCES), also=DISTANCES, root=root, quiet=quiet)
+    folder = real_folder() if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PREMISE, {"run": config.run_name, **measured.summary})
+    return folder / PREMISE
+
+
+def in_words(out: Path | None = None) -> str:
+    """Final pass rates by arm as a Markdown table: mean, seeds, and on which clocks they ended."""
+    folder = real_folder() if out is None else Path(out)
+    table = pd.read_csv(folder / SCORES)
+    finals = table[table["final"] & (table["sampling"] == "plain")]
+    lines = [
+        "| arm | seeds | pass rate at temperature 1 | policy steps | executed steps | rollouts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in REAL_ARMS:
+        rows = finals[finals["arm"] == arm]
+        if len(rows):
+            rates = rows.groupby("seed")["pass_rate"].mean()
+            ends = [f"{rows[name].mean():,.0f}" for name in ("policy_step", "compute_step", "rollouts")]
+            each = ", ".join(f"{rate:.3f}" for rate in rates)
+            lines.append(f"| {arm} | {len(rates)} | {rates.mean():.3f} ({each}) | {' | '.join(ends)} |")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""The study of the real model: its plan, equal rollouts, and what a small run of every arm leaves, on a tiny policy."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from npo_core.runs.checkpoints import complete_checkpoints
+from npo_core.study import real
+from npo_core.study.cells import Cell
+from npo_core.world.policies import save_policy
+from tests.foreign import byte_tokenizer, tiny_model
+
+TINY = {
+    "data": "letters:2-3",
+    "warmstart_pass_rate": 0.0,
+    "mixed_precision": "no",
+    "train_problems": 60,
+    "eval_problems": 16,
+    "eval_rollouts": 2,
+    "compute_steps": 6,
+    "max_completion_length": 6,
+    "late_step": 0,
+    "late_start": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = byte_tokenizer()
+    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
+    return str(folder)
+
+
+def test_the_plan_is_arms_times_seeds_of_at_least_sixty_steps():
+    cells = real.plan_real("real", [0, 1, 2])
+    assert [(cell.arm, cell.seed) for cell in cells] == [(arm, seed) for seed in range(3) for arm in real.REAL_ARMS]
+    assert len({cell.config.run_name for cell in cells}) == 15
+    steps = {cell.arm: cell.config.compute_steps for cell in cells}
+    assert steps.pop("GRPO, groups of 16") == 40 and set(steps.values()) == {60}
+
+
+def test_larger_groups_spend_the_rollouts_of_npo_early():
+    configs = {cell.arm: cell.config for cell in real.plan_real("real", [0])}
+    early, large = configs["NPO early"], configs["GRPO, groups of 16"]
+    offline = early.early_window * early.prompts_per_step * early.cache_rollouts
+    spent = early.compute_steps * early.rollouts_per_step + offline
+    assert large.compute_steps * large.rollouts_per_step == spent == 5120
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown arm 'LUFFY'\. Allowed: GRPO, "):
+        real.plan_real("real", [0], ["LUFFY"])
+
+
+@pytest.fixture(scope="module")
+def study(policy, tmp_path_factory):
+    """GRPO and NPO early of six steps on a policy of one layer."""
+    root = tmp_path_factory.mktemp("runs")
+    cells = real.plan_real("real-smoke", [0], ["GRPO", "NPO early"], {**TINY, "policy": policy})
+    assert all(isinstance(cell, Cell) for cell in cells)
+    files = real.run_real(cells, root, root / "out", processes=2, quiet=True)
+    return cells, root, files
+
+
+def test_scores_stand_on_three_clocks(study):
+    cells, root, files = study
+    assert [path.name for path in files] == [real.SCORES, real.ABOUT]
+    table = pd.read_csv(files[0])
+    assert set(table["arm"]) == {"GRPO", "NPO early"} and set(table["suite"]) == {"02 letters", "03 letters"}
+    ends = table[table["final"]].groupby("arm")[["policy_step", "compute_step", "rollouts"]].first()
+    grpo, early = (cell.config for cell in cells)
+    assert ends.loc["GRPO"].tolist() == [6, 6, 6 * grpo.rollouts_per_step]
+    offline = early.early_window * early.prompts_per_step * early.cache_rollouts
+    assert ends.loc["NPO early"].tolist() == [4, 6, 6 * early.rollouts_per_step + offline]
+    about = json.loads(files[1].read_text())
+    assert [run["arm"] for run in about["runs"]] == ["GRPO", "NPO early"]
+    assert "| GRPO | 1 | 0.000 (0.000) | 6 | 6 | 96 |" in real.in_words(root / "out")
+
+
+def test_weights_go_but_those_that_the_premise_needs(study):
+    cells, root, _ = study
+    grpo, early = (cell.folder(root).path / "branches" for cell in cells)
+    assert list(complete_checkpoints(grpo / "00", resumable=False)) == [2, 4, 6]
+    assert not complete_checkpoints(grpo / "00") and not list(early.glob("*/checkpoint-*"))
+
+
+def test_a_second_call_runs_nothing_again_and_keeps_other_seeds(study, monkeypatch):
+    cells, root, files = study
+    table = pd.read_csv(files[0])
+    other = table.assign(seed=7)
+    pd.concat([table, other]).to_csv(files[0], index=False)
+    about = json.loads(files[1].read_text())
+    more = [{**run, "seed": 7} for run in about["runs"]]
+    files[1].write_text(json.dumps({**about, "runs": [*about["runs"], *more]}))
+    monkeypatch.setattr(real, "run_cells", lambda *_: pytest.fail("a settled run is run again"))
+    real.run_real(cells, root, root / "out", quiet=True)
+    assert sorted(set(pd.read_csv(files[0])["seed"])) == [0, 7] and len(pd.read_csv(files[0])) == 2 * len(table)
+    assert [run["seed"] for run in json.loads(files[1].read_text())["runs"]] == [0, 0, 7, 7]
+
+
+def test_the_premise_is_measured_along_grpo(study):
+    cells, root, _ = study
+    found = json.loads(real.measure_real_premise(cells, root, root / "out", quiet=True).read_text())
+    assert found["run"] == cells[0].config.run_name and list(found["origins"]) == ["0"]
+    assert [entry["distance"] for entry in found["origins"]["0"]["premise"]] == [2, 4, 6]
+    with pytest.raises(ValueError, match="no GRPO among the arms"):
+        real.measure_real_premise(cells[1:], root, root / "out")

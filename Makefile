@@ -17,6 +17,7 @@ RUNS := data/runs
 PINS := $(shell cat requirements.txt pyproject.toml | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-12)
 STAMP := $(VENV)/.installed-$(PINS)
 DEV_STAMP := $(VENV)/.installed-dev-$(PINS)
+REAL_STAMP := $(VENV)/.installed-real-$(PINS)
 PLAYWRIGHT := .venv-playwright
 BROWSER ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
 DOCS := .venv-docs
@@ -29,7 +30,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal study gates map claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal real real-study study gates map claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,10 @@ $(DEV_STAMP): $(STAMP)
 	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab,dev]'
 	@touch $@
 
+$(REAL_STAMP): $(STAMP)
+	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab,real]'
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 		{ echo "Python 3.11, 3.12 or 3.13 is needed; '$(PYTHON)' is not one. Name one: make PYTHON=python3.11" >&2; exit 1; }
@@ -68,6 +73,16 @@ npo: setup ## Run notebooks/02_npo.ipynb: manual interventions beside GRPO (PRES
 signal: setup ## Run notebooks/04_signal.ipynb: Q, V and S over distance (PRESET, SEED)
 	@mkdir -p $(RUNS)
 	$(THREADS) $(BIN)/papermill notebooks/04_signal.ipynb $(RUNS)/04_signal.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
+
+# An hour on two idle cores; PRESET=real-smoke takes minutes.
+real: PRESET = real
+real: $(REAL_STAMP) ## Run notebooks/07_real_model.ipynb: SmolLM2-135M-Instruct counts letters (PRESET=real or real-smoke, SEED)
+	@mkdir -p $(RUNS)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=10000 $(BIN)/papermill notebooks/07_real_model.ipynb $(RUNS)/07_real_model.out.ipynb -p preset $(PRESET) -p seed $(SEED) $(ARGS)
+	@echo "Executed notebook: $(RUNS)/07_real_model.out.ipynb"
+
+real-study: $(REAL_STAMP) ## Run the evidence on the real model, arms x seeds, and write data/results/real/ (hours; resumable)
+	$(BIN)/python -m npo_core real-study $(ARGS)
 
 study: setup ## Run the evidence study, arms x seeds, and write data/results/ (hours; resumable)
 	$(BIN)/python -m npo_core study --preset $(PRESET) $(ARGS)

@@ -14,6 +14,7 @@ from .idea import guided_group
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
+from .spent import rollout_curves
 from .style import save_figure
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "plateau",
     "proxy_agreement",
     "quality_stability",
+    "rollout_curves",
     "sample_gallery",
     "save_figure",
     "signal_curves",

@@ -75,7 +75,9 @@ def main() -> int:
     world = stages.prepare(config)
     torch.set_num_threads(config.threads)  # as in a run, and so is the next line
     keep_freed_memory()
-    rows = [*_step_ratios(config, world), *_checkpoint_ratios(config, world), _run_memory()]
+    from .bench_real import real_rows  # it times its steps as they are timed here
+
+    rows = [*_step_ratios(config, world), *_checkpoint_ratios(config, world), _run_memory(), *real_rows()]
     print(f"{'':<62}{'value':>9}  {'unit':<7}{'limit':>7}")
     for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']:.2f}"
@@ -170,13 +172,13 @@ def _step_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]
     text_schedule = training_schedule(text_rows, config.compute_steps, config.prompts_per_step, config.data_seed)
 
     def plain(schedule: Dataset, shared: bool = True) -> Callable[[Path], list[float]]:
-        return lambda folder: _timed(_plain(config, world, schedule, maker.reward, folder, shared))
+        return lambda folder: timed(_plain(config, world, schedule, maker.reward, folder, shared))
 
     contestants: dict[str, Callable[[Path], list[float]]] = {
         "hand-written loop": lambda folder: _timed_loop(handwritten_loop(config, world, maker.schedule)),
         "GRPOTrainer": plain(maker.schedule),
-        "NPOTrainer": lambda folder: _timed(maker(folder)),
-        "NPOTrainer, guided": lambda folder: _timed(maker(folder, guidance)),
+        "NPOTrainer": lambda folder: timed(maker(folder)),
+        "NPOTrainer, guided": lambda folder: timed(maker(folder, guidance)),
         "GRPOTrainer, unshared": plain(maker.schedule, shared=False),
         "text": plain(text_schedule),
         "text, unshared": plain(text_schedule, shared=False),
@@ -212,7 +214,7 @@ def _step_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]
     ]
 
 
-def _timed(trainer: GRPOTrainer) -> list[float]:
+def timed(trainer: GRPOTrainer) -> list[float]:
     """CPU seconds of each optimiser step but the first."""
     clock = _StepClock(time.process_time)
     trainer.args.save_strategy = "no"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +73,11 @@ def real_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def real_folder(config: RunConfig) -> Path:
+    """Where the base policy after its supervised start is kept, whether it is there or not."""
+    return runs_folder() / "base" / f"smollm2-letters-{real_digest(config)}"
+
+
 def real_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     """Folder of the base policy of the real model, made now if it is not there yet.
 
@@ -83,7 +88,7 @@ def real_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     pretrained = smollm_folder(quiet)
     if not config.warmstart_pass_rate:
         return pretrained
-    folder = runs_folder() / "base" / f"smollm2-letters-{real_digest(config)}"
+    folder = real_folder(config)
     with Lock(folder.with_name(f"{folder.name}.lock.json"), f"The policy {folder}").holding():
         if not (folder / "model.safetensors").is_file():
             remove_unfinished(folder.parent)
@@ -118,7 +123,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
         for step in range(1, config.warmstart_steps + 1):
             rows = letters.make_dataset(problems[(step - 1) * batch : step * batch])
             optimizer.param_groups[0]["lr"] = config.warmstart_learning_rate * min(1.0, step / WARM_UP)
-            answers = right_tokens(processor, rows)
+            answers = right_tokens(processor, rows["answer"])
             with _precision(config):
                 logps = forced_logps(model, processor, list(rows), answers)
             lengths = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
@@ -149,7 +154,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
 
 def check(model, processor, rows: Dataset, step: int) -> Check:
     """How probable the right response is on fresh problems."""
-    answers = right_tokens(processor, rows)
+    answers = right_tokens(processor, rows["answer"])
     chances = [math.exp(sum(logps)) for logps in completion_logps(model, processor, list(rows), answers)]
     return Check(
         step=step,
@@ -158,9 +163,9 @@ def check(model, processor, rows: Dataset, step: int) -> Check:
     )
 
 
-def right_tokens(processor, rows: Dataset) -> list[Sequence[int]]:
-    """Token ids of the rows' right responses, end of sequence included."""
-    return [processor(answer + processor.eos_token, add_special_tokens=False)["input_ids"] for answer in rows["answer"]]
+def right_tokens(processor, answers: Iterable[str]) -> list[Sequence[int]]:
+    """Token ids of right responses, end of sequence included."""
+    return [processor(answer + processor.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
 
 
 def _precision(config: RunConfig) -> torch.autocast:

@@ -255,11 +255,14 @@ def _claims(options: argparse.Namespace) -> int:
 
 def _warmstart(options: argparse.Namespace) -> int:
     from .runs.folder import checkout, runs_folder, shipped_policies
-    from .world.warmstart import base_digest, teacher_config, warm_start
+    from .world.warmstart import base_digest, base_policy_folder, teacher_config, warm_start
 
     config = _config(options, "grpo")
     if options.teacher:
         config = teacher_config(config)
+    if config.policy != "tiny":
+        print(base_policy_folder(config, options.quiet))
+        return 0
     kept = runs_folder() / "base" if checkout() is None else shipped_policies()
     print(warm_start(config, kept / f"tiny-{base_digest(config)}", options.quiet))
     return 0

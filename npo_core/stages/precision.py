@@ -35,7 +35,7 @@ def measured_precisions(quiet: bool = False) -> list[dict[str, Any]]:
         quiet: Say nothing while the model is fetched.
 
     Raises:
-        OSError, MemoryError, ModuleNotFoundError, ValueError: As `smollm_folder`.
+        OSError, ValueError: As `smollm_folder`.
     """
     folder, path = smollm_folder(quiet), runs_folder() / "base" / "precision.json"
     here = {"processor": _processor(), "torch": torch.__version__}

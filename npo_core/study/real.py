@@ -9,7 +9,7 @@ needs them, since a checkpoint of this model takes 1.6 GB.
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..files import write_json, write_whole
 from ..lock import Lock
 from ..runs.checkpoints import slim
 from ..runs.config import resolve_config
-from ..runs.folder import RunFolder
 from ..stages.signal_run import measure_run, settings_for
 from .arms import Arm
 from .cells import Cell, about_run, run_cells, score_rows
@@ -127,7 +126,7 @@ def settle(cell: Cell, root: Path | None = None) -> None:
     GRPO keeps its weights, since the premise is measured on them.
     """
     run = cell.folder(root)
-    write_json(_settled(cell, root), {"rows": list(_rows(cell, run)), "about": about_run(cell, run)})
+    write_json(_settled(cell, root), {"rows": list(score_rows(cell, run, ())), "about": about_run(cell, run)})
     for checkpoint in (run.path / "branches").glob("*/checkpoint-*"):
         if cell.arm == "GRPO":
             slim(checkpoint)
@@ -160,19 +159,6 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
         write_whole(folder / SCORES, lambda path: table.to_csv(path, index=False, float_format="%.6f"))
         write_json(folder / ABOUT, about)
     return [folder / SCORES, folder / ABOUT]
-
-
-def _rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
-    """Scores of a run on three clocks: trajectory, executed steps, and rollouts in all, those off line included."""
-    spent = [
-        (event["compute_step"], event.get("rollouts", 0))
-        for event in run.effective_events()
-        if event["event"] in ("probe", "cache", "dismissed")
-    ]
-    for row in score_rows(cell, run, []):
-        offline = sum(rollouts for step, rollouts in spent if step <= row["compute_step"])
-        del row["offline_rollouts"]
-        yield {**row, "rollouts": row["compute_step"] * run.config.rollouts_per_step + offline}
 
 
 def _others(found: Sequence[dict[str, Any]], made: Collection[tuple[str, int]]) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from foreign import byte_tokenizer, tiny_model
+
+from npo_core.world.policies import save_policy
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 pytestmark = pytest.mark.slow  # each starts kernels of its own
@@ -178,3 +181,24 @@ def test_00_idea_says_what_its_text_promises(tmp_path):
     assert "def train_table" in text
     rates = dict(re.findall(r"(GRPO, 40 steps|the same 40 steps, guided) +0.\d+ -> (0.\d+)", text))
     assert float(rates["the same 40 steps, guided"]) > float(rates["GRPO, 40 steps"])
+
+
+def test_07_real_model_runs_on_any_text_policy(runs, tmp_path):
+    """With a policy of one layer in the place of SmolLM2, which is fetched for the measurement of precision alone."""
+    tokenizer = byte_tokenizer()
+    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, tmp_path / "policy")
+    small = {
+        "policy": str(tmp_path / "policy"),
+        "data": "letters:2-3",
+        "warmstart_pass_rate": 0.0,
+        "max_completion_length": 6,
+        "train_problems": 60,
+    }
+    notebook = execute("07_real_model", tmp_path, preset="real-smoke", prompts=4, overrides=small)
+    assert pictures(notebook) == 3  # curves on both clocks, over rollouts, and by length; no guide is found
+    assert sum("<iframe srcdoc=" in text for text in html_of(notebook)) == 1
+    text = printed(notebook)
+    assert "From policy step 0:" in text and "trained tokens/s" in text
+    for method in ("grpo", "npo"):
+        (folder,) = runs.glob(f"{method}-real-smoke-s0-*")
+        assert json.loads((folder / "result.json").read_text())["compute_steps"] == 6

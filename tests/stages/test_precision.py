@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import plan_pairs
@@ -12,7 +13,6 @@ from npo_core.stages import precision
 from npo_core.stages import run as stages
 from npo_core.stages.measure import Measurement
 from npo_core.world.policies import load_policy, save_policy
-from tests.foreign import byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")

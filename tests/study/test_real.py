@@ -4,12 +4,12 @@ import json
 
 import pandas as pd
 import pytest
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.runs.checkpoints import complete_checkpoints
 from npo_core.study import real
 from npo_core.study.cells import Cell
 from npo_core.world.policies import save_policy
-from tests.foreign import byte_tokenizer, tiny_model
 
 TINY = {
     "data": "letters:2-3",

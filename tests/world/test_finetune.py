@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.runs.config import resolve_config
 from npo_core.trainer.inputs import encode_prompts
 from npo_core.world import finetune, letters
 from npo_core.world.policies import load_policy, load_processor, save_policy
-from tests.foreign import byte_tokenizer, tiny_model
 
 REAL = {
     "policy": "smollm2",

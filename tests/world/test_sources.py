@@ -1,6 +1,7 @@
 """Sources that `data` names by a word: problems and verifier of a run, and their part in a real training."""
 
 import pytest
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.runs.config import resolve_config
 from npo_core.stages.factory import prepare
@@ -8,7 +9,6 @@ from npo_core.stages.run import run
 from npo_core.world.letters import ChainVerifier
 from npo_core.world.policies import save_policy
 from npo_core.world.sources import made_source
-from tests.foreign import byte_tokenizer, tiny_model
 
 LETTERS = {"data": "letters:2-3", "train_problems": 60, "eval_problems": 8}
 

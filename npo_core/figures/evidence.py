@@ -35,6 +35,8 @@ AT_EQUAL = {
 METRICS = {"pass_rate": CURVES["npo/pass_rate"], "entropy": CURVES["npo/entropy"]}
 PAIRS = (("NPO", "NPO, exact ratio"), ("LUFFY", "LUFFY, no correction"))
 """Arms that differ in the importance ratio of the guided slot only."""
+PALE = 0.35
+"""Opacity of the seeds behind the one that is shown in full."""
 FAR = 4
 """Multiple of the arms' median distance from GRPO beyond which an arm is written at the edge of the panel."""
 
@@ -99,8 +101,9 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
     """On-policy pass rate and entropy over both clocks, with the roll-backs (paper: Figures 4a and 4b).
 
     A seed's curve is its moving average; after a roll-back it goes on from its state at the step rolled back to. The
-    policy clock shows the final trajectory only. A mean is over the steps that all seeds have; seeds that roll back at
-    different steps are drawn one by one, as their mean would jump where none of them does.
+    policy clock shows the final trajectory only. A mean is over the steps that all seeds have. Seeds that roll back at
+    different steps are drawn one by one too, pale; on the compute clock, where their mean would jump where none of them
+    does, one stands for it: the seed whose first roll-back is the median of them.
 
     Args:
         evidence: Results of the study.
@@ -111,17 +114,20 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
     """
     require_arms(evidence, *arms)
     records = {arm: _records(evidence, arm) for arm in arms}
-    jumps = {arm: [run["interventions"] for run in evidence.about["runs"] if run["arm"] == arm] for arm in arms}
+    runs = sorted(evidence.about["runs"], key=lambda run: run["seed"])  # as the records are
+    jumps = {arm: [run["interventions"] for run in runs if run["arm"] == arm] for arm in arms}
     jumping = [arm for arm in arms if any(jumps[arm])]
-    alike = [arm for arm in jumping if len({tuple(map(_moment, seed)) for seed in jumps[arm]}) == 1]
+    moments = {arm: {tuple(jump[clock] for jump in seed for clock in CLOCKS) for seed in jumps[arm]} for arm in jumping}
+    alike = [arm for arm in jumping if len(moments[arm]) == 1]
     apart = [arm for arm in jumping if arm not in alike]
     with style():
-        figure, grid = canvas(2, 2, (WIDTH, 5.6), sharex="col", sharey="row")
+        figure, grid = canvas(2, 2, (WIDTH, 4.6), sharex="col", sharey="row")
         for row, metric in zip(grid, METRICS, strict=True):
             row[0].set_ylabel(METRICS[metric])
             for axes, clock in zip(row, CLOCKS, strict=True):
                 for arm in arms:
-                    _draw_curve(axes, records[arm], metric, clock, arm, single=arm in apart)
+                    shown = _median_jump(jumps[arm]) if arm in apart else None
+                    _draw_curve(axes, records[arm], metric, clock, arm, shown)
                 _draw_rollbacks(axes, {arm: {jump[clock] for jump in jumps[arm][0]} for arm in alike})
             bottom, top = row[0].get_ylim()
             row[0].set_ylim(bottom - 0.06 * len(apart) * (top - bottom), top)
@@ -134,17 +140,16 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
                     )  # fmt: skip
         for axes, clock in zip(grid[1], CLOCKS, strict=True):
             axes.set_xlabel(CLOCKS[clock] + (", final trajectory" if clock == "policy_step" else ""))
-        _legend_of_curves(figure, evidence, records, apart)
+        _legend_of_curves(figure, evidence, records)
         marks = _curve_marks(records)
         if apart:
-            marks.append(Line2D([], [], color=GREY, lw=0.8, label="moving average of one seed"))
+            single = f"{', '.join(apart)}: single seeds; left, one in place of the mean"
+            marks.append(Line2D([], [], color=GREY, lw=0.6, alpha=PALE, label=single))
         if alike:
             marks.append(Line2D([], [], color=GREY, ls="--", lw=1.0, label="roll-back of all seeds of the arm"))
         if apart:
             tick = {"marker": "|", "ms": 7, "mew": 1.2, "ls": ""}
-            marks.append(
-                Line2D([], [], color=GREY, label="roll-back of one seed (tick at the bottom; darker: more)", **tick)
-            )
+            marks.append(Line2D([], [], color=GREY, label="roll-back of one seed (tick at the bottom)", **tick))
         figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
     return settle(figure)
 
@@ -333,30 +338,38 @@ def _records(evidence: Evidence, arm: str) -> list[RunRecord]:
     return records
 
 
-def _moment(jump: Mapping[str, Any]) -> tuple[int, int]:
-    return jump["compute_step"], jump["policy_step"]
+def _median_jump(jumps: Sequence[Sequence[Mapping[str, Any]]]) -> int:
+    """Place of the seed whose first roll-back, in compute steps, is the median of those that roll back."""
+    first = sorted((seed[0]["compute_step"], place) for place, seed in enumerate(jumps) if seed)
+    return first[(len(first) - 1) // 2][1]
 
 
 def _draw_curve(
-    axes: Axes, records: Sequence[RunRecord], metric: str, clock: str, arm: str, single: bool = False
+    axes: Axes, records: Sequence[RunRecord], metric: str, clock: str, arm: str, shown: int | None = None
 ) -> None:
-    """Mean over seeds of the moving averages with its band, over the steps that all seeds have; or each seed's own."""
+    """Mean over seeds of the moving averages with its band, over the steps that all seeds have.
+
+    With a place `shown` every seed is drawn, pale, and on the compute clock that one stands for the mean.
+    """
     if not records:
         return
     color, line = ARM_LOOKS[arm]
     kept = [record.kept() if clock == "policy_step" else np.full(len(record.lines), True) for record in records]
     steps = [record.values(clock)[keep] for record, keep in zip(records, kept, strict=True)]
     averages = [record.average(metric)[keep] for record, keep in zip(records, kept, strict=True)]
-    if single:
+    look = {"color": color, "ls": line, "label": arm}
+    if shown is not None:
         for own, values in zip(steps, averages, strict=True):
-            axes.plot(own, values, color=color, ls=line, lw=0.8, alpha=0.9, label=arm)
-        return
+            axes.plot(own, values, lw=0.6, alpha=PALE, zorder=1.5, **look | {"label": f"{arm}, single seeds"})
+        if clock == "compute_step":
+            axes.plot(steps[shown], averages[shown], lw=1.4, zorder=2.5, **look)
+            return
     common = reduce(np.intersect1d, steps)
     rows = [values[np.isin(own, common)] for own, values in zip(steps, averages, strict=True)]
     mean, low, high = np.transpose([interval(values) for values in np.transpose(rows)])
     if len(records) > 1:
         axes.fill_between(common, low, high, color=color, alpha=0.18, lw=0)
-    axes.plot(common, mean, color=color, ls=line, lw=1.6, label=arm)
+    axes.plot(common, mean, lw=1.4, **look)
 
 
 def _draw_rollbacks(axes: Axes, places: Mapping[str, set[int]]) -> None:
@@ -368,14 +381,11 @@ def _draw_rollbacks(axes: Axes, places: Mapping[str, set[int]]) -> None:
             axes.axvline(place, color=ARM_LOOKS[arm][0], lw=1.0, ls=dashes, zorder=1, label=f"{arm}, roll-back")
 
 
-def _legend_of_curves(
-    figure: Figure, evidence: Evidence, records: Mapping[str, Sequence[RunRecord]], single: Sequence[str] = ()
-) -> None:
+def _legend_of_curves(figure: Figure, evidence: Evidence, records: Mapping[str, Sequence[RunRecord]]) -> None:
     seeds, lines = len(evidence.about["seeds"]), []
     for arm, runs in records.items():
         count = f"n = {len(runs)}" + (f" of {seeds}" if len(runs) < seeds else "")
-        width = 0.8 if arm in single else 1.6
-        lines.append(Line2D([], [], color=ARM_LOOKS[arm][0], ls=ARM_LOOKS[arm][1], lw=width, label=f"{arm} ({count})"))
+        lines.append(Line2D([], [], color=ARM_LOOKS[arm][0], ls=ARM_LOOKS[arm][1], lw=1.6, label=f"{arm} ({count})"))
     figure.legend(handles=lines, loc="outside upper center", ncols=min(4, len(lines)), frameon=False)
 
 

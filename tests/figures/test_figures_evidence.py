@@ -276,7 +276,11 @@ def test_roll_backs_are_lines_where_seeds_agree_and_ticks_where_they_differ(evid
             assert matplotlib.colors.same_color(ticks.get_color()[0][:3], lines_of(axes, "AutoNPO")[0].get_color())
             # the curves end above the ticks
             bottom, top = axes.get_ylim()
-            lowest = min(line.get_ydata().min() for arm in ("GRPO", "AutoNPO", "NPO") for line in lines_of(axes, arm))
+            lowest = min(
+                line.get_ydata().min()
+                for arm in ("GRPO", "AutoNPO", "AutoNPO, single seeds", "NPO")
+                for line in lines_of(axes, arm)
+            )
             assert bottom + 0.05 * (top - bottom) < lowest
     legends = legends_of(figure)
     assert "roll-back of all seeds of the arm" in legends and any("tick at the bottom" in text for text in legends)
@@ -284,15 +288,27 @@ def test_roll_backs_are_lines_where_seeds_agree_and_ticks_where_they_differ(evid
     assert not any("roll-back" in text for text in plain)
 
 
-def test_seeds_that_roll_back_at_different_steps_are_drawn_one_by_one(drawn):
-    figure = drawn["training"]
-    assert [len(lines_of(axes, "AutoNPO")) for axes in figure.axes] == [3] * 4
-    assert [len(lines_of(axes, arm)) for axes in figure.axes for arm in ("GRPO", "NPO")] == [1] * 8
-    # seed s rolls back 8 steps at step 16 + 4s
-    for seed, line in enumerate(lines_of(figure.axes[0], "AutoNPO")):
-        values = line.get_ydata()
-        assert len(values) == 40 and np.argmin(np.diff(values)) + 1 == 16 + 4 * seed
-    assert "moving average of one seed" in legends_of(figure)
+def test_seeds_that_roll_back_at_different_steps_are_drawn_one_by_one(evidence, drawn):
+    about = {**evidence.about, "runs": evidence.about["runs"][::-1]}  # the order of the file does not matter
+    for figure in (drawn["training"], training_with_interventions(Evidence(evidence.scores, evidence.training, about))):
+        assert [len(lines_of(axes, "AutoNPO, single seeds")) for axes in figure.axes] == [3] * 4
+        assert [len(lines_of(axes, f"{arm}, single seeds")) for axes in figure.axes for arm in ("GRPO", "NPO")] == [
+            0
+        ] * 8
+        assert [len(lines_of(axes, arm)) for axes in figure.axes for arm in ("GRPO", "NPO", "AutoNPO")] == [1] * 12
+        # seed s rolls back 8 steps at step 16 + 4s
+        for seed, line in enumerate(lines_of(figure.axes[0], "AutoNPO, single seeds")):
+            values = line.get_ydata()
+            assert len(values) == 40 and np.argmin(np.diff(values)) + 1 == 16 + 4 * seed
+            assert line.get_alpha() < 0.5
+        for axes in (figure.axes[0], figure.axes[2]):  # in full, and in place of a mean that would jump at each of them
+            shown, own = line_of(axes, "AutoNPO"), lines_of(axes, "AutoNPO, single seeds")[1]
+            assert shown.get_ydata().tolist() == own.get_ydata().tolist() and shown.get_alpha() is None
+    # the final trajectories have 32 steps each, and a mean
+    single = np.array([line.get_ydata() for line in lines_of(figure.axes[1], "AutoNPO, single seeds")])
+    assert single.shape == (3, 32)
+    assert line_of(figure.axes[1], "AutoNPO").get_ydata() == pytest.approx(single.mean(axis=0))
+    assert "AutoNPO: single seeds; left, one in place of the mean" in legends_of(figure)
 
 
 def test_an_arm_whose_seeds_all_failed_has_no_curve():

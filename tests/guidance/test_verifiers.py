@@ -207,10 +207,10 @@ def test_reference_that_is_no_text_is_refused(answer):
     ],
 )
 def test_long_hostile_text_takes_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine may take what time it likes
     assert verify(text, "3") is not Verdict.CORRECT
     assert verify(r"\boxed{3}", text.removeprefix(r"\boxed{")) is not Verdict.CORRECT
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 PIECES = st.sampled_from(

@@ -75,7 +75,8 @@ def test_the_story_on_smoke_carries_the_explorer_and_its_sentences(tmp_path, mon
     assert third.ending.startswith("AutoNPO intervened once, at step")
     assert "Test pass rate after 20 executed steps, less GRPO's" in third.ending
     page = (tmp_path / "book" / "03_autonpo.html").read_text()
-    assert page.count('title="Explorer of a run"') == page.count('srcdoc="&lt;!doctype html') == 1 and outside(page) == []
+    assert page.count('title="Explorer of a run"') == page.count('srcdoc="&lt;!doctype html') == 1
+    assert outside(page) == []
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,11 @@ def test_two_studies_at_once_on_one_folder_share_the_work(root, cells, tmp_path)
     command += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
     command += ["--root", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), "--quiet"]
     studies = [subprocess.Popen([*command, "--arms", *arms]) for arms in (ARMS, ARMS[::-1])]
-    assert [study.wait(timeout=3600) for study in studies] == [0, 0]
+    try:
+        assert [study.wait(timeout=3600) for study in studies] == [0, 0]
+    finally:
+        for study in studies:
+            study.terminate()
     for cell in plan_cells("smoke", [0], ARMS, SMALL):
         run = cell.folder(tmp_path / "runs")
         alone = cell.folder(root)

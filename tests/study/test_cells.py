@@ -150,8 +150,9 @@ def test_two_studies_at_once_on_one_folder_share_the_work(root, cells, tmp_path)
         run = cell.folder(tmp_path / "runs")
         alone = cell.folder(root)
         assert [line["compute_step"] for line in run.metrics()] == list(range(1, 13))
-        kinds = [[e["event"] for e in each.events() if e["event"] != "sitting"] for each in (run, alone)]
-        assert kinds[0] == kinds[1]
+        decided = ("planned", "cache", "rollback")  # a beginning may be shared or not, by what is finished by then
+        kinds = [[e["event"] for e in each.events() if e["event"] in decided] for each in (run, alone)]
+        assert kinds[0] == kinds[1] and (cell.arm == "GRPO" or "rollback" in kinds[0])
         last = sorted(path.relative_to(alone.path) for path in alone.path.glob("branches/*/*/model.safetensors"))[-1]
         assert (run.path / last).read_bytes() == (alone.path / last).read_bytes()
         assert not (run.path / "lock.json").exists() and not (run.path / "failed.json").exists()

@@ -178,7 +178,7 @@ class NPOTrainer(GRPOTrainer):
             prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
         # accelerate opens autocast for each token's pass, and casts all weights each time; here once for all tokens
         device = self.accelerator.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and device == "cpu"):
+        with torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16) and device == "cpu"):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self.model.training:
             if self.guidance is not None:

@@ -103,7 +103,8 @@ def tokens_of_size(processor: Any, width: int, height: int) -> int | None:
     if not hasattr(images, "get_number_of_image_patches") or not hasattr(images, "merge_size"):
         return None
     try:
-        return images.get_number_of_image_patches(height, width) // images.merge_size**2
+        # older releases of transformers look into the third argument, whether it is given or not
+        return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
     except ValueError as error:
         raise ValueError(f"picture of a shape that has no tokens: {width} × {height}, {error}") from error
 

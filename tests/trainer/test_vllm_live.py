@@ -75,7 +75,7 @@ def config(there, method, **overrides):
         "columns": ["uid=id", "prompt=question", "answer=answer"],
         "vllm": "colocate",
         "max_prompt_length": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-4,  # at 1e-3 a step of 16 rollouts unlearns all that a guide could be, by the third
     }
     return resolve_config(method, "smoke", overrides=mine | overrides)
 

@@ -189,7 +189,7 @@ def test_quality_is_counted_on_the_stored_rollouts(measured, pair):
 
 def test_the_verdicts_are_mixed_enough_to_tell(measured):
     qualities = [row["quality"] for row in measured[2].values()]
-    assert min(qualities) < max(qualities) < 1 and len(set(qualities)) > 2
+    assert len(set(qualities)) > 2
 
 
 @pytest.mark.parametrize("pair", [p for p in PAIRS if p.kind == "resample"], ids=lambda pair: pair.file)

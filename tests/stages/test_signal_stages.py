@@ -36,7 +36,8 @@ from npo_core.guidance.verdicts import Verdict
 RIGHT = Verdict.CORRECT
 
 def by_length(text, row):
-    return Verdict.CORRECT if len(text) % 3 == int(row["answer"]) % 3 else Verdict.WRONG
+    never = row["answer"] == "1"  # Q needs a prompt that fails, whatever is sampled
+    return Verdict.WRONG if never or len(text) % 3 == int(row["answer"]) % 3 else Verdict.CORRECT
 
 class ByLength:
     def __call__(self, text, row):
@@ -328,10 +329,10 @@ def test_a_saved_folder_without_rows_is_refused(tmp_path):
 
 def test_verifiers_are_found_by_name(module):
     assert isinstance(find_verifier("boxed"), BoxedVerifier)
-    assert find_verifier("my_verifier:by_length")("abc", {"answer": "3"}) is Verdict.CORRECT
+    assert find_verifier("my_verifier:by_length")("abc", {"answer": "4"}) is Verdict.CORRECT
     of_class = find_verifier("my_verifier:ByLength")
     assert not isinstance(of_class, type)
-    assert of_class("abc", {"answer": "4"}) is Verdict.WRONG
+    assert of_class("abc", {"answer": "3"}) is Verdict.WRONG
 
 
 @pytest.mark.parametrize(

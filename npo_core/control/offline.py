@@ -1,5 +1,6 @@
 """What a controller samples and scores outside of training: probes, guides, their log-probs under other policies."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -127,20 +128,22 @@ class Offline:
         """Guides as `_fill_cache`, but a prompt is sampled no further than its first usable rollout (ours).
 
         All open prompts are sampled together, in turns of 1, 1, 2, 4, … rollouts up to `cache_rollouts`. A prompt that
-        the guide was sampled on already has had its turns.
+        the guide was sampled on already joins when the others have had as many.
         """
         cache = self._empty_cache(guide)
         cache.fill([trajectory for trajectory in known if trajectory.uid in set(uids)])
-        tried = {trajectory.uid for trajectory in known}
-        waiting = [uid for uid in uids if uid not in tried]
+        tried = Counter(trajectory.uid for trajectory in known)
+        waiting = [uid for uid in uids if uid not in cache]
         turn = done = spent = 0
         filled = Filled()
         while waiting and done < self.config.cache_rollouts:
             k = min(max(1, done), self.config.cache_rollouts - done)
-            sampled = self._sample(guide, waiting, k, step, CACHE, (step, turn), generate)
-            cache.fill([trajectory for group in sampled for trajectory in group])
-            filled += cache.filled
-            turn, done, spent = turn + 1, done + k, spent + k * len(waiting)
+            asked = [uid for uid in waiting if tried[uid] <= done]
+            if asked:
+                sampled = self._sample(guide, asked, k, step, CACHE, (step, turn), generate)
+                cache.fill([trajectory for group in sampled for trajectory in group])
+                filled += cache.filled
+            turn, done, spent = turn + 1, done + k, spent + k * len(asked)
             waiting = [uid for uid in waiting if uid not in cache]
         cache.filled = filled
         return cache, spent

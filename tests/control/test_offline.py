@@ -60,12 +60,23 @@ def test_turns_add_up_to_the_limit(rollouts, turns):
 
 
 def test_what_a_probe_sampled_is_not_sampled_again():
-    work = Scripted(8)
-    known = [rollout("a", 3, False), rollout("a", 4, True), rollout("c", 1, False), rollout("stranger", 1, True)]
+    work = Scripted(2)
+    wrong = [rollout("c", number, False) for number in (1, 2)]
+    known = [rollout("a", 3, False), rollout("a", 4, True), *wrong, rollout("stranger", 1, True)]
     cache, spent = work._fill_cache(None, ["a", "b", "c"], 7, None, known=known)
     assert [uids for uids, *_ in work.asked] == [["b"], ["b"]]
     assert spent == 2
     assert {guide.uid: guide.token_ids[0] for guide in cache} == {"a": 4, "b": 2}
+
+
+def test_a_prompt_that_a_probe_sampled_joins_when_the_others_have_had_as_many():
+    """A probe of two rollouts does not use up the eight that a prompt may have."""
+    work = Scripted(8)
+    known = [rollout("d", number, False) for number in (1, 2)]
+    work.tried["d"] = 2
+    cache, spent = work._fill_cache(None, ["b", "d"], 7, None, known=known)
+    assert [(uids, k) for uids, k, *_ in work.asked] == [(["b"], 1), (["b"], 1), (["d"], 2), (["d"], 4)]
+    assert spent == 8 and {guide.uid: guide.token_ids[0] for guide in cache} == {"b": 2, "d": 8}
 
 
 def test_nothing_is_sampled_when_a_probe_knows_all():

@@ -33,6 +33,9 @@ REMEMBERED_BYTES = 1 << 28
 ROOM = 16
 """Tokens that a cache layer makes room for at a time while sampling."""
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What a language model is given and returns of earlier tokens, which transformers 5.24 calls by another name."""
+
 RECORDED = ("output_attentions", "output_hidden_states")
 """What the plain forward pass records on demand, and the shared one does not."""
 
@@ -89,12 +92,14 @@ def _shared_prefix_forward(
     deepstack_visual_embeds=None,
     **kwargs,
 ):
+    past_key_values = kwargs.pop(CACHE, past_key_values)
+
     def plain(**changes):
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             "visual_pos_masks": visual_pos_masks,
@@ -142,21 +147,21 @@ def _shared_prefix_forward(
     if not _repeats(seen, first, inverse, width, inputs_embeds, visual_pos_masks, deepstack_visual_embeds):
         return plain()
     cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-    prefix = plain(past_key_values=cache, use_cache=True, **shared)
+    prefix = plain(use_cache=True, **shared, **{CACHE: cache})
     copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
     hidden = prefix.last_hidden_state.index_select(0, inverse)
     if width < columns:
         rest = plain(
             inputs_embeds=inputs_embeds[:, width:],
             position_ids=position_ids[:, :, width:],
-            past_key_values=cache,
             use_cache=True,
             visual_pos_masks=None,
             deepstack_visual_embeds=None,
+            **{CACHE: cache},
         )
         hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
     returned = None if past_key_values is None and use_cache is False else cache
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=returned)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: returned})
 
 
 def copy_rows(cache: DynamicCache, rows: Tensor, room: int | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .sharing import RECORDED, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
+from .sharing import CACHE, RECORDED, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
 
 
 def share_words(model: PreTrainedModel) -> None:
@@ -32,11 +32,12 @@ def _shared_forward(
     use_cache=None,
     **kwargs,
 ):
+    past_key_values = kwargs.pop(CACHE, past_key_values)
     given = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "inputs_embeds": inputs_embeds,
         "use_cache": use_cache,
         **kwargs,
@@ -73,8 +74,8 @@ def _shared_forward(
         input_ids=input_ids[first, :width],
         attention_mask=None if attention_mask is None else attention_mask[first, :width],
         position_ids=position_ids[first, :width],
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
     hidden = prefix.last_hidden_state.index_select(0, inverse)
@@ -82,12 +83,12 @@ def _shared_forward(
         rest = plain(
             input_ids=input_ids[:, width:],
             position_ids=position_ids[:, width:],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
     returned = None if past_key_values is None and use_cache is False else cache
-    return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=returned)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: returned})
 
 
 @torch.no_grad()

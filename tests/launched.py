@@ -7,6 +7,7 @@ and the place in the response, wherever that is computed. The trigger warns by t
 
 import hashlib
 import json
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,9 +20,6 @@ import npo_core.control.watch
 from npo_core.runs.config import RunConfig
 from npo_core.stages import run as stages
 
-WARNS_EVERY = 3
-"""Steps between the warnings of a run that is launched."""
-
 generate = GenerationMixin.generate
 
 
@@ -30,6 +28,13 @@ class Draws:
 
     rows: list[str]
     place: int
+
+
+def free_port() -> int:
+    """A port for the processes of one launch: two launches at a time must not meet at the launcher's own."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def generate_by_name(self, **inputs):
@@ -56,14 +61,14 @@ def multinomial_by_name(probabilities, num_samples):
     return torch.searchsorted(totals, draws * totals[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
 
 
-def rig_process() -> None:
+def rig_process(warns_every: int) -> None:
     """Sample by name and warn by the calendar, here and until the process ends."""
-    npo_core.control.watch.PlateauTrigger = calendar(WARNS_EVERY)
+    npo_core.control.watch.PlateauTrigger = calendar(warns_every)
     GenerationMixin.generate = generate_by_name
     torch.multinomial = multinomial_by_name
 
 
 if __name__ == "__main__":
-    rig_process()
+    rig_process(warns_every=4)
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)

@@ -99,7 +99,7 @@ def in_half_precision(config: RunConfig, folder: Path) -> dict:
 
 if __name__ == "__main__":
     PartialState._prepare_backend = with_gloo
-    rig_process()
+    rig_process(warns_every=int(sys.argv[3]))
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)
     half = config.with_changes(mixed_precision="bf16", compute_steps=1, method="grpo")

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from launched import free_port
 from safetensors.torch import load_file
 
 from npo_core.explore.reading import read_run
@@ -19,8 +20,8 @@ from npo_core.runs.launchers import read_launcher
 from npo_core.runs.shared import SharedRunFolder, open_run
 
 LAUNCHED = Path(__file__).with_name("launched.py")
-SETTINGS = {"micro_batch": 8, "compute_steps": 10, "cache_rollouts": 16}
-"""A step of 16 rollouts: two passes of one process, one of each of two; rollouts enough to find guides."""
+SETTINGS = {"micro_batch": 8, "compute_steps": 12, "cache_rollouts": 64}
+"""A step of 16 rollouts: two passes of one process, one of each of two; rollouts enough for guides in both."""
 
 CLOSE = 1e-6
 """Weights of one and of two processes add the same gradients in another order."""
@@ -34,7 +35,8 @@ def launched(folder: Path, launcher: str) -> RunFolder:
     command = [str(LAUNCHED), str(settings), str(folder / (launcher or "one"))]
     if launcher:
         layout = read_launcher(launcher)
-        command = ["-m", "accelerate.commands.launch", "--config_file", str(layout.file), *command]
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(layout.file)]
+        command = [*launch, "--main_process_port", str(free_port()), *command]
     done = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCHED.parents[1])},
@@ -195,6 +197,8 @@ dist.destroy_process_group()
             "torch.distributed.run",
             "--nproc_per_node",
             "2",
+            "--master_port",
+            str(free_port()),
             "--no-python",
             sys.executable,
             "-c",

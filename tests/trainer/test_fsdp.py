@@ -38,6 +38,9 @@ SETTINGS = {
 }
 """AutoNPO with the settings of preset paper that matter here, and a roll-back within six steps."""
 
+WARNS_EVERY = 3
+"""Steps between the warnings of its trigger."""
+
 CLOSE = 5e-7
 """Weights of sharded and of whole policies, the mean of a tensor: the same gradients, added in another order."""
 
@@ -71,7 +74,15 @@ def both(tmp_path_factory):
     settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": "true"}
     settings |= {name.removeprefix("fsdp_"): str(value) for name, value in LAYOUT.items()}
     done = subprocess.run(
-        [*LAUNCH, str(SCRIPT), str(folder / "config.json"), str(folder)],
+        [
+            *LAUNCH,
+            "--master_port",
+            str(launched.free_port()),
+            str(SCRIPT),
+            str(folder / "config.json"),
+            str(folder),
+            str(WARNS_EVERY),
+        ],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -88,7 +99,7 @@ def both(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", launched.generate_by_name)
         patch.setattr(torch, "multinomial", launched.multinomial_by_name)
-        patch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(launched.WARNS_EVERY))
+        patch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(WARNS_EVERY))
         one = stages.run(whole, folder, quiet=True)
     return one, RunFolder(shared, folder)
 

@@ -48,7 +48,7 @@ $(STAMP): | $(BIN)/python
 
 $(DEV_STAMP): $(STAMP)
 	@echo "Installing the development tools into $(VENV)"
-	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab,dev]'
+	@$(PIP) install -c requirements.txt --no-build-isolation -e '.[lab,dev,real]'
 	@touch $@
 
 $(REAL_STAMP): $(STAMP)

@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -79,6 +80,8 @@ def test_examples_for_a_reader_are_sampled_on_the_device_of_the_run(monkeypatch)
     moved = []
 
     class Policy:
+        device = torch.device("cpu")
+
         def to(self, device):
             moved.append(device)
             return self

@@ -183,7 +183,8 @@ class Lock:
             if holder.token in _HELD:
                 raise Locked(f"{self.what} is being written by this very process already; wait for that to end.")
             if (holder, touched) != seen:
-                if holder == seen[0] and not holder.here:
+                # one that has not said who it is yet may be another each time
+                if holder == seen[0] and holder.process and not holder.here:
                     raise Locked(
                         f"{self.what} is being written by {holder}. Wait for it, or stop it there and start again; "
                         f"should it be dead, its lock is taken over after {SILENCE:g} seconds without a sign of life."

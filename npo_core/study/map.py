@@ -21,7 +21,6 @@ from ..method.stats import Estimate, holm, mean_interval, paired_t_test
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
-from ..stages.run import offline_rollouts
 from .cells import Cell, newest_place, score
 from .findings import SCHEMA, results_folder
 from .gates import RATES, measure_premise
@@ -118,16 +117,19 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
     if len(versions) > 1:
         raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))
     whole = {key: run for key, run in runs.items() if key not in lost}
+    distances = sorted(_distances(cells))
     rows = [
         {
             "learning_rate": rate,
             "distance": distance,
             "seed": seed,
-            **_row(grpo, whole[GUIDED.format(distance), seed, rate], distance, root),
+            **_row(grpo, whole[GUIDED.format(distance), seed, rate]),
+            **records[distance],
         }
         for (arm, seed, rate), grpo in whole.items()
         if arm == GRPO
-        for distance in sorted(_distances(cells))
+        for records in [_premise(grpo, distances, root)]
+        for distance in distances
         if (GUIDED.format(distance), seed, rate) in whole
     ]
     about = {
@@ -149,32 +151,32 @@ def _distances(cells: Sequence[Cell]) -> set[int]:
     return {int(cell.arm.rpartition(" ")[2]) for cell in cells if cell.arm != GRPO}
 
 
-def _row(grpo: RunFolder, npo: RunFolder, distance: int, root: Path | None) -> dict[str, float]:
+def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:
     result, per_step = npo.result(), grpo.config.rollouts_per_step
     place = newest_place(grpo, result["rollouts"] // per_step)
     # with fewer rollouts than GRPO has spent at its first checkpoint there is nothing to compare with
     level = float("nan") if place is None else score(grpo, *place, "paper")["average"]
     spent = float("nan") if place is None else place[1] * per_step
-    premise = _premise(grpo, distance, root)
     return {
         "base": result["base"]["average"],
         "grpo": level,
         "npo": result["final"]["average"],
         "difference": result["final"]["average"] - level,
         "rollouts": result["rollouts"],
-        "grpo_rollouts": spent + offline_rollouts(grpo.effective_events()),
-        **premise,
+        "grpo_rollouts": spent,
     }
 
 
-def _premise(grpo: RunFolder, distance: int, root: Path | None) -> dict[str, float]:
+def _premise(grpo: RunFolder, distances: Sequence[int], root: Path | None) -> dict[int, dict[str, float]]:
     """What guide and own resample solve of the prompts that the base policy fails; at Δ = 0 both are the resample."""
-    steps = [step for step in DISTANCES if step and step <= grpo.config.compute_steps]
-    (records,) = measure_premise(grpo.config, root, quiet=True, origins=(0,), distances=steps).values()
-    of = {record["distance"]: record for record in records}
+    later = [distance for distance in distances if distance] or [grpo.config.checkpoint_every]
+    (records,) = measure_premise(grpo.config, root, quiet=True, origins=(0,), distances=later).values()
     own = records[0]["own"]["value"]
-    solves = own if distance == 0 else of[distance]["shown"]["value"]
-    return {"guide_solves": solves, "own_solves": own, "lead": solves - own}
+    solves = {0: own} | {record["distance"]: record["shown"]["value"] for record in records}
+    return {
+        distance: {"guide_solves": solves[distance], "own_solves": own, "lead": solves[distance] - own}
+        for distance in distances
+    }
 
 
 # Results

@@ -8,12 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..runs.folder import offline_rollouts
 from .curves import CURVES
 from .record import AVERAGE_WEIGHT, RunRecord
 from .style import GREY, WIDTH, arm_looks, canvas, settle, style
-
-OFFLINE = ("probe", "cache", "dismissed")
-"""Events that tell of off-line rollouts."""
 
 
 def rollout_curves(runs: Mapping[str, str | Path]) -> Figure:
@@ -55,9 +53,5 @@ def rollouts_spent(record: RunRecord, folder: Path) -> np.ndarray:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     steps = record.values("compute_step")
-    offline = np.zeros(len(steps))
-    for kind in OFFLINE:
-        for event in record.of_kind(kind):
-            # sampled after the step that the event names, before the next one
-            offline += event.get("rollouts", 0) * (steps > event["compute_step"])
+    offline = np.array([offline_rollouts(record.events, before=step) for step in steps])
     return steps * config["prompts_per_step"] * config["num_generations"] + offline

@@ -285,6 +285,20 @@ def metric_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def offline_rollouts(events: Sequence[Mapping[str, Any]], before: int | None = None) -> int:
+    """Rollouts that were sampled outside of training steps: probes, caches, and caches that held nothing.
+
+    Args:
+        events: Events of a run, without those of abandoned sittings.
+        before: Compute step; only what was sampled before that step was made counts. None: all.
+    """
+    return sum(
+        event.get("rollouts", 0)
+        for event in events
+        if event["event"] in ("probe", "cache", "dismissed") and (before is None or event["compute_step"] < before)
+    )
+
+
 def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float = 0.9) -> np.ndarray:
     """Bias-corrected moving average of a metric over the steps behind each line.
 

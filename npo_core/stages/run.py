@@ -6,7 +6,7 @@ on from its last checkpoint. `start(config)` does the same in a process of its o
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..processes import agree, is_writer, join
 from ..progress import duration, tell
 from ..runs.checkpoints import checkpoint_folder
 from ..runs.config import RunConfig, resolve_config
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, offline_rollouts
 from ..runs.shared import open_run
 from ..trainer.sampling import Generate, sample_rollouts
 from ..trainer.vllm import place, trainer_generate
@@ -238,20 +238,6 @@ def _result(folder: RunFolder, base: dict, final: dict) -> dict[str, Any]:
         "final": final,
         "interventions": interventions,
     }
-
-
-def offline_rollouts(events: Sequence[Mapping[str, Any]], before: int | None = None) -> int:
-    """Rollouts that were sampled outside of training steps: probes, caches, and caches that held nothing.
-
-    Args:
-        events: Events of a run, without those of abandoned sittings.
-        before: Compute step; only what was sampled before that step was made counts. None: all.
-    """
-    return sum(
-        event.get("rollouts", 0)
-        for event in events
-        if event["event"] in ("probe", "cache", "dismissed") and (before is None or event["compute_step"] < before)
-    )
 
 
 def _grounds(distance: int, choice: Mapping | None, planned: Mapping | None) -> dict[str, Any]:

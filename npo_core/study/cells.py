@@ -24,7 +24,7 @@ from ..notebook import in_one_sentence
 from ..progress import progress
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, offline_rollouts
 from ..runs.validation import WORLD
 from ..stages import run as stages
 from ..world.policies import load_policy
@@ -318,7 +318,7 @@ def _saved_places(run: RunFolder) -> list[dict[str, Any]]:
         if branch not in saved:
             saved[branch] = complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False)
         if line["policy_step"] in saved[branch]:
-            spent = step * config.rollouts_per_step + stages.offline_rollouts(events, before=step)
+            spent = step * config.rollouts_per_step + offline_rollouts(events, before=step)
             places.append(
                 {**{name: line[name] for name in ("branch", "policy_step", "compute_step")}, "rollouts": spent}
             )

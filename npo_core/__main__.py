@@ -21,6 +21,7 @@ from .runs.settings import SignalSettings
 from .stages.book import add_stage as add_book
 from .study.gates_command import add_stage as add_gates
 from .study.map_command import add_stage as add_map
+from .study.options import add_options, add_run_options
 from .study.real_command import add_stage as add_real
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
@@ -177,15 +178,9 @@ def _evidence_parser(stages) -> None:
     )
     stage = stages.add_parser("study", help="Run arms x seeds, and write results and verdicts.", description=text)
     stage.set_defaults(stage=_evidence)
-    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
-    stage.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds (default: 0 to 9)")
+    add_options(stage, range(10), "data/results, of a preset other than cpu a folder of its name in it")
+    add_run_options(stage)
     stage.add_argument("--arms", nargs="+", help="arms (default: all; see npo_core/study/arms.py)")
-    stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every arm")
-    stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    text = "folder of the results (default: data/results, of a preset other than cpu a folder of its name in it)"
-    stage.add_argument("--out", type=Path, help=text)
-    stage.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _config(options: argparse.Namespace, method: str) -> RunConfig:

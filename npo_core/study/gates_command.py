@@ -1,9 +1,8 @@
 """The stage `gates` of the command line; what it runs is imported when it runs."""
 
 import argparse
-from pathlib import Path
 
-from ..runs.config import preset_names
+from .options import add_options
 
 
 def add_stage(stages) -> None:
@@ -15,11 +14,7 @@ def add_stage(stages) -> None:
     )
     stage = stages.add_parser("gates", help="Run GRPO through the gates of the small world.", description=text)
     stage.set_defaults(stage=_gates)
-    stage.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())} (default: cpu)")
-    stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 to 2)")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results)")
-    stage.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_options(stage, range(3))
 
 
 def _gates(options: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
 """The stage `real-study` of the command line; what it runs is imported when it runs."""
 
 import argparse
-from pathlib import Path
 
 from ..runs.config import given_overrides
+from .options import add_options, add_run_options
 
 
 def add_stage(stages) -> None:
@@ -15,15 +15,10 @@ def add_stage(stages) -> None:
     )
     stage = stages.add_parser("real-study", help="Run the arms of the real model over seeds.", description=text)
     stage.set_defaults(stage=_study)
-    stage.add_argument("--preset", default="real", help="real (default) or real-smoke")
-    stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 to 2)")
+    add_options(stage, range(3), "data/results/real", "real")
+    add_run_options(stage)
     stage.add_argument("--arms", nargs="+", help="arms (default: all; see npo_core/study/real.py)")
-    stage.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of every arm")
-    stage.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
-    stage.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
-    stage.add_argument("--out", type=Path, help="folder of the results (default: data/results/real)")
     stage.add_argument("--no-premise", action="store_true", help="leave the premise out")
-    stage.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _study(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLVisionModel,
 )
 
+from .conditions import nothing_before, nothing_recorded
 from .prompts import copied_rows
 
 WORTHWHILE = 0.8
@@ -35,9 +36,6 @@ ROOM = 16
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What a language model is given and returns of earlier tokens, which transformers 5.24 calls by another name."""
-
-RECORDED = ("output_attentions", "output_hidden_states")
-"""What the plain forward pass records on demand, and the shared one does not."""
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the size of a pixel value, in bytes."""
@@ -108,11 +106,8 @@ def _shared_prefix_forward(
         }
         return type(self).forward(self, **(arguments | changes))
 
-    begins = past_key_values is None or (
-        type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0
-    )
     understood = (
-        begins
+        nothing_before(past_key_values)
         and inputs_embeds is not None
         and len(inputs_embeds) > 1
         and position_ids is not None
@@ -120,9 +115,7 @@ def _shared_prefix_forward(
         and position_ids.shape[1] == len(inputs_embeds)
         and attention_mask is not None
         and attention_mask.dim() == 2
-        and not (self.gradient_checkpointing and self.training)
-        and not (self.config.attention_dropout and self.training)
-        and not any(kwargs.get(name, getattr(self.config, name)) for name in RECORDED)
+        and nothing_recorded(self, kwargs)
         and kwargs.get("return_dict", self.config.return_dict) is not False
     )
     if not understood:

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .sharing import CACHE, RECORDED, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
+from .conditions import nothing_before, nothing_recorded
+from .sharing import CACHE, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
 
 
 def share_words(model: PreTrainedModel) -> None:
@@ -46,18 +47,13 @@ def _shared_forward(
     def plain(**changes):
         return type(self).forward(self, **(given | changes))
 
-    begins = past_key_values is None or (
-        type(past_key_values) is DynamicCache and past_key_values.get_seq_length() == 0
-    )
     understood = (
-        begins
+        nothing_before(past_key_values)
         and input_ids is not None
         and len(input_ids) > 1
         and (attention_mask is None or attention_mask.shape == input_ids.shape)
         and (position_ids is None or position_ids.shape in (input_ids.shape, (1, input_ids.shape[1])))
-        and not (self.gradient_checkpointing and self.training)
-        and not (self.config.attention_dropout and self.training)
-        and not any(kwargs.get(name, getattr(self.config, name)) for name in RECORDED)
+        and nothing_recorded(self, kwargs)
         and kwargs.get("return_dict", self.config.return_dict) is not False
     )
     if not understood:

@@ -309,7 +309,7 @@ def _counts_to_score(cell: Cell, results: Mapping[tuple[str, int], Mapping[str, 
     return found
 
 
-def _saved_places(run: RunFolder) -> list[dict[str, Any]]:
+def saved_places(run: RunFolder) -> list[dict[str, Any]]:
     """Lines of training that have a checkpoint, with all rollouts spent by then."""
     config, events, saved = run.config, run.effective_events(), {}
     places = []
@@ -327,7 +327,7 @@ def _saved_places(run: RunFolder) -> list[dict[str, Any]]:
 
 def score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """Rows of one run: its own points, and the newest checkpoint that has counted at most so much on each clock."""
-    lines, result, places = run.metrics(), run.result(), _saved_places(run)
+    lines, result, places = run.metrics(), run.result(), saved_places(run)
     points = score_points(run)
     final = points[-1][:2]
     for clock, count in sorted(counts):

@@ -9,7 +9,7 @@ needs them, since a checkpoint of this model takes 1.6 GB.
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ import pandas as pd
 
 from ..files import write_json, write_whole
 from ..lock import Lock
-from ..runs.checkpoints import slim
+from ..runs.checkpoints import checkpoint_folder, slim
 from ..runs.config import resolve_config
+from ..runs.folder import RunFolder
 from ..stages.signal_run import measure_run, settings_for
+from ..world import finetune, letters
+from ..world.policies import load_policy, load_processor
+from ..world.warmstart import base_policy_folder
 from .arms import Arm
-from .cells import Cell, about_run, run_cells, score_rows
+from .cells import Cell, about_run, run_cells, saved_places, score_rows
 from .findings import SCHEMA, results_folder
 
 REAL_ARMS: Mapping[str, Arm] = {
@@ -44,7 +48,10 @@ ORIGINS, DISTANCES = (0, 20), (10, 20, 30, 40)
 PROMPTS = 64
 """Prompts of the premise, the first of the training set."""
 
-SCORES, ABOUT, PREMISE = "scores.csv", "about.json", "premise.json"
+EXACT_WORDS, EXACT_SEED = 120, 1
+"""Test words whose right response's probability is computed at every checkpoint, and the seed that draws them."""
+
+SCORES, EXACT, ABOUT, PREMISE = "scores.csv", "exact.csv", "about.json", "premise.json"
 """Files of the results."""
 
 SETTLED = "settled.json"
@@ -126,12 +133,39 @@ def settle(cell: Cell, root: Path | None = None) -> None:
     GRPO keeps its weights, since the premise is measured on them.
     """
     run = cell.folder(root)
-    write_json(_settled(cell, root), {"rows": list(score_rows(cell, run, ())), "about": about_run(cell, run)})
+    found = {
+        "rows": list(score_rows(cell, run, ())),
+        "exact": list(exact_rows(cell, run)),
+        "about": about_run(cell, run),
+    }
+    write_json(_settled(cell, root), found)
     for checkpoint in (run.path / "branches").glob("*/checkpoint-*"):
         if cell.arm == "GRPO":
             slim(checkpoint)
         else:
             shutil.rmtree(checkpoint)
+
+
+def exact_rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Probability of the right response to fresh test words, at every checkpoint; GRPO's begin with the base policy.
+
+    It has no noise of sampling, and what is left is that of words and seeds. Lengths take turns, so each has as many.
+    """
+    config = cell.config
+    lengths = letters.read_source(config.data)
+    words = letters.sample_words("test", min(EXACT_WORDS, config.eval_problems * 4), EXACT_SEED, lengths)
+    rows = letters.make_dataset(words)
+    start = {"branch": 0, "policy_step": 0, "compute_step": 0, "rollouts": 0}
+    for place in [*([start] if cell.arm == "GRPO" else []), *saved_places(run)]:
+        step = place["policy_step"]
+        folder = checkpoint_folder(run.path / "branches" / f"{place['branch']:02d}", step)
+        model = load_policy(folder if step else base_policy_folder(config, quiet=True)).eval()
+        processor = load_processor(base_policy_folder(config, quiet=True))
+        with finetune.precision(config):
+            chances = finetune.right_probabilities(model, processor, rows)
+        for word, chance in zip(words, chances, strict=True):
+            named = {name: value for name, value in place.items() if name != "branch"}
+            yield {"arm": cell.arm, "seed": cell.seed, **named, "word": word.uid, "probability": chance}
 
 
 def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
@@ -148,7 +182,7 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
     found = [json.loads(_settled(cell, root).read_text(encoding="utf-8")) for cell in cells]
     order = list(REAL_ARMS)
     with Lock(folder / "lock.json", f"The results {folder}").holding():
-        rows = [*_others(_read_rows(folder), made), *(row for one in found for row in one["rows"])]
+        rows = [*_others(_read_rows(folder, SCORES), made), *(row for one in found for row in one["rows"])]
         runs = [*_others(_read_runs(folder), made), *(one["about"] for one in found)]
         table = pd.DataFrame(rows).sort_values(["seed", "arm", "compute_step", "sampling", "suite"])
         about = {
@@ -157,16 +191,21 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
             "runs": sorted(runs, key=lambda run: (run["seed"], order.index(run["arm"]))),
         }
         write_whole(folder / SCORES, lambda path: table.to_csv(path, index=False, float_format="%.6f"))
+        exact = pd.DataFrame(
+            [*_others(_read_rows(folder, EXACT), made), *(row for one in found for row in one["exact"])]
+        )
+        exact = exact.sort_values(["seed", "arm", "compute_step", "word"])
+        write_whole(folder / EXACT, lambda path: exact.to_csv(path, index=False, float_format="%.5f"))
         write_json(folder / ABOUT, about)
-    return [folder / SCORES, folder / ABOUT]
+    return [folder / SCORES, folder / EXACT, folder / ABOUT]
 
 
 def _others(found: Sequence[dict[str, Any]], made: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
     return [one for one in found if (one["arm"], one["seed"]) not in made]
 
 
-def _read_rows(folder: Path) -> list[dict[str, Any]]:
-    path = folder / SCORES
+def _read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / name
     return pd.read_csv(path).to_dict("records") if path.exists() else []
 
 

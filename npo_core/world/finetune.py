@@ -124,7 +124,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
             rows = letters.make_dataset(problems[(step - 1) * batch : step * batch])
             optimizer.param_groups[0]["lr"] = config.warmstart_learning_rate * min(1.0, step / WARM_UP)
             answers = right_tokens(processor, rows["answer"])
-            with _precision(config):
+            with precision(config):
                 logps = forced_logps(model, processor, list(rows), answers)
             lengths = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
             loss = -logps[torch.arange(logps.shape[1]) < lengths].mean()
@@ -133,7 +133,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if step % CHECK_EVERY == 0:
-                with _precision(config):
+                with precision(config):
                     checks.append(check(model, processor, fresh, step))
             bar.advance(loss=f"{loss.item():.3f}", pass_rate="-" if not checks else f"{checks[-1].pass_rate:.3f}")
             if checks and checks[-1].pass_rate >= config.warmstart_pass_rate:
@@ -154,8 +154,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
 
 def check(model, processor, rows: Dataset, step: int) -> Check:
     """How probable the right response is on fresh problems."""
-    answers = right_tokens(processor, rows["answer"])
-    chances = [math.exp(sum(logps)) for logps in completion_logps(model, processor, list(rows), answers)]
+    chances = right_probabilities(model, processor, rows)
     return Check(
         step=step,
         pass_rate=sum(chances) / len(chances),
@@ -163,12 +162,26 @@ def check(model, processor, rows: Dataset, step: int) -> Check:
     )
 
 
+def right_probabilities(model, processor, rows: Dataset) -> list[float]:
+    """Probability of each problem's right response, computed and not sampled (ours).
+
+    A text can be written in other tokens than the tokenizer's; those are left out, so it is a lower bound.
+
+    Args:
+        model: Policy; its mode is left as it is.
+        processor: Its tokenizer.
+        rows: Problems with their right response under "answer", see `letters.make_dataset`.
+    """
+    answers = right_tokens(processor, rows["answer"])
+    return [math.exp(sum(logps)) for logps in completion_logps(model, processor, list(rows), answers)]
+
+
 def right_tokens(processor, answers: Iterable[str]) -> list[Sequence[int]]:
     """Token ids of right responses, end of sequence included."""
     return [processor(answer + processor.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
 
 
-def _precision(config: RunConfig) -> torch.autocast:
+def precision(config: RunConfig) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
 

@@ -9,7 +9,8 @@ from foreign import byte_tokenizer, tiny_model
 from npo_core.runs.checkpoints import complete_checkpoints
 from npo_core.study import real
 from npo_core.study.cells import Cell
-from npo_core.world.policies import save_policy
+from npo_core.world import finetune, letters
+from npo_core.world.policies import load_policy, load_processor, save_policy
 
 TINY = {
     "data": "letters:2-3",
@@ -66,7 +67,7 @@ def study(policy, tmp_path_factory):
 
 def test_scores_stand_on_three_clocks(study):
     cells, root, files = study
-    assert [path.name for path in files] == [real.SCORES, real.ABOUT]
+    assert [path.name for path in files] == [real.SCORES, real.EXACT, real.ABOUT]
     table = pd.read_csv(files[0])
     assert set(table["arm"]) == {"GRPO", "NPO early"} and set(table["suite"]) == {"02 letters", "03 letters"}
     ends = table[table["final"]].groupby("arm")[["policy_step", "compute_step", "rollouts"]].first()
@@ -75,9 +76,22 @@ def test_scores_stand_on_three_clocks(study):
     offline = early.early_window * early.prompts_per_step * early.cache_rollouts
     # this policy finds no guide, so nothing is rolled back; what was sampled for guides is paid all the same
     assert ends.loc["NPO early"].tolist() == [6, 6, 6 * early.rollouts_per_step + offline]
-    about = json.loads(files[1].read_text())
+    about = json.loads(files[-1].read_text())
     assert [run["arm"] for run in about["runs"]] == ["GRPO", "NPO early"]
     assert "| GRPO | 1 | 0.000 (0.000) | 6 | 6 | 192 |" in real.in_words(root / "out")
+
+
+def test_the_right_response_is_as_probable_at_every_checkpoint_as_its_weights_say(study, policy):
+    _, _, files = study
+    table = pd.read_csv(files[1])
+    steps = table.groupby("arm")["compute_step"].unique()
+    assert list(steps["GRPO"]) == [0, 2, 4, 6] and list(steps["NPO early"]) == [2, 4, 6]
+    first = table[table["compute_step"] == 0].set_index("word")["probability"]
+    assert len(first) == 64 and first.index.is_unique
+    words = letters.sample_words("test", 64, real.EXACT_SEED, (2, 3))
+    model, processor = load_policy(policy), load_processor(policy)
+    chances = finetune.right_probabilities(model, processor, letters.make_dataset(words))
+    assert first[[word.uid for word in words]].tolist() == pytest.approx(chances, abs=1e-5)
 
 
 def test_weights_go_but_those_that_the_premise_needs(study):
@@ -92,13 +106,13 @@ def test_a_second_call_runs_nothing_again_and_keeps_other_seeds(study, monkeypat
     table = pd.read_csv(files[0])
     other = table.assign(seed=7)
     pd.concat([table, other]).to_csv(files[0], index=False)
-    about = json.loads(files[1].read_text())
+    about = json.loads(files[-1].read_text())
     more = [{**run, "seed": 7} for run in about["runs"]]
-    files[1].write_text(json.dumps({**about, "runs": [*about["runs"], *more]}))
+    files[-1].write_text(json.dumps({**about, "runs": [*about["runs"], *more]}))
     monkeypatch.setattr(real, "run_cells", lambda *_: pytest.fail("a settled run is run again"))
     real.run_real(cells, root, root / "out", quiet=True)
     assert sorted(set(pd.read_csv(files[0])["seed"])) == [0, 7] and len(pd.read_csv(files[0])) == 2 * len(table)
-    assert [run["seed"] for run in json.loads(files[1].read_text())["runs"]] == [0, 0, 7, 7]
+    assert [run["seed"] for run in json.loads(files[-1].read_text())["runs"]] == [0, 0, 7, 7]
 
 
 def test_the_premise_is_measured_along_grpo(study):

@@ -21,12 +21,14 @@ class Launcher:
         machines: Nodes.
         sharded: Weights, gradients and moments are spread over the processes (FSDP).
         file: The accelerate configuration, or None for one process.
+        port: Where the processes of one machine meet, if the configuration says so; None for any free one.
     """
 
     processes: int = 1
     machines: int = 1
     sharded: bool = False
     file: Path | None = None
+    port: int | None = None
 
 
 def launcher_names() -> list[str]:
@@ -68,4 +70,5 @@ def read_launcher(name: str) -> Launcher:
         machines=content["num_machines"],
         sharded=content["distributed_type"] == "FSDP",
         file=file,
+        port=content.get("main_process_port"),
     )

@@ -178,4 +178,6 @@ def _launch_command(config: RunConfig, folder: RunFolder) -> list[str]:
             f"of them: python -m {' '.join(command)} --machine_rank RANK --main_process_ip ADDRESS "
             f"--main_process_port PORT -m npo_core run --config {folder.path / 'config.json'}"
         )
+    if layout.port is None:  # accelerate's 29500 is taken where another run is
+        command += ["--main_process_port", "0"]
     return [sys.executable, "-m", *command, "-m", "npo_core"]

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-CHAPTERS = sorted(path.stem for path in FOLDER.glob("0[0-6]_*.ipynb"))
+CHAPTERS = sorted(path.stem for path in FOLDER.glob("0[0-7]_*.ipynb"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Runs in other processes: side by side, or through accelerate's launcher, followed with a progress bar."""
 
 import sys
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -56,4 +58,8 @@ def test_the_command_is_this_python(tmp_path):
     assert launch._launch_command(config(), folder) == [sys.executable, "-m", "npo_core"]
     command = launch._launch_command(config(launcher="two_cpu"), folder)
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert command[-2:] == ["-m", "npo_core"]
+    assert command[-4:] == ["--main_process_port", "0", "-m", "npo_core"], "two runs of one machine meet at two ports"
+    layout = Path(str(files("npo_core.runs") / "launchers" / "two_cpu.yaml")).read_text()
+    (tmp_path / "own.yaml").write_text(f"{layout}main_process_port: 29777\n")
+    command = launch._launch_command(config(launcher=str(tmp_path / "own.yaml")), folder)
+    assert "--main_process_port" not in command, "the file says which"

@@ -7,7 +7,7 @@ timeout does not end a long run.
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from datasets import Dataset
 from transformers import ProcessorMixin
@@ -54,6 +54,15 @@ def _rows(trainer: "NPOTrainer") -> tuple[list[str], set[str] | None]:
     return row_complaints(dataset, answer, trainer.processing_class, Room.of(trainer))
 
 
+def _require_longest(trainer: "NPOTrainer") -> None:
+    """Refuse TRL's way to leave the length of responses open."""
+    if cast(int | None, trainer.max_completion_length) is None:
+        raise ValueError(
+            "max_completion_length is None; a guide may be as long as a rollout, and prompts must leave it room: set "
+            "the longest response in tokens."
+        )
+
+
 def _refuse(what: str, found: Sequence[str]) -> None:
     """Raise a ValueError with all complaints, if there are any."""
     if found:
@@ -93,10 +102,12 @@ def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
     """Refuse a source, or settings, with which the trainer could not guide.
 
     Raises:
-        ValueError: No verifier; `rollout_func`, tools or environments; a group that would be split over two batches or
-            processes; rows that NPO cannot use; a cache of another tokenizer, with longer responses, or scored at
-            another temperature where the ratio needs its q. The message says all of it, and what to change.
+        ValueError: No longest response; no verifier; `rollout_func`, tools or environments; a group that would be split
+            over two batches or processes; rows that NPO cannot use; a cache of another tokenizer, with longer
+            responses, or scored at another temperature where the ratio needs its q. The message says all of it, and
+            what to change.
     """
+    _require_longest(trainer)
     rows, uids = _rows(trainer)
     inner = source.source if isinstance(source, GuidanceWindow) else source
     cache = inner if isinstance(inner, GuidanceCache) else None
@@ -217,6 +228,7 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
 
 def empty_cache(trainer: "NPOTrainer", kind: type[GuidanceCache] = GuidanceCache) -> GuidanceCache:
     """A cache without guides that refuses what the trainer could not use; see `NPOTrainer.new_cache`."""
+    _require_longest(trainer)
     return kind.empty(
         trainer.processing_class, trainer.eos_token_ids, trainer.max_completion_length, known_uids(trainer)
     )

@@ -26,6 +26,7 @@ class StepRollouts:
         refused: Guides that were judged wrong, so that the sampled rollout stayed.
         verdicts: Verdicts on the rows of groups that have a guide, by row; those of the guides once they are in.
         prompt_ids: Token ids of each row's prompt, as TRL made them; empty where a `rollout_func` samples.
+        responses: Token ids of each row's response, those that are kept out of the loss included.
         rewards: Weighted reward of each row; NaN where no reward function scored it.
         correct: Verdict on each row, or None without a verifier.
     """
@@ -38,6 +39,7 @@ class StepRollouts:
     refused: list[Trajectory] = field(default_factory=list)
     verdicts: dict[int, bool] = field(default_factory=dict)
     prompt_ids: Sequence[Sequence[int]] = ()
+    responses: Sequence[Sequence[int]] = ()
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 
@@ -74,15 +76,21 @@ class StepRollouts:
         return verdicts
 
 
-def mask_given(output: dict[str, Any], prefixes: Mapping[int, int], accelerator: Accelerator) -> None:
-    """Keep what guides gave out of the loss, as TRL keeps out what tools said.
+def mask_given(
+    output: dict[str, Any], prefixes: Mapping[int, int], void: Sequence[int], accelerator: Accelerator
+) -> None:
+    """Keep what guides gave and what stands in empty places out of the loss, as TRL keeps out what tools said.
+
+    An advantage of 0 would not do: the KL penalty and the entropy bonus ask for none.
 
     Args:
         output: TRL's tensors of a generation batch; gets `tool_mask`, and its count of tokens is set right.
         prefixes: Tokens that a guide gave, by row.
+        void: Rows that hold nothing.
         accelerator: Adds up over the processes.
     """
     own = torch.ones_like(output["completion_mask"])
+    own[list(void)] = 0
     for row, length in prefixes.items():
         own[row, :length] = 0
     output["tool_mask"] = own
@@ -120,14 +128,13 @@ class RolloutTable:
     ):
         assert rollouts.rewards is not None
         self.step, self.refused = step, list(rollouts.refused)
-        mask = output["completion_mask"].bool()
         guided = {row // n for row in rollouts.guided}
         kept = [
             row
             for row in range(len(rollouts.rows))
             if row not in rollouts.void and (row // n in guided or not guided_only)
         ]
-        ids = {row: output["completion_ids"][row][mask[row]].tolist() for row in kept}
+        ids = {row: list(rollouts.responses[row]) for row in kept}
         texts = dict(zip(kept, decode(list(ids.values())), strict=True)) if kept else {}
         self.rows: list[dict[str, Any]] = []
         self._place: dict[int, dict[str, Any]] = {}

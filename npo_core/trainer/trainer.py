@@ -143,8 +143,8 @@ class NPOTrainer(GRPOTrainer):
         self._rollouts = step = StepRollouts(rows=inputs)
         output = super()._generate_and_score_completions(inputs)
         replaced = step.mark(output)
-        if self.args.guide_prefix < 1:
-            mask_given(output, step.prefixes, self.accelerator)
+        if self.args.guide_prefix < 1 or self.args.placement == "append":
+            mask_given(output, step.prefixes, step.void, self.accelerator)
         if self.model.training:
             self._log_groups(step, replaced, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
@@ -254,6 +254,7 @@ class NPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         step = self._rollouts
+        step.responses = completion_ids_list
         own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         if self.args.placement == "append":
             # TRL leaves a row without any reward out of the group's mean and std, and gives it advantage 0
@@ -264,12 +265,9 @@ class NPOTrainer(GRPOTrainer):
         step.rewards = weighted.masked_fill(rewards[own].isnan().all(dim=1), float("nan"))
         if self.verifier is not None and self.model.training:
             verdicts = dict.fromkeys(step.void, False) | step.verdicts
-            open_rows = [row for row in range(len(inputs)) if row not in verdicts]
-            if self.tools or self.environments is not None:  # the ids hold what the tools said too
-                for row in open_rows:
+            for row in range(len(inputs)):
+                if row not in verdicts:  # what rewards get: of a conversation with tools the policy's part alone
                     verdicts[row] = is_correct(self.verifier(completion_text(completions[row]), inputs[row]))
-            else:
-                verdicts |= self._verify({row: completion_ids_list[row] for row in open_rows})
             step.correct = torch.tensor([verdicts[row] for row in range(len(inputs))], device=rewards.device)
         return rewards
 

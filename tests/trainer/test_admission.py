@@ -51,6 +51,17 @@ def test_a_cache_with_a_guide_that_is_too_long_is_refused_at_once(tmp_path):
         trainer_of(tiny, tmp_path, NPOTrainer, guidance=_cache(tiny), max_completion_length=longest - 1)
 
 
+def test_a_length_that_is_left_open_is_refused_where_guides_must_fit(tmp_path):
+    """TRL takes None, and then samples to the end of the context."""
+    tiny = world("text")
+    for source in (_cache(tiny), Guides()):
+        with pytest.raises(ValueError, match="max_completion_length is None; a guide may be as long as a rollout"):
+            trainer_of(tiny, tmp_path, NPOTrainer, guidance=source, max_completion_length=None)
+    trainer = trainer_of(tiny, tmp_path, NPOTrainer, max_completion_length=None)
+    with pytest.raises(ValueError, match="max_completion_length is None"):
+        trainer.new_cache()
+
+
 @pytest.mark.parametrize("settings", NEEDS_Q)
 def test_guides_scored_at_another_temperature_are_refused_where_the_ratio_needs_them(tmp_path, settings):
     tiny = world("text")

@@ -169,6 +169,34 @@ def test_a_rollout_function_without_guidance_trains_as_it_does_with_grpo(tmp_pat
     assert trainer.state.log_history[0]["npo/pass_rate"] == 1.0
 
 
+@pytest.mark.parametrize("template", [None, qwen3_template], ids=["plain", "response template"])
+def test_a_rollout_function_is_judged_on_the_text_that_rewards_get(tmp_path, monkeypatch, template):
+    """TRL keeps the prompts of a rollout function to itself, and a response template reads them."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    tokenizer = byte_tokenizer(template=TURNS)
+    tokenizer.response_template = template
+    text = "<think>\n\\boxed{4}\n</think>\n\nThe answer is four."
+
+    def thinking(prompts, trainer):
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        return {name: [each] * len(prompts) for name, each in
+                {"prompt_ids": [5], "completion_ids": ids, "logprobs": [0.0] * len(ids)}.items()}  # fmt: skip
+
+    rows = [{"uid": "a", "prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}]
+    args = NPOConfig(
+        str(tmp_path), max_steps=1, num_generations=4, per_device_train_batch_size=4, max_completion_length=64, **QUIET
+    )
+    judge = BoxedVerifier()
+    trainer = NPOTrainer(
+        tiny_model("Qwen3", tokenizer), verifier_reward(judge), args, world("text").dataset.from_list(rows),
+        processing_class=tokenizer, rollout_func=thinking, verifier=judge,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["npo/pass_rate"] == line["reward"] == float(template is None)
+
+
 # Tokenizers that take a response apart
 
 TEXTS = {

@@ -19,12 +19,11 @@ def batch() -> tuple[StepRollouts, dict]:
         guided={5: GUIDE},
         overwritten={5: ([8, EOS], True)},
         void=[2],
+        responses=[[5, EOS], [5, 6, 7], [EOS], [6, EOS], [4, 4, EOS], [7, EOS]],
         rewards=torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 1.0]),
         correct=torch.tensor([True, False, False, False, False, True]),
     )
     output = {
-        "completion_ids": torch.tensor([[5, EOS, 0], [5, 6, 7], [EOS, 0, 0], [6, EOS, 0], [4, 4, EOS], [7, EOS, 0]]),
-        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]]),
         "advantages": torch.tensor([0.5, -0.5, 0.0, -0.25, -0.25, 0.5]),
     }
     return step, output
@@ -96,13 +95,8 @@ def test_a_call_on_other_rows_changes_nothing(table):
 
 
 def test_without_a_verifier_there_is_no_verdict():
-    step = StepRollouts(rows=[{}], rewards=torch.tensor([0.5]))
-    output = {
-        "completion_ids": torch.tensor([[5]]),
-        "completion_mask": torch.tensor([[0]]),
-        "advantages": torch.zeros(1),
-    }
-    (row,) = RolloutTable(1, step, output, 1, written, [EOS]).rows
+    step = StepRollouts(rows=[{}], responses=[[]], rewards=torch.tensor([0.5]))
+    (row,) = RolloutTable(1, step, {"advantages": torch.zeros(1)}, 1, written, [EOS]).rows
     assert (row["uid"], row["correct"], row["token_ids"], row["ended"]) == (None, None, [], False)
 
 

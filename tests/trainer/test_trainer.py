@@ -449,6 +449,49 @@ def test_empty_places_carry_no_gradient_in_any_layout(tmp_path, monkeypatch, lay
     assert any(gradient.any() for gradient in found[0].values())
 
 
+def test_empty_places_are_in_no_mean_of_the_loss(tmp_path, monkeypatch):
+    """Without advantages the entropy bonus is all of the loss: the mean over what the policy sampled, and dapo counts
+    the same tokens."""
+    tiny = world("text")
+    rig(monkeypatch, correct_in(tiny, {}))
+    gradients = Gradients()
+    trainer = trainer_of(
+        tiny, tmp_path, guidance=Guides(), placement="append", entropy_coef=0.5, loss_type="dapo", max_grad_norm=1e9,
+        callbacks=[gradients],
+    )  # fmt: skip
+    trainer.train()
+    (batch,) = trainer.generated
+    own = batch["completion_mask"].bool() & batch["is_own"].unsqueeze(1)
+    assert not batch["is_own"][3::4].any() and batch["is_own"].sum() == 12
+    assert batch["num_items_in_batch"] == own.sum()
+    model = tiny.build()
+    logs = log_probs(model, batch)
+    entropy = -(logs.exp() * logs).sum(-1)[own].mean()
+    (-0.5 * entropy).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-7)
+    log = trainer.state.log_history[0]
+    assert log["entropy"] == pytest.approx(entropy.item(), rel=1e-5) == log["npo/entropy"]
+
+
+def test_the_table_holds_responses_that_are_kept_out_of_the_loss(tmp_path, monkeypatch):
+    """mask_truncated_completions takes them out of TRL's mask; they were sampled and judged all the same."""
+    tiny = world("text")
+
+    def write(row, slot):
+        return tiny.solution(row["uid"])[:-1] if slot == 1 else tiny.mistake(row["uid"])
+
+    rig(monkeypatch, write)
+    trainer = trainer_of(tiny, tmp_path, guidance=Guides(), mask_truncated_completions=True)
+    trainer.rollout_sink, trainer.record_rollouts = (tables := {}).__setitem__, True
+    trainer.train()
+    cut = [row for row in tables[1] if row["slot"] == 1]
+    assert [row["token_ids"] for row in cut] == [tiny.solution(row["uid"])[:-1] for row in cut]
+    assert all(row["correct"] and not row["ended"] and "\\boxed" in row["text"] for row in cut)
+    assert all(row["current_logps"] == row["ratio"] == [] for row in cut)
+    assert all(len(row["ratio"]) == len(row["token_ids"]) for row in tables[1] if row["slot"] != 1)
+
+
 def test_a_batch_of_nothing_but_empty_places_does_not_spoil_the_metrics(tmp_path):
     """per_device_train_batch_size=1 puts each void row into a micro-batch of its own."""
     trainer = trainer_of(

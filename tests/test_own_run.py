@@ -15,6 +15,7 @@ from worlds import WIDTH, world
 
 import npo_core.control.watch
 from npo_core import GuidanceCache
+from npo_core.__main__ import main
 from npo_core.method.trigger import PlateauTrigger, PlateauWarning
 
 ROOT = Path(__file__).parents[1]
@@ -52,13 +53,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def foreign_place(folder, monkeypatch, model):
-    """A stranger's folder: two checkpoints of a policy, and questions of which the first has no right answer."""
-    for name in ("out/checkpoint-100", "out/checkpoint-200"):
+def foreign_place(folder, monkeypatch, model, names=("out/checkpoint-100", "out/checkpoint-200"), prompts=6):
+    """A stranger's folder: a policy under some names, and questions of which the first has no right answer."""
+    for name in names:
         model.save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
-    prompts = [[{"role": "user", "content": f"What is {'half of ' * (n % 3)}two?"}] for n in range(6)]
-    rows = [{"uid": str(n), "prompt": prompt, "answer": "1" if n else "7"} for n, prompt in enumerate(prompts)]
+    asked = [[{"role": "user", "content": f"What is {'half of ' * (n % 3)}two?"}] for n in range(prompts)]
+    rows = [{"uid": str(n), "prompt": prompt, "answer": "1" if n else "7"} for n, prompt in enumerate(asked)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(folder)
 
@@ -75,6 +76,39 @@ def test_the_first_script_runs_as_it_is_printed(tmp_path, monkeypatch, capsys):
     assert 8 < filled.wrong < 48
     lines = [line for line in found["trainer"].state.log_history if "npo/pass_rate" in line]
     assert lines and 0.2 < sum(line["npo/pass_rate"] for line in lines) / len(lines) < 0.8
+
+
+def test_thirty_minutes_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """The page's scripts and its commands on a policy that answers by a coin, a tenth of the steps."""
+    foreign_place(tmp_path, monkeypatch, boxed_policy(byte_tokenizer()), ["base"], 64)
+    page = (ROOT / "docs" / "thirty_minutes.md").read_text()
+    small = {"compute_steps": 4, "prompts_per_step": 2, "micro_batch": 16, "eval_problems": 8}
+    small = " ".join(f"--set {name}={value}" for name, value in small.items())
+    sizes = {
+        "Qwen/Qwen3-0.6B": "base", "save_steps=10": "save_steps=2", "_steps=40": "_steps=4", "_step=40": "_step=4",
+        "checkpoint-40": "checkpoint-4", "--origins 0 20": "--origins 0 2",
+        "learning_rate=1e-6": f"learning_rate=1e-6 {small} --root runs --quiet",
+    }  # fmt: skip
+    for old, new in sizes.items():
+        assert old in page, old
+        page = page.replace(old, new)
+    blocks = re.findall(r"```(python|bash)\n(.+?)```", page, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "python", "bash"]
+    for kind, block in blocks:
+        if kind == "bash":
+            python, dash, package, *command = block.split()
+            assert (python, dash, package) == ("python", "-m", "npo_core")
+            assert main(command) == 0
+        else:
+            exec(compile(block, "example", "exec"), found := {})
+    told = capsys.readouterr().out
+    assert "63 of 64 prompts have a guide" in told and "too few" in told
+    assert found["trainer"].state.global_step == 4
+    lines = [line for line in found["trainer"].state.log_history if "npo/replaced_slots" in line]
+    assert len(lines) == 4 and {"npo/all_wrong_groups", "npo/entropy"} <= lines[0].keys()
+    named = set(re.findall(r"^\| `(npo/[a-z_]+)`", page, re.MULTILINE))
+    assert named - {name for line in lines for name in line} <= {"npo/guide_kl", "npo/guide_advantage"}
+    assert (tmp_path / "measured" / "figures").is_dir()
 
 
 def test_the_first_script_with_adapters(tmp_path, monkeypatch):

@@ -43,11 +43,13 @@ class RunConfig(Settings):
             self._check_repeats()
         elif self.method == "npo" and not self.random_interventions:
             self._check_interventions()
+        suites = 1 if self.data else len(self.suites)  # those of one's own data are not known yet
+        each = "" if suites == 1 else f" for each of the {suites} suites"
         require(
-            self.eval_problems >= 2 * len(self.suites),
+            self.eval_problems >= 2 * suites,
             "eval_problems",
             self.eval_problems,
-            f"at least two for each of the {len(self.suites)} suites, for an interval",
+            f"at least two{each}, for an interval",
         )
         require(
             self.easy_share + self.middling_share <= 1,

@@ -41,6 +41,11 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(overrides, nearest):
         resolve_config(overrides=overrides)
 
 
+def test_data_of_ones_own_has_suites_of_its_own():
+    own = {"eval_problems": 2, "data": "own.jsonl", "policy": "org/model"}
+    assert resolve_config(overrides=own).eval_problems == 2
+
+
 def test_an_unknown_preset_and_method_are_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match=r"'smok'; did you mean 'smoke'\? Allowed: .*'cpu'"):
         resolve_config(preset="smok")
@@ -110,7 +115,11 @@ def test_an_int_serves_as_a_float_and_gives_the_same_digest():
         ({"easy_share": 0.7, "middling_share": 0.4}, "easy_share \\+ middling_share"),
         ({"suites": []}, "one or more distinct suites"),
         ({"suites": ["wemath", "wemath"]}, "one or more distinct suites"),
-        ({"eval_problems": 2 * len(SUITES) - 1}, "eval_problems"),
+        ({"eval_problems": 2 * len(SUITES) - 1}, f"at least two for each of the {len(SUITES)} suites"),
+        (
+            {"eval_problems": 1, "data": "own.jsonl", "policy": "org/model"},
+            "eval_problems is 1; it must be at least two, for an interval",
+        ),
         ({"replay_share": 1.1}, "replay_share is 1.1; it must be a number from 0 to 1"),
         ({"replay_start": -0.1}, "replay_start"),
         ({"replay_keep": 0}, "replay_keep is 0; it must be at least 1"),

@@ -78,6 +78,7 @@ def test_the_first_script_runs_as_it_is_printed(tmp_path, monkeypatch, capsys):
     assert lines and 0.2 < sum(line["npo/pass_rate"] for line in lines) / len(lines) < 0.8
 
 
+@pytest.mark.slow
 def test_thirty_minutes_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     """The page's scripts and its commands on a policy that answers by a coin, a tenth of the steps."""
     foreign_place(tmp_path, monkeypatch, boxed_policy(byte_tokenizer()), ["base"], 64)

@@ -26,6 +26,8 @@ LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
     """Gains over GRPO by method and suite, the paper's below those of the study (paper: Table 1).
 
+    Ours are coloured only where the interval excludes zero; the paper's have no interval and are all coloured.
+
     Args:
         evidence: Results of the study.
         paper: Table 1: columns `method`, `average` and a suite each, in percent.
@@ -51,6 +53,8 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
     excludes = (ours[..., 1] > 0) | (ours[..., 2] < 0)
     excludes &= ours[..., 1] < ours[..., 2]  # seeds alike in a few problems: the spread is unknown
     excludes[0] = False
+    theirs_coloured = np.ones_like(excludes)
+    theirs_coloured[0] = False
     seeds = "–".join(map(str, sorted({min(counts), max(counts)})))
     titles = (
         f"This study, small world: gain in points of test pass rate at equal compute, n = {seeds}",
@@ -62,11 +66,12 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
     columns = ["mean", *(re.sub("(?<=-)|(?<=[a-z])(?=[A-Z])", "\n", name) for name in paper.columns[1:])]
     with style():
         figure, grid = canvas(2, 1, (WIDTH, 6.6), gridspec_kw={"height_ratios": [1.35, 1]})
-        for axes, cells, texts, names, marked, title in (
-            (grid[0, 0], ours[..., 0], ours_text, arms, excludes, titles[0]),
-            (grid[1, 0], theirs, theirs_text, paper.index, np.zeros_like(excludes), titles[1]),
+        for axes, cells, texts, names, coloured, marked, title in (
+            (grid[0, 0], ours[..., 0], ours_text, arms, excludes, excludes, titles[0]),
+            (grid[1, 0], theirs, theirs_text, paper.index, theirs_coloured, np.zeros_like(excludes), titles[1]),
         ):
-            shades = _draw_cells(axes, np.vstack([np.full(len(columns), np.nan), cells[1:]]), texts, marked)
+            limit = np.nanmax(np.abs(cells[1:]), initial=0.0)
+            shades = _draw_cells(axes, np.where(coloured, cells, np.nan), texts, marked, limit)
             axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
             axes.set_yticks(np.arange(len(arms)) + 0.5, ["GRPO\n(percent)", *names[1:]])
             axes.axhline(1, color=GREY, lw=1.0)

@@ -371,8 +371,10 @@ def test_cells_whose_interval_excludes_zero_are_framed(evidence, paper):
     # row 3 is RLEP, column 5 WeMath; row 6 is AutoNPO, whose gain is largest on the last suite
     assert [(int(frame.get_x()), int(frame.get_y())) for frame in frames] == [(5, 3), (8, 6)]
     assert not theirs.patches
-    colors = ours.collections[0].get_array()
-    assert colors.mask[0].all() and not colors.mask[1:].any()
+    colors, paper_colors = (axes.collections[0].get_array() for axes in (ours, theirs))
+    shown = [(int(x), int(y)) for y, x in zip(*np.nonzero(~colors.mask), strict=True)]
+    assert shown == [(5, 3), (8, 6)], "a gain that cannot be told from zero has no colour"
+    assert paper_colors.mask[0].all() and not paper_colors.mask[1:].any()
     assert ours.collections[0].norm.vcenter == theirs.collections[0].norm.vcenter == 0
 
 

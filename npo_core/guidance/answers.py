@@ -93,6 +93,9 @@ _PLAIN = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 _DECIMAL = re.compile(rf"({_PLAIN})(?:[eE]([+-]?[0-9]{{1,3}})|(?:\\times|\\cdot|\*)10\^([+-]?[0-9]{{1,3}}))?")
 _RATIO = re.compile(rf"\\frac\{{([+-]?(?:{_PLAIN}))\}}\{{([+-]?(?:{_PLAIN}))\}}|({_PLAIN})/([+-]?(?:{_PLAIN}))")
 _MIXED = re.compile(r"([0-9]{1,9})\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}")
+_UNIT = r"[A-Za-z]+(?:\^-?[0-9]+)?"
+_MEASURED = re.compile(rf"(.*[0-9}}])((?:\^\\circ ?)?{_UNIT}(?:(?:/|\*|\\cdot ?){_UNIT})*)", re.DOTALL)
+_WORDED = re.compile(rf"[A-Za-z]{{{WORD}}}")
 _NAMED = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)=([^=]+)")
 
 
@@ -114,10 +117,11 @@ class Number:
 def same_answer(given: str, reference: str) -> bool:
     r"""Whether two normalised answers are the same (ours).
 
-    As text; as numbers; as lists in the same brackets, item by item, in any order between `\{` and `\}`. "x=5" and "5"
-    are the same, "x=5" and "y=5" are not. A number is the same if it is equal; if neither is an integer, it may be off
-    by half a unit of the reference's last place (of a fraction: by less than a unit of the given number's), and by
-    1e-6 of the reference at most. Where the reference is a percentage, its number without the sign is right too.
+    As text; as numbers; as numbers of the same unit (½ cup, 0.5 cup); as lists in the same brackets, item by item, in
+    any order between `\{` and `\}`. "x=5" and "5" are the same, "x=5" and "y=5" are not. A number is the same if it is
+    equal; if neither is an integer, it may be off by half a unit of the reference's last place (of a fraction: by less
+    than a unit of the given number's), and by 1e-6 of the reference at most. Where the reference is a percentage, its
+    number without the sign is right too.
 
     Args:
         given: Answer from `normalise_answer`.
@@ -139,6 +143,10 @@ def _same_item(given: str, reference: str) -> bool:
     if given == reference:
         return True
     mine, wanted = read_number(given), read_number(reference)
+    if mine is None and wanted is None:
+        (mine, ours), (wanted, theirs) = _read_measure(given), _read_measure(reference)
+        if ours != theirs:
+            return False
     if mine is None or wanted is None:
         return False
     if wanted.percent and not mine.percent:
@@ -189,6 +197,15 @@ def read_number(text: str) -> Number | None:
     scale = Fraction(1, 100 if percent else 1)
     value = (-value if text.startswith("-") else value) * scale
     return Number(value, None if unit is None else unit * scale, percent)
+
+
+def _read_measure(text: str) -> tuple[Number | None, str]:
+    """A number and the unit or symbol that it is so many of, if the text is that; 1/2x may be x/2 or 1/(2x), and is
+    none."""
+    found = _MEASURED.fullmatch(text) if len(text) <= 2 * MAX_NUMBER_LENGTH else None
+    if found is None or ("/" in found.group(1) and not _WORDED.match(found.group(2))):
+        return None, ""
+    return read_number(found.group(1)), found.group(2)
 
 
 def _items(text: str) -> tuple[str, str, list[str]]:

@@ -50,6 +50,15 @@ WHOLE = Bounds(0)
 POSITIVE = Bounds(0, low_open=True)
 """A size that must not vanish."""
 
+
+class _Metadata(dict):
+    """What a field carries. Parsers of arguments (transformers, TRL) hand a copy of it to argparse, which knows no
+    declarations."""
+
+    def copy(self) -> dict:
+        return {name: value for name, value in self.items() if name != "setting"}
+
+
 Acts = Literal["start", "guidance", "plan"]
 """When a setting first decides what a run computes: from the start, where it first guides, or as part of its plan."""
 
@@ -80,7 +89,7 @@ class Setting:
 
     def field(self) -> Any:
         """The setting as a field of a dataclass; a declaration may serve in several."""
-        return field(default=self.default, metadata={"setting": self, "help": self.help})
+        return field(default=self.default, metadata=_Metadata(setting=self, help=self.help))
 
 
 def declared_field(

@@ -6,7 +6,7 @@ of an unknown prompt is refused.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +45,22 @@ class Trajectory:
     text: str
     policy_logps: tuple[float, ...] | None = None
     temperature: float = 1.0
+
+
+def uid_of(row: Mapping[str, Any]) -> str:
+    """The text that names a row's prompt among guides.
+
+    Raises:
+        ValueError: The row has none, or a number, under which no guide would ever be found.
+    """
+    uid = row.get("uid")
+    if not isinstance(uid, str) or not uid:
+        has = f"uid {uid!r}" if "uid" in row else f"no uid, but {sorted(row)}"
+        raise ValueError(
+            f"A row has {has}; every row needs a non-empty string that names its prompt: npo_core.with_uids(dataset) "
+            "writes numbers as text, or counts the rows."
+        )
+    return uid
 
 
 class GuidanceRefused(ValueError):

@@ -1,6 +1,7 @@
 """What a verifier is and says: a verdict on a response, and the reward that TRL is given for it."""
 
 import enum
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,30 @@ def is_correct(verdict: Verdict | bool) -> bool:
             f"the verifier returned {verdict!r}; a Verdict or a bool is needed: Verdict.CORRECT, Verdict.WRONG, True."
         )
     return bool(verdict.correct)
+
+
+def require_verifier(verifier: Any) -> None:
+    """Refuse what cannot be called as a verifier.
+
+    Raises:
+        TypeError: It is a class, a coroutine, or takes other arguments, such as a reward function.
+    """
+    fault = ""
+    if isinstance(verifier, type):
+        fault = f"the class {verifier.__name__}: give an instance, {verifier.__name__}()"
+    elif not callable(verifier):
+        fault = f"a {type(verifier).__name__}"
+    elif inspect.iscoroutinefunction(verifier) or inspect.iscoroutinefunction(type(verifier).__call__):
+        fault = "a coroutine, which nobody awaits here: give a plain function"
+    else:
+        try:
+            inspect.signature(verifier).bind("text", {})
+        except TypeError as error:
+            fault = f"{verifier!r}, which does not take these two: {error}"
+        except ValueError:  # a function of C that does not say what it takes
+            pass
+    if fault:
+        raise TypeError(f"verifier is called as verifier(response text, row) -> Verdict or bool; it is {fault}.")
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

@@ -102,11 +102,17 @@ def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
     """Refuse a source, or settings, with which the trainer could not guide.
 
     Raises:
+        TypeError: It is no source of guides.
         ValueError: No longest response; no verifier; `rollout_func`, tools or environments; a group that would be split
             over two batches or processes; rows that NPO cannot use; a cache of another tokenizer, with longer
             responses, or scored at another temperature where the ratio needs its q. The message says all of it, and
             what to change.
     """
+    if not isinstance(source, GuidanceSource):
+        raise TypeError(
+            f"guidance is a {type(source).__name__}; guides come from anything with guide(uid, policy_step), such as "
+            "GuidanceCache.load(path), or trainer.new_cache() that is filled."
+        )
     _require_longest(trainer)
     rows, uids = _rows(trainer)
     inner = source.source if isinstance(source, GuidanceWindow) else source

@@ -1,14 +1,15 @@
 """What a data set must hold to be trained on, and the explicit order in which its prompts come."""
 
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, List
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.features.features import require_decoding
 
 from ..guidance.answers import normalise_answer
@@ -22,6 +23,8 @@ REQUIRED_COLUMNS = ("uid", "prompt", "answer")
 
 CHECKED_AT_ONCE = 1024
 """Rows in memory at a time when a data set is checked."""
+
+DatasetOrStream = TypeVar("DatasetOrStream", Dataset, IterableDataset)
 
 REMEMBERED = 8
 """Data sets of which is remembered what was found: each trainer of a run asks again."""
@@ -219,16 +222,32 @@ def missing_columns(names: Sequence[str] | None, answer: bool = True) -> list[st
     ]
 
 
-def with_uids(dataset: Dataset, name: str = "row") -> Dataset:
+def with_uids(dataset: DatasetOrStream, name: str = "row") -> DatasetOrStream:
     """The same rows with a text under `uid` that names each one: what stands there already, or its place (ours).
 
     Args:
-        dataset: Rows; a `uid` that is there, such as a number, is written as text.
+        dataset: Rows, or a stream of them; a `uid` that is there, such as a number, is written as text.
         name: What the place is added to, `name/0`, `name/1`, …, so that two data sets have different uids.
+
+    Raises:
+        TypeError: A dictionary of splits, or anything else that is no data set.
     """
+
+    def text(uid: Any, place: int) -> str:
+        if isinstance(uid, float) and math.isfinite(uid) and uid.is_integer():
+            uid = int(uid)  # a column of numbers in which one is missing is read as floats
+        missing = uid is None or uid == "" or (isinstance(uid, float) and math.isnan(uid))
+        return f"{name}/{place}" if missing else str(uid)
+
+    if isinstance(dataset, IterableDataset):
+        features = dataset.features and Features({**dataset.features, "uid": Value("string")})
+        named = dataset.map(lambda row, place: {"uid": text(row.get("uid"), place)}, with_indices=True)
+        return named if features is None else named.cast(features)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"with_uids takes a Dataset or an IterableDataset, one split; got a {type(dataset).__name__}.")
     known = "uid" in dataset.column_names
-    uids = [str(uid) for uid in dataset.with_format(None)["uid"][:]] if known else []
-    uids = uids or [f"{name}/{place}" for place in range(len(dataset))]
+    given = dataset.with_format(None)["uid"][:] if known else [None] * len(dataset)
+    uids = [text(uid, place) for place, uid in enumerate(given)]
     return (dataset.remove_columns("uid") if known else dataset).add_column("uid", uids)
 
 

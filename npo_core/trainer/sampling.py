@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..guidance.fingerprints import tokenizer_of
-from ..guidance.trajectories import Trajectory
+from ..guidance.trajectories import Trajectory, uid_of
 from ..guidance.verdicts import Verifier, is_correct
 from ..processes import process_count, process_number, shared
 from ..streams import PROCESS
@@ -112,6 +112,9 @@ def sample_rollouts(
 
     Returns:
         A list per row, of k trajectories in the order they were sampled.
+
+    Raises:
+        ValueError: k below 1; a row without a text under uid.
     """
     if k < 1:
         raise ValueError(f"k is {k}; sample at least one response per row.")
@@ -132,6 +135,8 @@ def sample_rollouts(
             prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
             for start in range(0, len(rows), prompts):
                 part = [rows[place] for place in range(start, min(start + prompts, len(rows)))]
+                for row in part:
+                    uid_of(row)
                 repeated = [row for row in part for _ in range(k)]
                 if generate is None:
                     assert settings is not None

@@ -32,8 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage] (TRL loads its names late)
 
 from ..guidance.sources import GuidanceSource, ManyGuides, ReplaySource
-from ..guidance.trajectories import GuidanceCache, Trajectory
-from ..guidance.verdicts import Verifier, completion_text, is_correct
+from ..guidance.trajectories import GuidanceCache, Trajectory, uid_of
+from ..guidance.verdicts import Verifier, completion_text, is_correct, require_verifier
 from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
@@ -61,7 +61,7 @@ class NPOTrainer(GRPOTrainer):
             `BoxedVerifier`.
 
     Raises:
-        TypeError: `args` of another kind.
+        TypeError: `args` of another kind; a verifier that cannot be called so; guidance that has no guides.
         ValueError: What `admission.check_source` refuses; remove_unused_columns with a verifier; appended places with a
             `rollout_func`, tools or environments.
         GuidanceRefused: While training: a source gives what is no guide for the prompt, or all its guides are wrong.
@@ -92,6 +92,8 @@ class NPOTrainer(GRPOTrainer):
         rollout_sink: Callable[[int, list[dict[str, Any]]], None] | None = None,
         **kwargs: Any,
     ):
+        if verifier is not None:
+            require_verifier(verifier)
         super().__init__(model, reward_funcs, own_arguments(args, model), *further, **kwargs)
         keep_pictures_out(self)
         self.verifier = verifier
@@ -166,7 +168,7 @@ class NPOTrainer(GRPOTrainer):
         n, batch, template = self.num_generations, self.args.per_device_train_batch_size, self.chat_template_kwargs
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
         entropies = partial(completion_entropies, model, processor, batch=batch, chat_template_kwargs=template)
-        chosen = self.guidance.replay([row["uid"] for row in inputs[::n]], self.state.global_step, entropies)
+        chosen = self.guidance.replay([uid_of(row) for row in inputs[::n]], self.state.global_step, entropies)
         rows = list(inputs)
         for group, row in chosen.items():
             rows[group * n : (group + 1) * n] = [dict(row) for _ in range(n)]
@@ -199,7 +201,7 @@ class NPOTrainer(GRPOTrainer):
     def _choose_guides(self, completion_ids: list[list[int]]) -> None:
         """Guides by row for the groups of this process: gated, and with a guide in the source."""
         step, n, count = self._rollouts, self.num_generations, self.args.guides_per_group
-        guides = [self._guides_for(step.rows[row]["uid"], count) for row in range(0, len(step.rows), n)]
+        guides = [self._guides_for(uid_of(step.rows[row]), count) for row in range(0, len(step.rows), n)]
         offered = torch.tensor([len(found) for found in guides])
         asked = offered > 0
         if not asked.any():

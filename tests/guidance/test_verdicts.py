@@ -1,10 +1,11 @@
 """What a verifier says, and the reward that TRL gets for it."""
 
 import re
+from functools import partial
 
 import pytest
 
-from npo_core.guidance.verdicts import Verdict, completion_text, is_correct, verifier_reward
+from npo_core.guidance.verdicts import Verdict, completion_text, is_correct, require_verifier, verifier_reward
 from npo_core.guidance.verifiers import BoxedVerifier
 
 
@@ -17,6 +18,35 @@ def test_reward_in_both_of_trls_forms():
         rewards = reward(completions=completions, answer=["3", "3", "3"], prompts=["p"] * 3, trainer_state=object())
         assert rewards == [1.0, 0.0, 0.0]
         assert all(type(value) is float for value in rewards)
+
+
+class Awaited:
+    async def __call__(self, text, row): ...
+
+
+async def awaited(text, row): ...
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (BoxedVerifier, r"it is the class BoxedVerifier: give an instance, BoxedVerifier\(\)"),
+        (verifier_reward(BoxedVerifier()), "does not take these two: too many positional arguments"),
+        (lambda text: True, "does not take these two"),
+        (awaited, "a coroutine, which nobody awaits here"),
+        (Awaited(), "a coroutine"),
+        ("boxed", "it is a str"),
+    ],
+    ids=["class", "reward", "one argument", "coroutine", "awaited call", "name"],
+)
+def test_what_cannot_be_called_as_a_verifier_is_refused(given, complaint):
+    with pytest.raises(TypeError, match=complaint):
+        require_verifier(given)
+
+
+def test_whatever_takes_a_text_and_a_row_is_a_verifier():
+    for given in (BoxedVerifier(), BoxedVerifier().__call__, lambda text, row, strict=False: True, partial(print, "a")):
+        require_verifier(given)
 
 
 def test_reward_passes_each_row_its_own_columns_and_nothing_else():

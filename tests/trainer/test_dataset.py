@@ -1,10 +1,12 @@
 """Data sets that can be trained on, and the order of their prompts."""
 
 import io
+import itertools
+import math
 
 import numpy as np
 import pytest
-from datasets import Dataset, List, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from datasets import Image as Pictured
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,3 +167,41 @@ def test_uids_are_made_where_there_are_none_and_numbers_are_written_as_text():
     with pytest.raises(ValueError, match=r"npo_core.with_uids\(dataset\) makes the first"):
         require_columns(Dataset.from_list(rows))
     assert require_columns(made) == {"mine/0", "mine/1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        (["a", None, ""], ["a", "row/1", "row/2"]),
+        ([7, None, 9], ["7", "row/1", "9"]),
+        ([7.0, math.nan, 0.5], ["7", "row/1", "0.5"]),  # a column of a table in which one number is missing
+    ],
+    ids=["texts", "numbers", "floats"],
+)
+def test_a_uid_that_is_missing_among_others_is_the_rows_place(given, made):
+    rows = Dataset.from_dict({"uid": given, "prompt": ["p", "q", "r"]})
+    assert with_uids(rows)["uid"][:] == made
+
+
+def test_a_stream_gets_its_uids_as_it_is_read():
+    read = []
+
+    def rows():
+        for place in itertools.count():
+            read.append(place)
+            yield {"prompt": f"p{place}", "uid": 10 * place}
+
+    known = Features({"prompt": Value("string"), "uid": Value("int64")})
+    for features in (None, known):
+        stream = with_uids(IterableDataset.from_generator(rows, features=features))
+        assert not read
+        assert [row["uid"] for row in itertools.islice(stream, 3)] == ["0", "10", "20"]
+        read.clear()
+    assert stream.features == Features({"prompt": Value("string"), "uid": Value("string")})
+    nameless = IterableDataset.from_generator(lambda: iter([{"prompt": "p"}, {"prompt": "q"}]))
+    assert [row["uid"] for row in with_uids(nameless, "mine")] == ["mine/0", "mine/1"]
+
+
+def test_a_dictionary_of_splits_gets_no_uids():
+    with pytest.raises(TypeError, match="one split; got a DatasetDict"):
+        with_uids(DatasetDict(train=Dataset.from_dict({"prompt": ["p"]})))

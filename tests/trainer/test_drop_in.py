@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import IterableDataset
 from foreign import TURNS, byte_tokenizer, tiny_model
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import HfArgumentParser, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.chat_template_utils import qwen3_template
 from worlds import WIDTH, Guides, TinyWorld, responses, trainer_of, world
 
@@ -24,6 +24,9 @@ QUIET = {
     "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
 }  # fmt: skip
 OWN = {"tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "placement", "guides_per_group"}
+
+
+TURN = [{"role": "user", "content": "0 1"}]
 
 
 def reward(completions, **_) -> list[float]:
@@ -87,6 +90,35 @@ def test_the_card_cites_the_paper_of_npo_and_that_of_grpo(tmp_path):
     assert "DeepSeekMath" in card.split("## Citations")[1] and "2402.03300" not in card.split("## Citations")[0]
 
 
+@pytest.mark.parametrize("parse", [HfArgumentParser.parse_args_into_dataclasses, TrlParser.parse_args_and_config])
+def test_the_parsers_of_scripts_read_npos_arguments(tmp_path, parse):
+    """As TRL's own scripts do it: `parser = TrlParser((ScriptArguments, NPOConfig))`."""
+    parser = (HfArgumentParser if parse is HfArgumentParser.parse_args_into_dataclasses else TrlParser)((NPOConfig,))
+    line = f"--output_dir {tmp_path} --use_cpu --bf16 False --tau_gate 0.25 --ratio_mode truncated --guides_per_group 2"
+    (args,) = parse(parser, line.split())
+    assert (type(args), args.tau_gate, args.ratio_mode, args.guides_per_group) == (NPOConfig, 0.25, "truncated", 2)
+    assert "A group is gated when its on-policy pass rate" in " ".join(parser.format_help().split())
+    with pytest.raises(SystemExit):
+        parse(parser, [*line.split(), "--placement", "prepend"])
+
+
+def test_npos_arguments_are_read_from_a_file_of_settings(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\ntau_gate: 0.25\nplacement: append\n")
+    (args,) = TrlParser((NPOConfig,)).parse_args_and_config(["--config", str(path)])
+    assert (args.tau_gate, args.placement) == (0.25, "append")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "named"),
+    [({"a": 1}, "a dict"), ("guides.parquet", r"a str; .* GuidanceCache\.load\(path\)"), ([], "a list")],
+    ids=["dict", "path", "list"],
+)
+def test_what_has_no_guides_is_refused_when_it_is_given(tmp_path, guidance, named):
+    with pytest.raises(TypeError, match=f"guidance is {named}"):
+        trainer_of(world("text"), tmp_path, guidance=guidance)
+
+
 # Streams
 
 
@@ -112,6 +144,28 @@ def test_a_stream_is_not_read_ahead_of_training(tmp_path):
     nameless = stream.remove_columns("uid")
     with pytest.raises(ValueError, match=r"but not \['uid'\]"):
         trainer_of(tiny, tmp_path, dataset=nameless, guidance=cache)
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        (
+            [{"uid": 7, "prompt": TURN, "answer": "1"}],
+            r"A row has uid 7; .* npo_core.with_uids\(dataset\) writes numbers as text",
+        ),
+        ([{"prompt": TURN, "answer": "1"}], r"A row has no uid, but \['answer', 'prompt'\]"),
+    ],
+    ids=["a number", "none"],
+)
+def test_a_stream_whose_uids_name_no_guide_is_refused_at_its_first_batch(tmp_path, rows, complaint):
+    """Its columns may be unknown until it is read; a guide under "7" would never be found under 7."""
+    tiny = world("text")
+    stream = IterableDataset.from_generator(lambda: itertools.cycle(rows))
+    trainer = trainer_of(tiny, tmp_path, dataset=stream, prompts=1, guidance=Guides())
+    with pytest.raises(ValueError, match=complaint):
+        trainer.train()
+    with pytest.raises(ValueError, match=complaint):
+        sample_rollouts(tiny.build(), tiny.processor, rows, 1, BoxedVerifier(), seed=0, max_new_tokens=2)
 
 
 # Ways past the replacement

@@ -74,6 +74,7 @@ class Filled:
     Attributes:
         candidates: Off-line rollouts.
         wrong: Those that the verifier found wrong.
+        cut: Of these, those without an end of sequence: cut off at the longest response.
         refused: Those that were right and cannot guide.
         example: Why the first of these cannot.
     """
@@ -82,14 +83,16 @@ class Filled:
     wrong: int = 0
     refused: int = 0
     example: str = ""
+    cut: int = 0
 
     def __add__(self, other: "Filled") -> "Filled":
         counts = (self.candidates + other.candidates, self.wrong + other.wrong, self.refused + other.refused)
-        return Filled(*counts, self.example or other.example)
+        return Filled(*counts, self.example or other.example, self.cut + other.cut)
 
     def __str__(self) -> str:
         first = f" (the first: {self.example})" if self.refused else ""
-        return f"of {self.candidates} responses {self.wrong} were wrong, {self.refused} right but no guides{first}"
+        cut = f" ({self.cut} of these were cut off)" if self.cut else ""
+        return f"of {self.candidates} responses {self.wrong} were wrong{cut}, {self.refused} right but no guides{first}"
 
 
 class GuidanceCache:
@@ -193,6 +196,8 @@ class GuidanceCache:
             self.filled.candidates += 1
             if not trajectory.correct:
                 self.filled.wrong += 1
+                ended = bool(trajectory.token_ids) and trajectory.token_ids[-1] in self.eos_token_ids
+                self.filled.cut += not ended
                 continue
             try:
                 self.check(trajectory)

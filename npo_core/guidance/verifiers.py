@@ -57,20 +57,36 @@ def verify(completion_text: str, answer: str) -> Verdict:
 
     Raises:
         TypeError: the reference is not a string.
-        ValueError: the reference is empty, or nothing is left of it after normalisation.
+        ValueError: no response could be right against the reference, see `reference_fault`.
     """
     if not isinstance(answer, str):
         raise TypeError(
             f"the reference answer is a string; got {type(answer).__name__}. Write str(answer) in the dataset."
         )
+    if fault := reference_fault(answer):
+        raise ValueError(f"the reference answer {answer[-80:]!r} {fault}. Repair the dataset row.")
     return _verdict(completion_text, answer)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def reference_fault(answer: str) -> str:
+    r"""Why no response could be right against a reference, as a clause; empty if one could (ours).
+
+    It is empty after normalisation; or it is a whole solution, whose answer stands in `\boxed{}` or, as GSM8K's,
+    behind `####`.
+    """
+    if not normalise_answer(answer):
+        return "is empty after normalisation"
+    if "\\boxed" in answer:
+        return "holds a box; write its content alone"
+    if "####" in answer:
+        return "holds ####, as GSM8K's solutions do; write what stands behind it alone"
+    return ""
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _verdict(completion_text: str, answer: str) -> Verdict:
     reference = normalise_answer(answer)
-    if not reference:
-        raise ValueError(f"the reference answer {answer!r} is empty after normalisation. Repair the dataset row.")
     boxed = extract_answer(completion_text)
     given = None if boxed is None else normalise_answer(boxed)
     if not given:

@@ -14,6 +14,7 @@ from datasets.features.features import require_decoding
 
 from ..guidance.answers import normalise_answer
 from ..guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
+from ..guidance.verifiers import reference_fault
 from ..streams import DATA_ORDER
 from .pictures import inspect_picture, tokens_of_size
 from .prompts import PromptCheck, Room
@@ -101,8 +102,8 @@ def row_complaints(
     """What keeps NPO from using a data set, a clause for each rule with its first row, and the uids.
 
     A column that is missing; a uid that is no text, or that names two different rows; an answer or a prompt that is
-    empty; a picture that is missing, cannot be decoded, or has a shape that the processor takes none of; a prompt that
-    the chat template refuses, or that leaves no room for a response.
+    empty, or a whole solution in the place of an answer; a picture that is missing, cannot be decoded, or has a shape
+    that the processor takes none of; a prompt that the chat template refuses, or that leaves no room for a response.
 
     Arguments are those of `require_columns`. A data set that was looked through is not looked through again.
     """
@@ -146,6 +147,8 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | N
                 f"Row {index} (uid {uid!r}) has answer {wanted!r}; every row needs a non-empty string. (A verifier of "
                 "your own may read any column.)",
             )
+        elif answer and (fault := reference_fault(wanted)):
+            complain("solution", f"Row {index} (uid {uid!r}) has an answer, {wanted[-80:]!r}, that {fault}")
         if not prompt:
             complain("prompt", f"Row {index} (uid {uid!r}) has no prompt")
         elif prompts is not None and uid not in seen:

@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory, uid_of
-from ..guidance.verdicts import Verifier, is_correct
+from ..guidance.verdicts import AnswerVerifier, Verifier, is_correct
 from ..processes import process_count, process_number, shared
 from ..streams import PROCESS
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
@@ -114,10 +115,11 @@ def sample_rollouts(
         A list per row, of k trajectories in the order they were sampled.
 
     Raises:
-        ValueError: k below 1; a row without a text under uid.
+        ValueError: k below 1; rows of a `Dataset` that could not be trained on, see `dataset.row_complaints`.
     """
     if k < 1:
         raise ValueError(f"k is {k}; sample at least one response per row.")
+    _require_rows(rows, verifier)
     tokenizer = tokenizer_of(processor)
     ends = end_tokens(model, processor)
     drawn = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs or {})
@@ -135,8 +137,6 @@ def sample_rollouts(
             prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
             for start in range(0, len(rows), prompts):
                 part = [rows[place] for place in range(start, min(start + prompts, len(rows)))]
-                for row in part:
-                    uid_of(row)
                 repeated = [row for row in part for _ in range(k)]
                 if generate is None:
                     assert settings is not None
@@ -180,6 +180,17 @@ def sample_rollouts(
     finally:
         model.train(was_training)
     return out
+
+
+def _require_rows(rows: Sequence[Mapping[str, Any]], verifier: Verifier) -> None:
+    """Refuse rows before anything is sampled; those of a data set are known without their pictures being decoded."""
+    if isinstance(rows, Dataset):
+        from .dataset import require_columns  # for a data set alone, as the rules for answers that it reads by
+
+        require_columns(rows, isinstance(verifier, AnswerVerifier))
+    elif isinstance(rows, list):
+        for row in rows:
+            uid_of(row)
 
 
 def _drawn(

@@ -29,6 +29,9 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 INLINE = re.compile(r"data:image/[\w.+-]+;base64,")
 """A picture that is written into a text field."""
 
+SOLUTION_END = "####"
+"""Behind it stands the answer of a solution in GSM8K, and in data sets that are made like it."""
+
 SHORT_FLOATS = {"float16": np.float16, "float32": np.float32}
 
 
@@ -39,7 +42,7 @@ class BrokenRule(ValueError):
 def reference_answer(value: Any) -> str:
     r"""Answer as the verifier compares it: text without white space at its ends; `\boxed{x}` becomes x, 3.0 becomes 3.
 
-    A list of one answer is that answer.
+    A list of one answer is that answer; of a solution as GSM8K has it, the answer stands behind the last `####`.
 
     Raises:
         BrokenRule: There is none, it is neither text nor a number, or it holds a box among other words.
@@ -53,6 +56,7 @@ def reference_answer(value: Any) -> str:
     if not isinstance(value, str | int | float | Decimal):
         raise BrokenRule(f"answer of another kind: a {type(value).__name__}")
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    text = text.rpartition(SOLUTION_END)[2].strip()
     if "\\boxed" in text:
         inner = extract_answer(text) or ""
         if "".join(text.strip("$. ").split()) != "\\boxed{" + "".join(inner.split()) + "}":

@@ -121,13 +121,17 @@ def test_why_prompts_are_without_a_guide_is_said(tmp_path):
     )
     assert filled.fill([of("c", 2, -1.0)]) == 0
     assert str(filled.filled) == "of 1 responses 0 were wrong, 0 right but no guides", "of the last filling alone"
+    long = replace(of("a", 2, -1.0, correct=False), token_ids=(5, 6))
+    filled.fill([long, long, replace(long, token_ids=()), wrong])
+    assert str(filled.filled).startswith("of 4 responses 4 were wrong (3 of these were cut off), 0 right")
+    filled.fill([of("c", 2, -1.0)])
     filled.save(tmp_path / "not" / "there" / "guides.parquet")
     assert len(GuidanceCache.load(tmp_path / "not" / "there" / "guides.parquet")) == 1
 
 
 def test_what_became_of_candidates_adds_up_over_turns():
-    first, second = Filled(4, 3, 1, "one"), Filled(8, 2, 5, "two")
-    assert first + second == Filled(12, 5, 6, "one") and Filled() + second == second
+    first, second = Filled(4, 3, 1, "one", 2), Filled(8, 2, 5, "two", 1)
+    assert first + second == Filled(12, 5, 6, "one", 3) and Filled() + second == second
 
 
 def test_the_closest_needs_log_probs_of_the_policy_to_be_guided():

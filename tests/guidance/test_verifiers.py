@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from npo_core.guidance.answers import normalise_answer
 from npo_core.guidance.verdicts import Verdict
-from npo_core.guidance.verifiers import BoxedVerifier, extract_answer, verify
+from npo_core.guidance.verifiers import BoxedVerifier, extract_answer, reference_fault, verify
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "verification.md"
 
@@ -169,6 +169,20 @@ def test_empty_reference_is_refused(answer):
         verify(r"\boxed{3}", answer)
 
 
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (r"\boxed{3}", "holds a box; write its content alone"),
+        (r"So it is $\boxed{3}$.", "holds a box"),
+        ("1 + 2 = <<1+2=3>>3\n#### 3", "holds ####, as GSM8K's solutions do"),
+    ],
+)
+def test_a_solution_in_the_place_of_a_reference_is_refused(answer, fault):
+    """Every response would be wrong, the right ones too."""
+    with pytest.raises(ValueError, match=fault):
+        verify(r"\boxed{3}", answer)
+
+
 @pytest.mark.parametrize("answer", [3, None, ["3"]])
 def test_reference_that_is_no_text_is_refused(answer):
     with pytest.raises(TypeError, match="is a string"):
@@ -209,7 +223,7 @@ def test_reference_that_is_no_text_is_refused(answer):
 def test_long_hostile_text_takes_no_time(text):
     start = time.process_time()  # a busy machine may take what time it likes
     assert verify(text, "3") is not Verdict.CORRECT
-    assert verify(r"\boxed{3}", text.removeprefix(r"\boxed{")) is not Verdict.CORRECT
+    assert verify(r"\boxed{3}", "7" + text.replace(r"\boxed", "")) is not Verdict.CORRECT
     assert time.process_time() - start < 5
 
 
@@ -260,7 +274,7 @@ def test_any_box_content_gets_a_verdict(text):
 
 @given(st.text(alphabet=st.characters(exclude_characters="{}\\")))
 def test_an_answer_matches_itself(text):
-    if normalise_answer(text):
+    if not reference_fault(text):
         assert verify(rf"\boxed{{{text}}}", text) is Verdict.CORRECT
 
 

@@ -183,6 +183,14 @@ def test_a_uid_that_is_missing_among_others_is_the_rows_place(given, made):
     assert with_uids(rows)["uid"][:] == made
 
 
+def test_solutions_in_the_place_of_answers_are_refused_where_the_verifier_reads_them():
+    rows = [{"uid": str(n), "prompt": "p", "answer": text} for n, text in enumerate(["3", "so\n#### 4", r"\boxed{5}"])]
+    made = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=r"Row 1 \(uid '1'\) has an answer, .* that holds ####.* \(and 1 more\)"):
+        require_columns(made)
+    assert require_columns(made, answer=False) == {"0", "1", "2"}
+
+
 def test_a_stream_gets_its_uids_as_it_is_read():
     read = []
 

@@ -5,6 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from datasets import Dataset
+from worlds import world
 
 import npo_core.control.offline
 from npo_core.control.controller import Controller
@@ -222,6 +224,29 @@ def test_a_list_of_pictures_stands_where_one_does(processor, rows):
     for empty in ({"image": None}, {"images": []}, {"images": None}):
         without = encode_prompts(processor, [{**plain, **empty}])["input_ids"]
         assert torch.equal(without, encode_prompts(processor, [plain])["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"uid": ""}, "Row 2 has uid ''"),
+        ({"answer": "so\n#### 4"}, "Row 2 .* holds ####"),
+        ({"prompt": []}, "Row 2 .* has no prompt"),
+    ],
+    ids=["uid", "answer", "prompt"],
+)
+def test_rows_that_could_not_be_trained_on_are_refused_before_anything_is_sampled(changes, complaint):
+    """One bad row at the end would throw away what was sampled for all others."""
+    tiny = world("text")
+    rows = [{name: row[name] for name in ("uid", "prompt", "answer")} for row in tiny.dataset.select(range(3))]
+    rows[2] |= changes
+    sampled = []
+    with pytest.raises(ValueError, match=complaint):
+        sample_rollouts(
+            tiny.build(), tiny.processor, Dataset.from_list(rows), 1, BoxedVerifier(), seed=0, max_new_tokens=2,
+            batch=1, advance=sampled.append,
+        )  # fmt: skip
+    assert not sampled
 
 
 def test_there_are_k_per_row_in_the_order_of_the_rows(rows, groups):

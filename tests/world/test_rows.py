@@ -25,6 +25,8 @@ from npo_core.world.rows import BrokenRule, plain_messages, reference_answer, wi
         (r"\boxed{C}", "C"),
         (r" $\boxed{ \frac{1}{2} }$. ", r"\frac{1}{2}"),
         (r"\boxed {x}", "x"),
+        ("She has 3 × 4 = <<3*4=12>>12 eggs.\n#### 12", "12"),  # GSM8K
+        ("4\n####  1,234 ", "1,234"),
     ],
 )
 def test_an_answer_is_what_stands_in_the_box(given, answer):
@@ -47,6 +49,7 @@ def test_an_answer_is_what_stands_in_the_box(given, answer):
         (r"so it is \boxed{C}", "answer among other words"),
         (r"\boxed{3} and \boxed{4}", "answer among other words"),
         (r"\boxed{3", "answer among other words"),
+        ("She has 12 eggs.\n####", "no answer"),
     ],
 )
 def test_an_answer_that_no_response_could_match_is_refused(given, rule):

@@ -35,6 +35,7 @@ from ..files import write_json
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..method.groups import group_advantages
+from ..processes import own_device
 from ..runs.checkpoints import checkpoint_folder, mark_complete
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
@@ -44,6 +45,7 @@ from ..trainer.sampling import completion_logps
 from ..world.policies import keep_freed_memory, load_policy, load_weights, quiet_transformers
 from ..world.tasks import make_dataset, parse_uid, write_response
 from . import run as stages
+from .clocks import wall_clock, work_clock
 
 TURNS, STEPS = 5, 4
 """Turns that each contestant takes, and optimiser steps in a turn (the first of a turn is not counted)."""
@@ -52,7 +54,7 @@ MEMORY_STEPS = 8
 """Optimiser steps of the run whose memory is measured."""
 
 
-class _StepClock(TrainerCallback):
+class StepClock(TrainerCallback):
     """Seconds of each optimiser step, rollouts included, on the given clock."""
 
     def __init__(self, clock: Callable[[], float]):
@@ -77,7 +79,7 @@ def main() -> int:
     keep_freed_memory()
     from .bench_real import real_rows  # it times its steps as they are timed here
 
-    rows = [*_step_ratios(config, world), *_checkpoint_ratios(config, world), _run_memory(), *real_rows()]
+    rows = [*_step_ratios(config, world), *checkpoint_ratios(config, world), _run_memory(), *real_rows()]
     print(f"{'':<62}{'value':>9}  {'unit':<7}{'limit':>7}")
     for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']:.2f}"
@@ -215,8 +217,8 @@ def _step_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]
 
 
 def timed(trainer: GRPOTrainer) -> list[float]:
-    """CPU seconds of each optimiser step but the first."""
-    clock = _StepClock(time.process_time)
+    """Seconds of each optimiser step but the first, of the device's work (`work_clock`)."""
+    clock = StepClock(work_clock(trainer.accelerator.device))
     trainer.args.save_strategy = "no"
     trainer.args.max_steps = STEPS
     trainer.add_callback(clock)
@@ -292,11 +294,12 @@ def _exact_guides(world: stages.World) -> GuidanceCache:
     return cache
 
 
-def _checkpoint_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]:
+def checkpoint_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]:
     """Time to write and to restore a checkpoint, in training steps of the same trainer."""
     writes, restores = [], []
     with tempfile.TemporaryDirectory() as folder:
-        clock = _StepClock(time.perf_counter)  # a checkpoint waits for the disk
+        now = wall_clock(own_device())  # a checkpoint waits for the disk
+        clock = StepClock(now)
         trainer = stages.TrainerMaker(config, world)(Path(folder), None, [clock])
         trainer.args.save_strategy = "no"
         trainer.args.max_steps = STEPS
@@ -305,16 +308,16 @@ def _checkpoint_ratios(config: RunConfig, world: stages.World) -> list[dict[str,
         target = checkpoint_folder(Path(folder), trainer.state.global_step)
         for _ in range(TURNS):
             shutil.rmtree(target, ignore_errors=True)
-            begin = time.perf_counter()
+            begin = now()
             with quiet_transformers():
                 trainer._save_checkpoint(trainer.model, trial=None)
             mark_complete(target)
-            writes.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
+            writes.append(now() - begin)
+            begin = now()
             load_weights(trainer.accelerator.unwrap_model(trainer.model), target)
             trainer._load_optimizer_and_scheduler(str(target))
             trainer._load_rng_state(str(target))
-            restores.append(time.perf_counter() - begin)
+            restores.append(now() - begin)
         size = sum(entry.stat().st_size for entry in target.iterdir()) / 2**20
     return [
         {

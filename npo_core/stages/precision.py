@@ -5,7 +5,6 @@ does is its setting `mixed_precision`; this says what the other choice would cos
 """
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..files import write_json
 from ..runs.folder import runs_folder
 from ..world.policies import load_policy
 from ..world.smollm import smollm_folder
+from .clocks import work_clock
 
 FLAGS = ("amx_bf16", "avx512_bf16")
 """Instructions for products in bfloat16, as Linux names them."""
@@ -51,22 +51,26 @@ def precision_setting(lines: list[dict[str, Any]]) -> str:
     return "bf16" if faster(lines) == "bfloat16" else "no"
 
 
-def compare_precisions(folder: Path, threads: int = 1) -> list[dict[str, Any]]:
+def compare_precisions(
+    folder: Path, threads: int = 1, device: torch.device | str = "cpu", rows: int = ROWS
+) -> list[dict[str, Any]]:
     """Tokens per second in both precisions, one short trial each after one that is not counted.
 
     Args:
         folder: Policy.
         threads: CPU threads.
+        device: What computes.
+        rows: Sequences in a trial.
 
     Returns:
         A line per precision: `matrix products in`, `trained tokens/s` (forward and backward pass), `sampled tokens/s`,
         `in hardware` (whether the processor multiplies so itself; None where it does not tell).
     """
-    model = load_policy(folder, share=False)
+    model = load_policy(folder, share=False).to(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return [_trial(model, name) for name in ("float32", "bfloat16")]
+        return [_trial(model, name, rows) for name in ("float32", "bfloat16")]
     finally:
         torch.set_num_threads(before)
 
@@ -93,31 +97,36 @@ def _told(what: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
 
 
-def _trial(model: PreTrainedModel, name: str) -> dict[str, Any]:
+def _trial(model: PreTrainedModel, name: str, rows: int) -> dict[str, Any]:
+    device, now = model.device, work_clock(model.device)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (ROWS, PROMPT + RESPONSE), generator=generator)
-    settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, pad_token_id=0
-    )
+    ids = torch.randint(5, model.config.vocab_size, (rows, PROMPT + RESPONSE), generator=generator).to(device)
     half = name == "bfloat16"
 
-    def train(rows: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            logits = model(input_ids=ids[:rows], logits_to_keep=RESPONSE).logits
+    def train(count: int) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = model(input_ids=ids[:count], logits_to_keep=RESPONSE).logits
         logits.float().log_softmax(-1).mean().backward()
         model.zero_grad()
 
+    def sample(tokens: int) -> None:
+        settings = GenerationConfig(
+            do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+        )
+        with torch.random.fork_rng(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            model.generate(ids[:, :PROMPT], attention_mask=torch.ones_like(ids[:, :PROMPT]), generation_config=settings)
+
     train(2)  # kernels are chosen and weights are paged in
-    begin = time.process_time()
-    train(ROWS)
-    trained = ROWS * (PROMPT + RESPONSE) / (time.process_time() - begin)
-    with torch.random.fork_rng(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        begin = time.process_time()
-        model.generate(ids[:, :PROMPT], attention_mask=torch.ones(ROWS, PROMPT).long(), generation_config=settings)
-        sampled = ROWS * RESPONSE / (time.process_time() - begin)
+    begin = now()
+    train(rows)
+    trained = rows * (PROMPT + RESPONSE) / (now() - begin)
+    sample(1)
+    begin = now()
+    sample(RESPONSE)
+    sampled = rows * RESPONSE / (now() - begin)
     return {
         "matrix products in": name,
         "trained tokens/s": round(trained),
         "sampled tokens/s": round(sampled),
-        "in hardware": bfloat16_in_hardware() if half else True,
+        "in hardware": bfloat16_in_hardware() if half and device.type == "cpu" else True,
     }

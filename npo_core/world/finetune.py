@@ -4,7 +4,7 @@ The published recipes for models of this size begin so, since the model as it co
 is asked for. Deviation from them (ours): training stops at the first check where the policy gives the right response
 with a chosen mean probability, `warmstart_pass_rate`, and not after a fixed number of steps. Much more of it would
 leave nothing to explore. The right response of this task is one text, so its probability needs no sampling. The folder
-is kept under a hash of all that decides its weights.
+is kept under a hash of all that decides its weights, but for the rounding of the processor or GPU that made them.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from datasets import Dataset
 
 from ..files import unfinished_name, write_json
 from ..lock import Lock, remove_unfinished
+from ..processes import own_device
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
@@ -112,7 +113,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
         ValueError: `warmstart_steps` do not get there.
     """
     processor = load_processor(pretrained)
-    model = load_policy(pretrained).train()
+    model = load_policy(pretrained).train().to(own_device())
     source = letters.read_source(config.data)
     batch = config.warmstart_batch
     problems = letters.sample_words("train", config.warmstart_steps * batch, config.policy_seed, source)
@@ -127,7 +128,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
             with precision(config):
                 logps = forced_logps(model, processor, list(rows), answers)
             lengths = torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
-            loss = -logps[torch.arange(logps.shape[1]) < lengths].mean()
+            loss = -logps[(torch.arange(logps.shape[1]) < lengths).to(logps.device)].mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -182,7 +183,7 @@ def right_tokens(processor, answers: Iterable[str]) -> list[Sequence[int]]:
 
 
 def precision(config: RunConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16")
+    return torch.autocast(own_device().type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
 
 @contextmanager

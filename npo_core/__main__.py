@@ -19,6 +19,7 @@ from .runs.config import (
 )
 from .runs.settings import SignalSettings
 from .stages.book import add_stage as add_book
+from .stages.gpu_check import add_stage as add_gpu_check
 from .study.gates_command import add_stage as add_gates
 from .study.map_command import add_stage as add_map
 from .study.options import add_options, add_run_options
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_real(stages)
     add_explore(stages)
     add_book(stages)
+    add_gpu_check(stages)
     _signal_parser(stages)
     _gain_parser(stages)
     whole = stages.add_parser("merge", help="Write a checkpoint with adapters as a policy of its own.")

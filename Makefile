@@ -30,7 +30,7 @@ PIP := PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off $(BIN)/python -m pip -qq --disable-pi
 THREADS := OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000
 CORE := $(THREADS) $(BIN)/python -m npo_core
 
-.PHONY: help setup autonpo npo signal real real-study study gates map claims figures bench plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
+.PHONY: help setup autonpo npo signal real real-study study gates map claims figures bench gpu-check plan base explore lab book docs test test-all test-browser test-range test-vllm lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -102,6 +102,9 @@ figures: setup ## Draw the committed figures from data/results/, in seconds
 bench: setup ## Measure speed, print a table, and write data/runs/bench.json
 	@mkdir -p $(RUNS)
 	$(CORE) bench $(ARGS)
+
+gpu-check: $(REAL_STAMP) ## Measure on a GPU, in minutes, what a CPU cannot show; where there is none, rehearse it at a small size
+	$(BIN)/python -m npo_core gpu-check $(ARGS)
 
 plan: setup ## Print what a preset would cost before it is run (PRESET)
 	$(CORE) plan --preset $(PRESET) $(ARGS)

@@ -26,6 +26,9 @@ from ..runs.folder import environment, runs_folder
 MINUTES = {"gpu": 8.0, "rehearsal": 30.0}
 """Time of the whole, unless another is given."""
 
+REVISION = "NPO_REVISION"
+"""Variable in which the script of the parcels says what they were made from; an installed copy does not know."""
+
 LEAST = 2.0
 """Seconds below which a part is not begun."""
 
@@ -150,6 +153,7 @@ def check(
     print(_announcement(small, seconds))
     records: list[dict[str, Any]] = []
     here = environment() | ({"device": "cpu"} if small else {})
+    here["git_revision"] = os.environ.get(REVISION, here["git_revision"])
     result = {"rehearsal": small, "environment": here, "gpu": None if small else _gpu(), "parts": records}
 
     def save() -> None:

@@ -40,8 +40,8 @@ PLATFORMS = (
 )
 """Wheels that a Linux machine with an NVIDIA card can use, newest first."""
 
-SUMS, SCRIPT = "SHA256SUMS", "run.sh"
-"""Files of the last parcel: sums of the whole wheels, and what is started there."""
+SUMS, SCRIPT, REVISION = "SHA256SUMS", "run.sh", "REVISION"
+"""Files of the last parcel: sums of the whole wheels, what is started there, and the revision of the code."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def pack(folder: Path, python: str, mib: int = PARCEL_MIB) -> list[Path]:
         for pinned in pins(root, PACKAGES):
             _download(pinned, python, wheels)
         model = smollm.fetch(Path(aside) / "model")
-        return write_parcels([*sorted(wheels.glob("*.whl")), model], folder, mib)
+        return write_parcels([*sorted(wheels.glob("*.whl")), model], folder, mib, revision(root))
 
 
 def pins(root: Path, names: Sequence[str]) -> list[str]:
@@ -115,6 +115,15 @@ def pins(root: Path, names: Sequence[str]) -> list[str]:
 def plain(name: str) -> str:
     """A package's name as an index has it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def revision(root: Path) -> str:
+    """Revision of a checkout, with "-dirty" behind it where files were changed; "unknown" without git."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(asked, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _build(root: Path, source: Path, wheels: Path) -> None:
@@ -165,13 +174,14 @@ def cut(files: Sequence[Path], most: int) -> list[list[Piece]]:
     return parcels
 
 
-def write_parcels(files: Sequence[Path], folder: Path, mib: int) -> list[Path]:
+def write_parcels(files: Sequence[Path], folder: Path, mib: int, made_from: str) -> list[Path]:
     """Write files as parcels, script and sums in the last; the folder appears when it is whole.
 
     Args:
         files: Wheels.
         folder: Where the parcels go.
         mib: Most that a parcel holds.
+        made_from: Revision of the code.
 
     Returns:
         Folders of the parcels, in order.
@@ -189,6 +199,7 @@ def write_parcels(files: Sequence[Path], folder: Path, mib: int) -> list[Path]:
                     (place / piece.name).write_bytes(stream.read(piece.stop - piece.start))
         sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
         (places[-1] / SUMS).write_text("".join(sums), encoding="utf-8")
+        (places[-1] / REVISION).write_text(f"{made_from}\n", encoding="utf-8")
         shutil.copy(Path(__file__).with_name("gpu_run.sh"), places[-1] / SCRIPT)
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished.rename(folder)

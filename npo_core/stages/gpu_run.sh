@@ -44,5 +44,6 @@ echo "Installing from the parcels:" $lacking
 # PYTHONSAFEPATH: not a checkout that this may be called from. PIP_*: where the check gets the model.
 export PYTHONPATH="$joined/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="$joined/wheels" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export NPO_RUNS="${NPO_RUNS:-$joined/runs}" GOMP_SPINCOUNT=10000 PYTHONUNBUFFERED=1
+NPO_REVISION=$(cat "$(dirname "$0")/REVISION")
+export NPO_REVISION NPO_RUNS="${NPO_RUNS:-$joined/runs}" GOMP_SPINCOUNT=10000 PYTHONUNBUFFERED=1
 exec "$python" -m npo_core gpu-check "$@"

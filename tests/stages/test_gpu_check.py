@@ -5,6 +5,7 @@ fetched; the tokenizer is trained on the task, as the right responses must fit i
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -195,9 +196,14 @@ def test_a_report_is_on_disk_at_once_and_in_strict_json(tmp_path):
     report.add("one", 1.5, "s")
     assert json.loads(report.path.read_text())["rows"] == [{"name": "one", "value": 1.5, "unit": "s"}]
     report.add("none", float("nan"), "s")
+    report.add("one", 2.5, "s")
     report.curve("line", [1, 2])
-    assert json.loads(report.path.read_text()) == {"rows": report.rows, "series": {"line": [1, 2]}}
-    assert report.rows[1]["value"] is None
+    found = json.loads(report.path.read_text())
+    values = [(row["name"], row["value"]) for row in found["rows"]]
+    assert values == [("one", 2.5), ("none", None)], "a number that is measured again takes its own place"
+    assert found["series"] == {"line": [1, 2]}
+    shown = table({"rehearsal": True, "seconds": 1.0, "parts": [{"part": "p", "state": DONE, "error": None, **found}]})
+    assert re.search(r"one +2.5  s", shown) and re.search(r"none +not finite  s", shown)
 
 
 # The parts themselves

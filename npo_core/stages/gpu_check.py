@@ -114,6 +114,8 @@ def _gpu_check(options: argparse.Namespace) -> int:
         raise ValueError(f"--minutes is {minutes:g}; the whole needs a time above 0.")
     out = runs_folder() / "gpu-check.json" if options.out is None else options.out
     parts = [part for part in PARTS if options.parts is None or part.name in options.parts]
+    # as of `timeout`: what runs on the GPU is ended before this process is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = check(parts, 60 * minutes, out, small)
     print(table(result))
     print(f"Result: {out}")

@@ -5,6 +5,7 @@ fetched; the tokenizer is trained on the task, as the right responses must fit i
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -97,6 +98,22 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started_and_keeps_its_rows(
     child = int((tmp_path / "child").read_text())
     # one that is dead stays in the table until its new parent looks
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_check_that_is_asked_to_end_ends_what_it_has_started(tmp_path):
+    """As by `timeout`, or by a batch system: the GPU is free afterwards, and the result says what ran."""
+    out, environment = tmp_path / "result.json", {**os.environ, "NPO_RUNS": str(tmp_path)}
+    command = [sys.executable, "-m", "npo_core", "gpu-check", "--rehearse", "--parts", "memory", "--out", str(out)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as whole:
+        end = time.monotonic() + 120
+        while not (children := psutil.Process(whole.pid).children()):
+            assert time.monotonic() < end and whole.poll() is None
+            time.sleep(0.1)
+        whole.terminate()
+    assert whole.returncode == 128 + 15
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert gone and not alive
+    assert states(json.loads(out.read_text())) == {"memory": RUNNING}
 
 
 def test_each_part_has_its_share_and_the_last_all_that_is_left(runs, tmp_path):

@@ -87,6 +87,9 @@ real-study: $(REAL_STAMP) ## Run the evidence on the real model, arms x seeds, a
 study: setup ## Run the evidence study, arms x seeds, and write data/results/ (hours; resumable)
 	$(BIN)/python -m npo_core study --preset $(PRESET) $(ARGS)
 
+signal-study: setup ## Measure the signal over seeds, and what it predicts, for data/results/signal.json (hours; resumable)
+	$(CORE) signal-study --preset $(PRESET) $(ARGS)
+
 gates: setup ## Run GRPO through the gates of the small world, and write data/results/gates.json (an hour; resumable)
 	$(BIN)/python -m npo_core gates --preset $(PRESET) $(ARGS)
 

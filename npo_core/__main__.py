@@ -24,6 +24,7 @@ from .study.gates_command import add_stage as add_gates
 from .study.map_command import add_stage as add_map
 from .study.options import add_options, add_run_options
 from .study.real_command import add_stage as add_real
+from .study.signal_command import add_stage as add_signal_study
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     add_gates(stages)
     add_real(stages)
+    add_signal_study(stages)
     add_explore(stages)
     add_book(stages)
     add_gpu_check(stages)

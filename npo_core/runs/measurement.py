@@ -172,7 +172,7 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
         summary["c"] = {
             kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS} for kl in Divergence
         }
-    return _plain(summary)
+    return plain(summary)
 
 
 def _constant(curves: Sequence[SignalCurve], cost: Cost, kl: Divergence) -> dict[str, Any]:
@@ -197,16 +197,16 @@ def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dic
                 continue
             low, high = curve.interval(of)
             row |= {name: curve.values(of)[0], f"{name}_low": low[0], f"{name}_high": high[0]}
-        rows.append(_plain(row))
+        rows.append(plain(row))
     return rows
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same with plain numbers, None for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value

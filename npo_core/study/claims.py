@@ -20,7 +20,7 @@ from .comparisons import SPEED_UP_COUNTS, speed_up, speed_up_bound
 from .families import AT_CLOCK, FAMILIES, Family, needed_arms
 from .findings import SCHEMA, results_folder
 from .results import Evidence
-from .signal_claims import interior_peak, shapes
+from .signal_claims import interior_peak, predicts, premise_holds, shapes
 from .verdicts import FEW, NOT_SHOWN, OTHER_WAY, REPRODUCED, STUDY, Claim, in_words, powers, summary, verdict
 
 SMALL_OVERHEAD = 0.1
@@ -39,7 +39,7 @@ def claims(evidence: Evidence, signal: Mapping[str, Any] | None = None) -> list[
     """
     if missing := lacking(evidence):
         raise ValueError(f"The results lack the arms {', '.join(missing)}; `python -m npo_core study` runs all.")
-    rows = [interior_peak(signal), shapes(signal)]
+    rows = [of_signal(signal) for of_signal in (premise_holds, interior_peak, shapes, predicts)]
     rows += [_family(evidence, family, clock) for family in FAMILIES for clock in family.clocks]
     return [*rows, *_early_speed_up(evidence), *_overhead(evidence)]
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..method.quantities import Cost, Quality, Signal
-from .verdicts import NOT, PARTLY, REPRODUCED, SIGNAL, UNMEASURED, Claim
+from .verdicts import FEW, NOT, PARTLY, REPRODUCED, SIGNAL, UNMEASURED, Claim
 
 MOST = 0.8
 """Share of seeds that must show a shape for it to count."""
 CLOSE_FIT = 0.2
 """Largest error of a fitted curve, as a share of its rise over the distances, that counts as that shape."""
+LEAST = 3
+"""Seeds below which a mean over seeds decides nothing."""
 GROWTH = math.log(2)
 """Least rise of ln V over the distances that counts as growth, nats."""
 
@@ -34,6 +36,18 @@ SHAPES = replace(
     name="shapes",
     claim="Q is concave and saturates, V grows exponentially",
     paper="V ≲ e^(βΔ), figures 2b and 2c",
+)
+PREDICTION = replace(
+    PEAK,
+    name="prediction",
+    claim="S(Δ) says which guide helps most",
+    paper="argued; no such comparison",
+)
+PREMISE = replace(
+    PEAK,
+    name="premise",
+    claim="a later policy solves more of what this one fails than another try does",
+    paper="Q(Δ) rises, figure 2b; no own resample beside it",
 )
 
 
@@ -95,6 +109,63 @@ def shapes(signal: Mapping[str, Any] | None) -> Claim:
         grounds="seeds whose fit of Q∞(1 − e^(−Δ/τ)) has τ within the distances, or whose fit of e^(βΔ) at least "
         f"doubles, with an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as "
         "measured",
+        numbers=rows,
+    )
+
+
+def predicts(signal: Mapping[str, Any] | None) -> Claim:
+    """S ranks the sources as their gains do: Spearman's ρ, mean over seeds with t interval, in every cell above 0."""
+    if signal is None:
+        return PREDICTION
+    rows = signal["prediction"]
+    of_s = [row for row in rows if row["predictor"] == "signal"]
+    sure = [row["low"] is not None and row["low"] > 0 for row in of_s]
+    words = [
+        f"from {row['origin']}, ratio {row['mode']}: {row['predictor']} {_rho(row)}"
+        for row in rows
+        if row["mean"] is not None
+    ]
+    word = REPRODUCED if of_s and all(sure) else PARTLY if any(sure) else NOT
+    return replace(
+        PREDICTION,
+        ours="; ".join(words) or "undefined",
+        verdict=FEW if len(signal["seeds"]) < LEAST else word,
+        grounds="Spearman's ρ of S with the gain of a guided window over the sources, a value a seed; the 95 % t "
+        "interval of the mean lies above 0, from every origin and in both ratio modes",
+        numbers=rows,
+    )
+
+
+def _rho(row: Mapping[str, Any]) -> str:
+    inside = "" if row["low"] is None else f" ({row['low']:+.2f} to {row['high']:+.2f})"
+    return f"{row['mean']:+.2f}{inside}"
+
+
+def premise_holds(signal: Mapping[str, Any] | None) -> Claim:
+    """A later policy solves more failed prompts than an own resample at some Δ: seeds whose interval excludes 0."""
+    if signal is None:
+        return PREMISE
+    seeds, rows = len(signal["seeds"]), []
+    for origin, entry in signal["origins"].items():
+        for at, distance in enumerate(one["distance"] for one in entry["premise"][0]):
+            of_seeds = [seed[at] for seed in entry["premise"]]
+            shown, own = (sum(one[name]["value"] for one in of_seeds) / seeds for name in ("shown", "own"))
+            held = sum(one["gain"]["low"] > 0 for one in of_seeds)
+            rows.append({"origin": origin, "distance": distance, "shown": shown, "own": own, "seeds": held})
+    enough = [
+        any(row["seeds"] >= MOST * seeds for row in rows if row["origin"] == origin) for origin in signal["origins"]
+    ]
+    return replace(
+        PREMISE,
+        ours=_by_origin(
+            rows,
+            lambda row: (
+                f"Δ = {row['distance']:g}: {row['shown']:.2f} against {row['own']:.2f}, {row['seeds']}/{seeds} seeds"
+            ),
+        ),
+        verdict=REPRODUCED if all(enough) else PARTLY if any(enough) else NOT,
+        grounds="share of the failed prompts that is solved in 8 rollouts, less the own resample's: seeds whose 95 % "
+        f"interval over prompts lies above 0 at some Δ; {MOST:.0%} of them needed, from every origin",
         numbers=rows,
     )
 

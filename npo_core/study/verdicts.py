@@ -17,7 +17,7 @@ PARTLY, NOT, FEW, UNMEASURED = "partly", "not reproduced", "too few seeds", "not
 ORDER = (REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN, FEW)
 """Verdicts in the order in which a summary names them."""
 
-STUDY, SIGNAL = "make study", "python -m npo_core signal"
+STUDY, SIGNAL = "make study", "python -m npo_core signal-study"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from npo_core.study.verdicts import (
     verdict_of,
 )
 
-OF_THE_SIGNAL = ("interior peak", "shapes")
+OF_THE_SIGNAL = ("premise", "interior peak", "shapes", "prediction")
 UP, DOWN, FLAT = [0.050, 0.051, 0.052], [-0.050, -0.051, -0.052], [-0.05, 0.0, 0.05]
 NONE = [0.0, 0.0, 0.0]
 EVEN = [0.5 * base + 2 * gain for base, gain in zip((0.40, 0.50, 0.45), UP, strict=True)]
@@ -195,7 +195,8 @@ def signal(intervals, fit=BENDS):
     names = [f"signal{k}_gradient_{mode}" for k in ("", "_1") for mode in ("current", "exact")]
     curves = ("quality", "quality_1", "gradient_current", "gradient_exact")
     entry = {"optimum": dict.fromkeys(names, best), "distances": GRID, "fit": dict.fromkeys(curves, [fit] * 5)}
-    return {"seeds": [0, 1, 2, 3, 4], "origins": {"0": entry, "100": entry}}
+    entry["premise"] = [[]] * 5
+    return {"seeds": [0, 1, 2, 3, 4], "origins": {"0": entry, "100": entry}, "prediction": []}
 
 
 INSIDE, WIDE = (10.0, 40.0), (0.0, 40.0)

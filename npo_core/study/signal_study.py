@@ -1,0 +1,216 @@
+"""The signal over seeds: premise, Q, V and S from several policies of GRPO, and whether S predicts the gain.
+
+`python -m npo_core signal-study` measures the GRPO run of each seed, trains guided windows that a prediction is held
+against, and writes `data/results/signal.json`, on which the claims about S are decided. A second call goes on where the
+first stopped. The plan is in docs/evidence.md; what one seed does is `stages.signal_run` and `gain`. Ours.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import read_table, write_json
+from ..lock import Lock
+from ..method.curve import rank_correlation
+from ..method.quantities import Cost, Quality, Signal
+from ..method.stats import mean_interval
+from ..runs.config import RunConfig, resolve_config
+from ..runs.measurement import plain
+from ..runs.validation import WORLD
+from ..stages.signal_run import measure_run, settings_for
+from .findings import SCHEMA, results_folder
+from .gain import GainPlan, GainStudy
+
+ORIGINS = (0, 100, 200)
+"""Policy steps that the signal is measured from."""
+
+DISTANCES = (0, 10, 20, 40, 60, 100, 160)
+"""Distances of both: of the signal, and of the guides of a window; the end of the run is a guide too."""
+
+GAIN = GainPlan(origins=(0, 100), distances=DISTANCES, window=30, teacher=False)
+"""Guided windows: eight sources from each origin, in two ratio modes."""
+
+COST_OF = {"current": Cost.GRADIENT_CURRENT, "exact": Cost.GRADIENT_EXACT}
+"""The measured V of each ratio mode."""
+
+PREDICTORS = ("signal", "quality", "lead", "lead over cost")
+"""What a gain is predicted from: S; Q; Q less the own resample's (which ranks as Q does); that over V."""
+
+RESULT = "signal.json"
+"""File of the results, beside those of the arms."""
+
+
+def grpo_config(preset: str, seed: int, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The GRPO run that a seed is measured on: the study's own."""
+    return resolve_config("grpo", preset, seed, overrides)
+
+
+def measure_seed(
+    config: RunConfig, plan: GainPlan, origins: Sequence[int], root: Path | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """One seed: what was measured of the signal, and the gain of each window.
+
+    Args:
+        config: The GRPO run; it is made first if it is not there.
+        plan: Guided windows.
+        origins: Policy steps that the signal is measured from, those of the plan among them.
+        root: Folder of all runs; the project's `data/runs` if None.
+        quiet: Without progress bars.
+    """
+    last = config.compute_steps
+    also = sorted({d for d in plan.distances if d} | {last - origin for origin in origins})
+    measured = measure_run(config, origins, settings_for(config), distances=1, also=also, root=root, quiet=quiet)
+    gain = GainStudy(config, plan, root, quiet).run()
+    table = read_table(measured.folder / "table.parquet")
+    return {"seed": config.seed, "summary": measured.summary, "table": table, "gain": gain}
+
+
+def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[str, Any]:
+    """What `signal.json` holds, from what `measure_seed` gave.
+
+    Returns:
+        `seeds`; `origins`: by origin `distances`, and lists over seeds of `optimum` (by S), `fit` (by Q and V) and
+        `premise` (a list by Δ); `table`: Q, V and S by seed, origin and distance; `gain`: test pass rate of each guided
+        window less the unguided one's; `prediction`: Spearman's ρ of each predictor with the gain over the sources, by
+        origin and mode, a value a seed with mean and t interval (None with one seed).
+    """
+    table = [{"seed": one["seed"], **row} for one in seeds for row in one["table"]]
+    gains = [{"seed": one["seed"], **row} for one in seeds for row in gain_rows(one["gain"])]
+    origins = {}
+    for origin in seeds[0]["summary"]["origins"]:
+        entries = [one["summary"]["origins"][origin] for one in seeds]
+        rows = [
+            row
+            for row in table
+            if str(row["origin"]) == origin and row["distance"] is not None and row["distance"] >= 0
+        ]
+        origins[origin] = {
+            "distances": sorted({row["distance"] for row in rows}),
+            "optimum": {name: [entry["optimum"][name] for entry in entries] for name in entries[0]["optimum"]},
+            "fit": {
+                **{str(of): [entry["fit"][of][Cost.GRADIENT_CURRENT] for entry in entries] for of in Quality},
+                **{str(of): [entry["fit"][Quality.MANY][of] for entry in entries] for of in Cost},
+            },
+            "premise": [entry["premise"] for entry in entries],
+        }
+    return plain(
+        {
+            "schema": SCHEMA,
+            "world": WORLD,
+            "seeds": [one["seed"] for one in seeds],
+            "window": plan.window,
+            "origins": origins,
+            "table": table,
+            "gain": gains,
+            "prediction": predictions(table, gains),
+        }
+    )
+
+
+def gain_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Gain of each guided window of one seed: its test pass rate less that of GRPO over the same steps."""
+    unguided = {one["origin"]: one["final"]["average"] for one in records if one["source"] == "unguided"}
+    kept = ("origin", "distance", "mode", "prompts", "cached", "replaced_slots", "guide_kl")
+    return [
+        {**{name: one[name] for name in kept}, "gain": one["final"]["average"] - unguided[one["origin"]]}
+        for one in records
+        if one["source"] != "unguided"
+    ]
+
+
+def predictions(table: Sequence[Mapping[str, Any]], gains: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Does it rank the sources as their gains do? Spearman's ρ by origin, mode and predictor, a value a seed."""
+    pairs = {(row["seed"], row["origin"], row["distance"]): row for row in table}
+    cells: dict[tuple[int, str], dict[int, list[Mapping[str, Any]]]] = {}
+    for row in gains:
+        cells.setdefault((row["origin"], row["mode"]), {}).setdefault(row["seed"], []).append(row)
+    out = []
+    for (origin, mode), by_seed in cells.items():
+        for predictor in PREDICTORS:
+            rhos = []
+            for seed, rows in by_seed.items():
+                own = pairs[seed, origin, 0]
+                found = [_predicted(predictor, pairs[seed, origin, row["distance"]], own, mode) for row in rows]
+                rhos.append(rank_correlation(np.array([found]), np.array([[row["gain"] for row in rows]]))[0])
+            defined = [rho for rho in rhos if np.isfinite(rho)]
+            spread = mean_interval(np.array(defined)) if len(defined) > 1 else None
+            out.append(
+                {
+                    **{"origin": origin, "mode": mode, "predictor": predictor, "seeds": list(by_seed), "rho": rhos},
+                    **{"mean": float(np.mean(defined)) if defined else None, "sources": len(rows)},
+                    **{"low": spread and spread.low, "high": spread and spread.high},
+                }
+            )
+    return out
+
+
+def _predicted(predictor: str, row: Mapping[str, Any], own: Mapping[str, Any], mode: str) -> float:
+    cost = COST_OF[mode]
+    values = {
+        "signal": row[Signal(Quality.MANY, cost).name],
+        "quality": row[Quality.MANY],
+        "lead": row[Quality.MANY] - own[Quality.MANY],
+        "lead over cost": (row[Quality.MANY] - own[Quality.MANY]) / row[cost],
+    }
+    value = values[predictor]
+    return np.nan if value is None else value
+
+
+def run_signal_study(
+    preset: str,
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any] | None = None,
+    plan: GainPlan = GAIN,
+    origins: Sequence[int] = ORIGINS,
+    root: Path | None = None,
+    out: Path | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Measure all seeds, one after the other, and write `signal.json`; what is there of them is loaded.
+
+    Args:
+        preset: Name of a preset.
+        seeds: Seeds.
+        overrides: Settings of the GRPO run that are not the preset's.
+        plan: Guided windows.
+        origins: Policy steps that the signal is measured from.
+        root: Folder of all runs; the project's `data/runs` if None.
+        out: Folder of the results; the project's `data/results` if None.
+        quiet: Without progress bars.
+
+    Raises:
+        ValueError: The plan needs checkpoints that the run has not; see `GainPlan.check`.
+    """
+    folder = results_folder() if out is None else Path(out)
+    configs = [grpo_config(preset, seed, overrides) for seed in seeds]
+    plan.check(configs[0])
+    found = [measure_seed(config, plan, origins, root, quiet) for config in configs]
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder / "lock.json", f"The results {folder}").holding():
+        write_json(folder / RESULT, summarise_seeds(found, plan))
+    return folder / RESULT
+
+
+def in_words(path: Path) -> str:
+    """Premise, Δ* and predictions of a `signal.json`, a line each."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    lines = [f"Seeds {', '.join(map(str, found['seeds']))}."]
+    for origin, entry in found["origins"].items():
+        for at, distance in enumerate(one["distance"] for one in entry["premise"][0]):
+            shown, own = (np.mean([seed[at][name]["value"] for seed in entry["premise"]]) for name in ("shown", "own"))
+            held = sum(seed[at]["gain"]["low"] > 0 for seed in entry["premise"])
+            lines.append(
+                f"From {origin}, Δ = {distance:g}: solves {shown:.2f} of what the policy fails, its own resample "
+                f"{own:.2f}; more on {held} of {len(found['seeds'])} seeds."
+            )
+    for row in found["prediction"]:
+        mean = "undefined" if row["mean"] is None else f"{row['mean']:+.2f}"
+        inside = "" if row["low"] is None else f" ({row['low']:+.2f} to {row['high']:+.2f})"
+        lines.append(
+            f"From {row['origin']}, ratio {row['mode']}: ρ of {row['predictor']} with the gain over {row['sources']} "
+            f"sources {mean}{inside}."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""The signal over seeds: what is ranked against the gain, and a small study from its runs to the claims."""
+
+import json
+import math
+
+import pytest
+
+from npo_core.study import signal_study
+from npo_core.study.gain import GainPlan
+from npo_core.study.signal_claims import interior_peak, predicts, premise_holds, shapes
+from npo_core.study.verdicts import FEW, NOT, PARTLY, REPRODUCED
+
+SMALL = {"compute_steps": 8, "checkpoint_keep": 0, "checkpoint_every": 2, "train_problems": 32}
+PLAN = GainPlan(origins=(2,), distances=(0, 2, 4), window=2, modes=("current",), teacher=False)
+
+
+def table(seed=0):
+    """Q rises, V rises faster from Δ = 2 on, so S is largest at 1; Q less the own resample's, over V, at 2."""
+    rows = zip((0, 1, 2, 3), (0.1, 0.4, 0.6, 0.7), (1.0, 1.0, 1.6, 9.0), strict=True)
+    return [
+        {
+            **{"seed": seed, "origin": 0, "distance": distance, "quality": quality},
+            **{f"gradient_{mode}": cost for mode in ("current", "exact")},
+            **{f"signal_gradient_{mode}": quality / cost for mode in ("current", "exact")},
+        }
+        for distance, quality, cost in rows
+    ]
+
+
+def gains(values, seed=0):
+    return [
+        {"seed": seed, "origin": 0, "distance": distance, "mode": "exact", "gain": gain}
+        for distance, gain in enumerate(values)
+    ]
+
+
+def test_a_gain_that_follows_q_is_told_from_one_that_follows_s():
+    found = {row["predictor"]: row for row in signal_study.predictions(table(), gains([0.0, 0.1, 0.2, 0.3]))}
+    assert found["quality"]["rho"] == found["lead"]["rho"] == [pytest.approx(1.0)]
+    # S is 0.1, 0.4, 0.375, 0.078: ranks 2, 4, 3, 1 against 1, 2, 3, 4; lead over cost 0, 0.3, 0.31, 0.067
+    assert found["signal"]["rho"] == [pytest.approx(-0.4)]
+    assert found["lead over cost"]["rho"] == [pytest.approx(0.4)]
+    assert found["signal"]["sources"] == 4 and found["signal"]["low"] is None
+    follows = {row["predictor"]: row for row in signal_study.predictions(table(), gains([0.1, 0.9, 0.8, 0.0]))}
+    assert follows["signal"]["rho"] == [pytest.approx(1.0)]
+
+
+def test_seeds_are_ranked_by_themselves_and_a_flat_one_says_nothing():
+    rows = [*table(0), *table(1), *table(2)]
+    several = [*gains([0.0, 0.1, 0.2, 0.3], 0), *gains([0.3, 0.2, 0.1, 0.0], 1), *gains([0.1] * 4, 2)]
+    found = {row["predictor"]: row for row in signal_study.predictions(rows, several)}["quality"]
+    assert found["rho"][:2] == [pytest.approx(1.0), pytest.approx(-1.0)] and math.isnan(found["rho"][2])
+    assert found["mean"] == pytest.approx(0.0) and found["low"] < -1 and found["seeds"] == [0, 1, 2]
+
+
+def test_the_gain_is_that_over_the_same_steps_of_grpo():
+    records = [
+        {"origin": 0, "source": "unguided", "final": {"average": 0.4}},
+        {"origin": 2, "source": "unguided", "final": {"average": 0.5}},
+        *(
+            {
+                **{"origin": origin, "source": "resample", "distance": 0, "mode": "exact", "final": {"average": 0.7}},
+                **dict.fromkeys(("prompts", "cached", "replaced_slots", "guide_kl"), 1),
+            }
+            for origin in (0, 2)
+        ),
+    ]
+    assert [row["gain"] for row in signal_study.gain_rows(records)] == [pytest.approx(0.3), pytest.approx(0.2)]
+
+
+def prediction(low, high, predictor="signal", seeds=5):
+    row = {"origin": 0, "mode": "current", "predictor": predictor, "seeds": list(range(seeds)), "sources": 8}
+    return row | {"mean": (low + high) / 2, "low": low, "high": high, "rho": [low, high]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ([prediction(0.2, 0.9), prediction(0.1, 0.8)], REPRODUCED),
+        ([prediction(0.2, 0.9), prediction(-0.1, 0.8)], PARTLY),
+        ([prediction(-0.2, 0.9), prediction(-0.5, -0.1)], NOT),
+        ([prediction(-0.2, 0.9), prediction(0.2, 0.9, "quality")], NOT),
+        ([prediction(0.2, 0.9, seeds=2)], FEW),
+    ],
+)
+def test_a_prediction_is_judged_by_its_interval_over_seeds(rows, word):
+    assert predicts({"prediction": rows, "seeds": rows[0]["seeds"]}).verdict == word
+
+
+def premise(lows, shown=0.4):
+    one = [
+        [{"distance": 20.0, "gain": {"low": low, "value": low + 0.1}, "shown": {"value": shown}, "own": {"value": 0.1}}]
+        for low in lows
+    ]
+    return {"seeds": list(range(len(lows))), "origins": {"0": {"premise": one}, "100": {"premise": one}}}
+
+
+def test_the_premise_is_judged_by_the_seeds_that_show_it():
+    assert premise_holds(premise([0.1] * 4 + [-0.1])).verdict == REPRODUCED
+    assert premise_holds(premise([0.1] * 3 + [-0.1] * 2)).verdict == NOT
+    mixed = premise([0.1] * 5)
+    mixed["origins"]["100"] = premise([-0.1] * 5)["origins"]["100"]
+    assert premise_holds(mixed).verdict == PARTLY
+    assert "Δ = 20: 0.40 against 0.10, 5/5" in premise_holds(mixed).ours
+
+
+@pytest.mark.slow
+def test_a_small_study_is_measured_trained_and_judged(tmp_path):
+    path = signal_study.run_signal_study(
+        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=tmp_path / "runs", out=tmp_path / "out", quiet=True
+    )
+    found = json.loads(path.read_text())
+    assert found["seeds"] == [0, 1] and list(found["origins"]) == ["0", "2"]
+    assert found["origins"]["2"]["distances"][0] == 0 and found["origins"]["2"]["distances"][-1] == 6
+    assert [(row["seed"], row["distance"]) for row in found["gain"]] == [(s, d) for s in (0, 1) for d in (0, 2, 4, 6)]
+    assert {row["sources"] for row in found["prediction"]} == {4}
+    for claim in (interior_peak(found), shapes(found), predicts(found), premise_holds(found)):
+        assert claim.verdict and claim.ours and claim.numbers
+    told = signal_study.in_words(path)
+    assert told.startswith("Seeds 0, 1.") and "ρ of lead over cost with the gain over 4 sources" in told
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.json") if "lock" not in file.name}
+    again = signal_study.run_signal_study(
+        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=tmp_path / "runs", out=tmp_path / "out", quiet=True
+    )
+    assert json.loads(again.read_text()) == found
+    kept = [file for file in before if file.parent.name == "gain"]
+    assert kept and all(file.stat().st_mtime_ns == before[file] for file in kept)

@@ -137,8 +137,10 @@ def require(condition: bool, name: str, given: Any, allowed: str) -> None:
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """The valid name that comes nearest, if one is close."""
-    return next(iter(difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)), None)
+    """The valid name that comes nearest, if one is close; whether letters are capital does not count."""
+    small = {known.lower(): known for known in reversed(list(names))}
+    found = difflib.get_close_matches(str(name).lower(), list(small), n=1, cutoff=0.5)
+    return small[found[0]] if found else None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

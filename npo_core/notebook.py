@@ -4,9 +4,11 @@ Only where a person runs the cells: under papermill and in scripts the whole err
 """
 
 import ast
+import math
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from .progress import notebook_shell
 
 PACKAGE = Path(__file__).resolve().parent
 
-KINDS = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": (list, tuple), "dict": dict}
-"""Types that a parameter may be declared with."""
+KINDS = {"str": str, "int": Integral, "float": Real, "bool": bool, "list": (list, tuple), "dict": dict}
+"""Types that a parameter may be declared with; numpy's numbers are numbers too."""
 
 
 def person_there() -> bool:
@@ -79,6 +81,8 @@ def check_parameters(cells: Sequence[str], values: Mapping[str, Any], **rules: A
             value = values[name]
             if not isinstance(value, KINDS[kind]) or (kind in ("int", "float") and isinstance(value, bool)):
                 raise TypeError(f"The parameter {name} is {value!r}; it must be of type {kind}.")
+            if kind == "float" and not math.isfinite(value):
+                raise ValueError(f"The parameter {name} is {value!r}; it must be a finite number.")
             if name in rules:
                 for one in value if kind == "list" else [value]:
                     _check(name, one, rules[name])
@@ -107,7 +111,7 @@ def _check(name: str, value: Any, rule: Bounds | Collection[str] | type[Path]) -
         if value and not Path(value).exists():
             raise FileNotFoundError(f"The parameter {name} is {value!r}, and there is nothing at that place.")
     elif isinstance(rule, Bounds):
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"The parameter {name} holds {value!r}; it must hold numbers.")
         if value not in rule:
             raise ValueError(f"The parameter {name} is {value}; it must be {rule}.")

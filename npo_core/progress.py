@@ -90,7 +90,7 @@ class _Page:
 
     def end(self, stopped: bool) -> None:
         if self.stays or stopped:
-            self.draw("stopped" if stopped and self.done < self.total else "done")
+            self.draw("done" if self.done >= self.total else "stopped" if stopped else "ended")
         else:
             self.handle.update({"text/plain": "", "text/html": ""}, raw=True)
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
@@ -34,6 +35,7 @@ def check(injected="", rules=None, **values):
 def test_parameters_that_a_notebook_has_are_taken():
     check('seed = 3\npreset = "smoke"', seed=3, preset="smoke")
     check(rules={"arms": ["GRPO", "NPO"], "seed": WHOLE, "results": Path}, arms=["NPO", "GRPO"])
+    check(seed=np.int64(3), rate=np.float32(0.5), arms=("NPO",), rules={"seed": WHOLE})
     check(rules={"results": Path}, results=str(Path(__file__).parent))
 
 
@@ -50,6 +52,9 @@ def test_parameters_that_a_notebook_has_are_taken():
         (ValueError, "seed is 0; it must be at least 1", {"rules": {"seed": COUNT}}),
         (ValueError, "arms is -1; it must be at least 0", {"arms": [0, -1], "rules": {"arms": WHOLE}}),
         (TypeError, "arms holds 'x'; it must hold numbers", {"arms": ["x"], "rules": {"arms": WHOLE}}),
+        (ValueError, "preset is 'CPU'; did you mean 'cpu'?", {"preset": "CPU", "rules": {"preset": ["gpu", "cpu"]}}),
+        (ValueError, "rate is nan; it must be a finite number", {"rate": float("nan")}),
+        (TypeError, "seed is None; it must be of type int", {"seed": None}),
         (FileNotFoundError, "results is '/no/such'", {"results": "/no/such", "rules": {"results": Path}}),
     ],
 )  # fmt: skip
@@ -92,6 +97,12 @@ with progress(4, "evaluation", stays=False) as passing:
 tell("NPO", "loaded, 400 steps in 12 min")
 """
 
+FEWER = """
+with progress(4, "study, 2 runs") as bar:
+    bar.advance(3)
+    bar.say("NPO, seed 0, failed: exit status 1")
+"""
+
 STOPPED = """
 with progress(4, "NPO") as bar:
     bar.advance(1)
@@ -101,7 +112,7 @@ with progress(4, "NPO") as bar:
 
 def test_a_notebook_that_ran_keeps_the_last_state_of_its_bars():
     """By the client that papermill uses: one display a bar, no widget."""
-    cells = [nbformat.v4.new_code_cell(text) for text in (BARS, STOPPED)]
+    cells = [nbformat.v4.new_code_cell(text) for text in (BARS, FEWER, STOPPED)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute()
     outputs = [output["data"] for cell in notebook.cells for output in cell.outputs if "data" in output]
@@ -109,7 +120,8 @@ def test_a_notebook_that_ran_keeps_the_last_state_of_its_bars():
     assert texts[0] == "GRPO: 4 of 4, reward 0.41, done, 0 s"
     assert texts[1] == "", "a bar that does not stay has made room"
     assert texts[2] == "NPO: loaded, 400 steps in 12 min"
-    assert texts[3] == "NPO: 1 of 4, stopped, 0 s" and "width:25.0%" in outputs[3]["text/html"]
+    assert texts[3] == "study, 2 runs: 3 of 4, ended, 0 s", "not all of it was done"
+    assert texts[4] == "NPO: 1 of 4, stopped, 0 s" and "width:25.0%" in outputs[4]["text/html"]
     assert "widget" not in json.dumps(outputs)
 
 

@@ -289,7 +289,18 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
 
 
 def compare(runs: Mapping[str, RunFolder]) -> list[dict[str, Any]]:
-    """One line per run for a table: pass rates of base and final policy, both clocks, rollouts, interventions."""
+    """One line per run for a table: pass rates of base and final policy, both clocks, rollouts, interventions.
+
+    Raises:
+        ValueError: A run without a result: it crashed, or was not run to its end.
+    """
+    with in_one_sentence():
+        for label, folder in runs.items():
+            if folder.result() is None:
+                raise ValueError(
+                    f"{label} has no result, as it crashed or was not run to its end; run the cell above again, or "
+                    f"look into {folder.path} (process.log, `python -m npo_core check`)."
+                )
     return [
         {
             "run": label,

@@ -88,10 +88,17 @@ class Cell:
 def plan_cells(
     preset: str, seeds: Sequence[int], arms: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> list[Cell]:
-    """Cells of the study in the order they run: seed by seed, arms that others share beginnings with first."""
+    """Cells of the study in the order they run: seed by seed, arms that others share beginnings with first.
+
+    Raises:
+        ValueError: No arm, no seed, or an unknown arm.
+    """
+    for name, given in (("arm", arms), ("seed", seeds)):
+        if given is not None and not len(given):
+            raise ValueError(f"No {name} is named, so there is nothing to run; name at least one.")
     chosen = list(ARMS) if arms is None else list(arms)
     order = [arm for arm in dict.fromkeys(ORDER) if arm in chosen] + [arm for arm in chosen if arm not in ARMS]
-    return [Cell(arm, seed, arm_config(arm, preset, seed, overrides)) for seed in seeds for arm in order]
+    return [Cell(arm, seed, arm_config(arm, preset, seed, overrides)) for seed in dict.fromkeys(seeds) for arm in order]
 
 
 def run_cells(
@@ -129,8 +136,8 @@ def run_cells(
                     steps = _steps(cell, root)
                     bar.advance(steps - done[cell], runs_left=len(waiting) + len(running))
                     done[cell] = steps
-                    if running[cell].poll() is not None:
-                        _note_end(cell, running.pop(cell).returncode, root)
+                    if running[cell].poll() is not None and (lost := _end(cell, running.pop(cell).returncode, root)):
+                        bar.say(f"{cell.arm}, seed {cell.seed}, failed: {lost}")
         finally:
             for process in running.values():
                 process.terminate()
@@ -152,12 +159,15 @@ def _begin(cell: Cell, root: Path | None) -> subprocess.Popen:
         )
 
 
-def _note_end(cell: Cell, status: int, root: Path | None) -> None:
-    if status != 0:
-        folder = cell.folder(root).path
-        tail = (folder / "process.log").read_text(encoding="utf-8", errors="replace")[-2000:].strip()
-        reason = f"exit status {status}: {tail.splitlines()[-1] if tail else 'no output'}"
-        write_json(folder / "failed.json", {"reason": reason, "log": tail})
+def _end(cell: Cell, status: int, root: Path | None) -> str:
+    """Note why a cell crashed, if it did, and return it."""
+    if status == 0:
+        return ""
+    folder = cell.folder(root).path
+    tail = (folder / "process.log").read_text(encoding="utf-8", errors="replace")[-2000:].strip()
+    reason = f"exit status {status}: {tail.splitlines()[-1] if tail else 'no output'}"
+    write_json(folder / "failed.json", {"reason": reason, "log": tail})
+    return reason
 
 
 def finished(run: RunFolder) -> bool:

@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 
+from npo_core.stages.run import compare
 from npo_core.study import cells as study
 from npo_core.study.arms import arm_config
 from npo_core.study.cells import Cell, collect, plan_cells, run_cells, score_points
@@ -42,6 +43,20 @@ def test_cells_run_seed_by_seed_and_lenders_of_beginnings_first():
     order = [(cell.arm, cell.seed) for cell in plan_cells("cpu", [0, 1], ["NPO late", "RLEP", "NPO", "GRPO"])]
     assert order[:4] == [("GRPO", 0), ("NPO", 0), ("RLEP", 0), ("NPO late", 0)]
     assert [seed for _, seed in order] == [0] * 4 + [1] * 4
+
+
+def test_what_is_named_twice_runs_once_and_nothing_at_all_is_refused():
+    """Two processes on one run would wait for each other, and the bar would count it twice."""
+    assert [(cell.arm, cell.seed) for cell in plan_cells("cpu", [3, 3], ["NPO", "NPO"])] == [("NPO", 3)]
+    for seeds, arms, named in (([0], [], "arm"), ([], ["NPO"], "seed"), (range(0), None, "seed")):
+        with pytest.raises(ValueError, match=f"No {named} is named"):
+            plan_cells("cpu", seeds, arms)
+
+
+def test_a_run_without_a_result_is_named_in_the_place_of_a_table(tmp_path):
+    (cell,) = plan_cells("smoke", [0], ["GRPO"], SMALL)
+    with pytest.raises(ValueError, match="GRPO has no result, as it crashed or was not run to its end"):
+        compare({"GRPO": cell.folder(tmp_path)})
 
 
 @pytest.mark.slow
@@ -91,11 +106,12 @@ def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_path):
+def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_path, capsys):
     broken = Cell("GRPO", 2, arm_config("GRPO", "smoke", 2, {**SMALL, "policy": str(tmp_path / "nowhere")}))
-    run_cells([broken], root, quiet=True)
+    run_cells([broken], root)
     reason = broken.failure(root)
     assert reason.startswith("exit status") and "nowhere" in reason
+    assert f"GRPO, seed 2, failed: {reason}" in capsys.readouterr().out
     npo = plan_cells("smoke", [2], ["NPO"], SMALL)
     both = [*cells, broken, *npo]
     run_cells(npo, root, quiet=True)

@@ -15,7 +15,7 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
     """Write a checkpoint's adapters, merged into the weights they belong to, with tokenizer and processor (ours).
 
     The sum is made in float32 and written in the type of the base policy's files. The processor is the base policy's
-    too, with the picture sizes that it was published with.
+    too, with the picture sizes that it was published with, and the chat template that the adapters were trained with.
 
     Args:
         checkpoint: Folder of a checkpoint with adapters.

@@ -37,9 +37,10 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils import CHAT_TEMPLATE_FILE, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from ..guidance.fingerprints import tokenizer_of
 from .speed.prompts import SharedPrompts
 from .speed.sharing import share_work
 from .speed.words import share_words
@@ -216,12 +217,20 @@ def load_processor(folder: str | Path):
     """Processor (vision-language) or tokenizer (text-only) of a policy folder, or of a checkpoint with adapters.
 
     A Qwen3-VL that cannot have its video part here, because torchvision is missing, gets a processor without it, which
-    works on its pictures with PIL.
+    works on its pictures with PIL. Adapters that were trained with a chat template of their own have it beside them.
 
     Raises:
         FileNotFoundError: `folder` is not a policy folder.
+        ValueError: Its adapters name no base policy.
     """
-    folder = _base_folder(folder)
+    base, template = _base_folder(folder), Path(folder) / CHAT_TEMPLATE_FILE
+    processor = _processor_of(base)
+    if base != Path(folder) and template.is_file():
+        processor.chat_template = tokenizer_of(processor).chat_template = template.read_text(encoding="utf-8")
+    return processor
+
+
+def _processor_of(folder: Path):
     config = _policy_config(folder)
     if config.model_type != "qwen3_vl":
         auto = AutoProcessor if hasattr(config, "vision_config") else AutoTokenizer
@@ -344,12 +353,23 @@ def _base_folder(folder: str | Path) -> Path:
     if not adapter.is_file():
         return Path(folder)
     name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not name:
+        raise ValueError(
+            f"{adapter} names no base policy, as the trainer was given one that came from no folder; write its folder "
+            "there, under base_model_name_or_path."
+        )
     if not Path(name).is_dir():
         try:
             # as it was trained on: the hub may have another revision by now
             return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED), local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
-            return policy_folder(name)
+            try:
+                return policy_folder(name)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"The base policy of the adapters in {folder} is not there: {error} {adapter} names it, under "
+                    "base_model_name_or_path; a relative name is looked for in the folder that this is run in."
+                ) from error
     return Path(name)
 
 

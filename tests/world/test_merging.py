@@ -1,5 +1,7 @@
 """Adapters that are merged into their policy: the same log-probs, from a folder that needs no other."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -71,8 +73,28 @@ def test_what_cannot_be_merged_is_refused_in_one_line(adapted, capsys):
     assert "has no adapters" in refused("base")
     assert "something at" in refused("checkpoint-7", out="base")
     (adapted / "base").rename(adapted / "gone")
-    assert "holds no config.json" in refused("checkpoint-7")
+    gone = refused("checkpoint-7")
+    assert "The base policy of the adapters in" in gone and "holds no config.json" in gone
+    assert "under base_model_name_or_path; a relative name is looked for" in gone
+    about = adapted / "checkpoint-7" / "adapter_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "base_model_name_or_path": None}))
+    assert "names no base policy, as the trainer was given one that came from no folder" in refused("checkpoint-7")
     assert not (adapted / "merged").exists()
+
+
+def test_a_template_that_adapters_were_trained_with_stays_theirs(adapted):
+    """A base model often has no chat template, or another one; the trainer writes its tokenizer beside the adapters."""
+    base, checkpoint = adapted / "base", adapted / "checkpoint-7"
+    processor = load_processor(base)
+    assert load_processor(checkpoint).chat_template == processor.chat_template
+    processor.chat_template = processor.tokenizer.chat_template = "{{ 'Now: ' }}" + processor.chat_template
+    processor.save_pretrained(checkpoint)
+    merge(checkpoint, adapted / "merged")
+    prompts = [
+        load_processor(folder).apply_chat_template(ROWS[0]["prompt"], tokenize=False, add_generation_prompt=True)
+        for folder in (base, checkpoint, adapted / "merged")
+    ]
+    assert prompts == [prompts[0], "Now: " + prompts[0], "Now: " + prompts[0]]
 
 
 def test_a_folder_that_could_not_be_written_is_not_there(adapted, monkeypatch):

@@ -148,7 +148,7 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | N
                 "your own may read any column.)",
             )
         elif answer and (fault := reference_fault(wanted)):
-            complain("solution", f"Row {index} (uid {uid!r}) has an answer, {wanted[-80:]!r}, that {fault}")
+            complain("solution", f"Row {index} (uid {uid!r}) has an answer, {str(wanted)[-80:]!r}, that {fault}")
         if not prompt:
             complain("prompt", f"Row {index} (uid {uid!r}) has no prompt")
         elif prompts is not None and uid not in seen:

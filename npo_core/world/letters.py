@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..guidance.verdicts import AnswerVerifier, Verdict
+from ..guidance.verdicts import Verdict
 from ..guidance.verifiers import extract_answer
 
 SYSTEM = "Write each letter with the count so far, then box the count."
@@ -78,7 +78,7 @@ class Word:
         )
 
 
-class ChainVerifier(AnswerVerifier):
+class ChainVerifier:
     r"""Correct when every step of the chain and the boxed count are right, and nothing else is said (ours).
 
     The response is compared word by word with the row's answer, so white space is free: lines of their own are as good.

@@ -145,7 +145,8 @@ def _signal_parser(stages) -> None:
     _settings(stage)
     own = stage.add_argument_group("your own run")
     own.add_argument("--checkpoints", type=Path, help="folder that holds checkpoint-<step> folders")
-    own.add_argument("--data", type=Path, help="parquet or jsonl file with uid, prompt, answer and maybe image")
+    text = 'parquet or jsonl file with uid, prompt, answer and maybe image, or "reasoning_gym:TASK"'
+    own.add_argument("--data", type=Path, help=text)
     own.add_argument("--out", type=Path, help="folder of the measurement")
     own.add_argument("--verifier", default="boxed", help='"boxed" (default) or module:name of a verifier')
     own.add_argument("--base", type=Path, help="folder of the policy that the run started from, step 0")

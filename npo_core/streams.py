@@ -51,6 +51,7 @@ class Stream:
 
 
 DATA_ORDER = Stream("the order of the training prompts, pass by pass", "data", tag=7)
+GYM = Stream("problems of a task of reasoning-gym, chunk by chunk", "data", ("split", "task", "chunk"), 8)
 
 PROBE = Stream("which mistakes a probe samples (numpy), and their rollouts (torch)", "run", ("policy step",), 1)
 DIVERGENCE = Stream("which rollouts of a probe V̂ is measured on", "run", ("policy step",), 2)

@@ -102,6 +102,10 @@ def test_the_notebooks_need_what_the_figures_need():
     assert set(EXTRAS["study"]) <= set(EXTRAS["lab"])
 
 
+def test_the_tests_need_the_tasks_that_a_run_can_take_as_data():
+    assert set(EXTRAS["reasoning-gym"]) <= set(EXTRAS["dev"])
+
+
 def test_the_core_asks_for_nothing_of_notebooks_and_figures():
     assert not set(names(CORE)) & {*names(LAB), *names(REAL), *names(DEVELOPMENT)}
 

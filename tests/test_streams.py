@@ -14,6 +14,7 @@ from npo_core.streams import (
     DIVERGENCE,
     GAIN,
     GATES,
+    GYM,
     MEASURED,
     PAIRS,
     POOL,
@@ -27,13 +28,14 @@ from npo_core.streams import (
 )
 
 PACKAGE = Path(__file__).parents[1] / "npo_core"
-TEXTS = {"uid", "policy", "source"}
+TEXTS = {"uid", "policy", "source", "split", "task"}
 
 
 @pytest.mark.parametrize(
     ("stream", "place", "key"),
     [
         (DATA_ORDER, (), [9, 7]),
+        (GYM, ("train", "gcd", 2), [9, *b"train", 8, *b"gcd", 2]),
         (PROBE, (40,), [9, 40, 1]),
         (DIVERGENCE, (40,), [9, 40, 2]),
         (CACHE, (40, 0), [9, 40, 3]),

@@ -107,7 +107,9 @@ class Settings:
     )
 
     # Data of one's own; without `data` the small world is used
-    data: str = _data("", 'Training prompts: a parquet or JSON-lines file, a folder, a hub name, or "letters".')
+    data: str = _data(
+        "", 'Training prompts: a parquet or JSON-lines file, a folder, a hub name, "letters", or "reasoning_gym:TASK".'
+    )
     data_split: str = _data("train", "Split of `data` that is trained on.")
     test_data: str = _data("", "Test prompts, as `data`; empty holds out `eval_problems` prompts of `data`.")
     test_split: str = _data("test", "Split of `test_data`; a file has one.")
@@ -116,6 +118,9 @@ class Settings:
     image_root: str = _data("", "Folder of pictures that are named by relative paths.")
     max_prompt_length: int = _data(0, "Longest prompt in tokens, picture included; 0: no limit.", "paper", bounds=WHOLE)
     skip_refused: bool = _data(False, "Leave out rows that break the rules, in place of refusing the data.")
+    score_threshold: float = _data(
+        1.0, "Score from which an answer to a task of reasoning-gym is right.", bounds=Bounds(0, 1, low_open=True)
+    )
 
     # External teacher: given, or for the tiny policy one of another seed, trained on a clean corpus in another form
     teacher: str = _teacher("", "External teacher: empty for the tiny policy's own, else a folder or a hub name.")

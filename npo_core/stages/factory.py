@@ -28,7 +28,7 @@ from ..trainer.fsdp import reduced_each_pass, train_sharded
 from ..trainer.pictures import never_sampled, picture_limits
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import engine_of, one_engine
-from ..world.data import DataSettings, RowsByUid, hold_out, image_policy, load_data
+from ..world.data import DataSettings, RowsByUid, checked_rows, hold_out, image_policy, load_data
 from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
 from ..world.sources import TEST_SEED, made_source
@@ -77,8 +77,11 @@ def prepare(config: RunConfig, quiet: bool = False) -> World:
     if config.min_pixels or config.max_pixels:
         image_policy(processor, config.min_pixels, config.max_pixels)
     verifier: Verifier = BoxedVerifier()
-    if made := made_source(config):
-        train, test, verifier = made.train, made.test, made.verifier
+    if made := made_source(config, quiet):
+        settings, verifier = _reading(config, config.instruction or made.instruction), made.verifier
+        kept = {"judged": False, "others": True}  # a source's own verifier reads what it likes
+        train = checked_rows(made.train, settings, processor, _refused(config, "train"), **kept)
+        test = checked_rows(made.test, settings, processor, _refused(config, "test"), **kept)
         rows: Mapping[str, Mapping[str, Any]] = {row["uid"]: row for row in train}
     elif config.data:
         train, test = _own_data(config, processor)
@@ -93,21 +96,11 @@ def prepare(config: RunConfig, quiet: bool = False) -> World:
 
 def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
     """Training and test rows of the data that the configuration names."""
-    settings = DataSettings(
-        source=config.data,
-        split=config.data_split,
-        columns=dict(item.split("=", 1) for item in config.columns),
-        instruction=config.instruction,
-        image_root=config.image_root,
-        max_prompt_length=config.max_prompt_length,
-        skip_refused=config.skip_refused,
-    )
-    listed = runs_folder() / "refused"
-    writes = is_writer()  # the others would replace the list while it is written
-    train = load_data(settings, processor, listed / f"{config.digest}-train.jsonl" if writes else None)
+    settings = _reading(config, config.instruction)
+    train = load_data(settings, processor, _refused(config, "train"))
     if config.test_data:
         settings = replace(settings, source=config.test_data, split=config.test_split)
-        test = load_data(settings, processor, listed / f"{config.digest}-test.jsonl" if writes else None)
+        test = load_data(settings, processor, _refused(config, "test"))
         if len(test) > config.eval_problems:
             test = hold_out(test, config.eval_problems, config.data_seed)[1]
     else:
@@ -119,6 +112,24 @@ def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
             "trained on. Give another split (test_split) or file."
         )
     return train, _with_suites(test)
+
+
+def _reading(config: RunConfig, instruction: str) -> DataSettings:
+    """Where the training rows come from, and what rows must keep to."""
+    return DataSettings(
+        source=config.data,
+        split=config.data_split,
+        columns=dict(item.split("=", 1) for item in config.columns),
+        instruction=instruction,
+        image_root=config.image_root,
+        max_prompt_length=config.max_prompt_length,
+        skip_refused=config.skip_refused,
+    )
+
+
+def _refused(config: RunConfig, split: str) -> Path | None:
+    """File of the refused rows; None in all processes but one, which would replace it while it is written."""
+    return runs_folder() / "refused" / f"{config.digest}-{split}.jsonl" if is_writer() else None
 
 
 def _with_suites(test: Dataset) -> Dataset:

@@ -16,9 +16,10 @@ from ..method.quantities import Cost, Quality, Signal
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.sampling import ROLLOUT_BATCH
-from ..world.data import DataSettings, load_data
+from ..world.data import DataSettings, checked_rows, load_data
 from ..world.policies import load_processor
 from ..world.pretrained import check_template
+from ..world.sources import training_prompts
 from .comparable import find_checkpoints
 from .measure import Measurement
 
@@ -63,10 +64,12 @@ def measure_folder(
     Args:
         checkpoints: Folder that holds `checkpoint-<step>` folders.
         data: File, or a folder that `datasets` saved, read as training data is; columns prompt, answer and, for visual
-            tasks, image. Or settings of the reader (`DataSettings`), such as columns of other names.
+            tasks, image. Or settings of the reader (`DataSettings`), such as columns of other names. Or a source as in
+            the setting `data`, such as "reasoning_gym:chain_sum": its training prompts by the seed of `settings`.
         out: Folder of the measurement; a second call with it goes on where the first stopped.
         settings: How to measure.
-        verifier: `verifier(text, row) -> Verdict`, "boxed", or "module:name" of a verifier or of its class.
+        verifier: `verifier(text, row) -> Verdict`, "boxed", or "module:name" of a verifier or of its class. With a
+            source, "boxed" is the source's own.
         base: Folder of the policy that the run started from, step 0.
         processor: Folder with the processor or tokenizer; by default the base policy's, else the first checkpoint's.
         teacher: Folder of a policy outside the run, of the same architecture and tokenizer.
@@ -92,7 +95,14 @@ def measure_folder(
     judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
     reader = load_processor(found[steps[0]] if processor is None else processor)
     check_template(found[steps[0]] if processor is None else processor, reader)
-    rows = load_rows(data, reader, answer=isinstance(judge, AnswerVerifier))
+    named = "" if isinstance(data, DataSettings) else str(data)
+    made = training_prompts(named, settings.prompts, settings.seed, quiet)
+    if made is None:
+        rows = load_rows(data, reader, answer=isinstance(judge, AnswerVerifier))
+    else:
+        asked = DataSettings(named, instruction=made[2])
+        rows = checked_rows(made[0], asked, reader, judged=False, others=True)
+        judge = made[1] if verifier == "boxed" else judge
     measurement = Measurement(
         out,
         policies,

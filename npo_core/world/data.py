@@ -213,7 +213,15 @@ def load_data(
         ValueError: No rows, a mapped column that is not there, rows that break a rule and are not skipped, or a
             processor that cannot read the pictures.
     """
-    rows = read_rows(settings.source, settings.split or None)
+    return checked_rows(
+        read_rows(settings.source, settings.split or None), settings, processor, refused, judged=judged, others=others
+    )
+
+
+def checked_rows(
+    rows: Dataset, settings: DataSettings, processor, refused: Path | None = None, *, judged: bool, others: bool
+) -> Dataset:
+    """What `load_data` makes of rows that were read, or made, already; arguments and errors are its own."""
     columns = _columns(rows, settings, judged)
     if {"image", "images"} & columns.keys():
         if tokenizer_of(processor) is processor:

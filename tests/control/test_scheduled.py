@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import world
 
 import npo_core.control.watch
 from npo_core.control.offline import Offline
@@ -322,11 +323,28 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(both, tmp_path, compute_st
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
-def test_rule_closest_scores_guides_under_the_base_policy_at_the_restart(tmp_path):
+@pytest.fixture
+def solved(monkeypatch) -> None:
+    """The first off-line response to each prompt is the exact solution: there is a guide, whatever is sampled."""
+    sample, tiny = Offline._sample, world("text")
+
+    def with_solutions(self, *args, **kwargs):
+        groups = sample(self, *args, **kwargs)
+        for group in groups:
+            ids = tuple(tiny.solution(group[0].uid))
+            group[0] = replace(group[0], token_ids=ids, logps=(-1.0,) * len(ids), correct=True)
+        return groups
+
+    monkeypatch.setattr(Offline, "_sample", with_solutions)
+
+
+def test_rule_closest_scores_guides_under_the_base_policy_at_the_restart(tmp_path, solved):
     run = stages.run(
         _config(late_step=0, cache_rule="closest", cache_stop=False, compute_steps=8), tmp_path, quiet=True
     )
-    assert run.result()["interventions"][0]["cached"] >= 1
+    (intervention,) = run.result()["interventions"]
+    [cache] = run.events("cache")
+    assert intervention["cached"] == cache["prompts"] > 0
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -431,7 +449,7 @@ def test_only_prompts_that_were_gated_when_the_window_first_ran_get_a_guide(chea
     assert cheap.result()["offline_rollouts"] == cache["rollouts"]
 
 
-def test_a_rule_that_chooses_among_all_rollouts_gets_all_of_them(tmp_path):
+def test_a_rule_that_chooses_among_all_rollouts_gets_all_of_them(tmp_path, solved):
     """Stopping is of the rule "first" alone, so a preset that stops leaves the other rules what they are."""
     runs = [
         stages.run(_config(late_step=0, cache_rule="shortest", cache_stop=stop, compute_steps=8), tmp_path, quiet=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..lock import Lock
 from ..progress import duration
 from ..runs.folder import environment, runs_folder
 
@@ -134,6 +135,8 @@ def check(
 ) -> dict[str, Any]:  # fmt: skip
     """Run parts one after the other within a time, and write what they find as they find it.
 
+    One check at a time: another one beside these runs is waited for, as the GPU could not be measured by both.
+
     Args:
         parts: What is measured, in order.
         seconds: Time of the whole. A part has its share of it, the last one what is left.
@@ -146,10 +149,19 @@ def check(
         What was written: `rehearsal`, `environment`, `gpu` (name, memory), `seconds`, and for each part name, state,
         seconds, its limit, rows (`name`, `value`, `unit`), series, and error.
     """
-    begin = time.monotonic()
     work = runs_folder() / "gpu-check"
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(work.with_name(f"{work.name}.lock.json"), f"The GPU check in {work}").holding():
+        return _check(parts, seconds, out, small, command or _command, work)
+
+
+def _check(
+    parts: Sequence[Part], seconds: float, out: Path, small: bool,
+    command: Callable[[str, Path, float, bool], list[str]], work: Path,
+) -> dict[str, Any]:  # fmt: skip
+    begin = time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir()
     out.parent.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if small else {})}
     print(_announcement(small, seconds))
@@ -175,7 +187,7 @@ def check(
         elif limit < LEAST:
             record["error"] = "no time was left"
         else:
-            asked = (command or _command)(part.name, work, limit, small)
+            asked = command(part.name, work, limit, small)
             _run(asked, record, work, limit, variables, save)
         states[part.name] = record["state"]
         ending = "" if record["error"] is None else f": {record['error'].splitlines()[-1]}"

@@ -7,6 +7,7 @@ tokenizer is the small world's, whose words are the first of the vocabulary; its
 
 import gc
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -113,6 +114,7 @@ def compare_memory(report: "Report", folder: Path, small: bool) -> None:
         })  # fmt: skip
         _layout(report, name, settings, world)
         _free()
+    shutil.rmtree(folder)
 
 
 def _world(folder: Path, processor: TinyQwen3VLProcessor) -> stages.World:

@@ -27,6 +27,8 @@ from npo_core.stages.gpu_check import DONE, FAILED, PARTS, RUNNING, SKIPPED, STO
 from npo_core.world import letters, smollm
 from npo_core.world.policies import save_policy
 
+ROOT = Path(__file__).parents[2]
+
 WRITES = """
 import json, pathlib, sys, time
 def write(*rows):
@@ -114,6 +116,25 @@ def test_a_check_that_is_asked_to_end_ends_what_it_has_started(tmp_path):
     gone, alive = psutil.wait_procs(children, timeout=10)
     assert gone and not alive
     assert states(json.loads(out.read_text())) == {"memory": RUNNING}
+
+
+def test_another_check_beside_the_same_runs_is_waited_for(runs, tmp_path):
+    runs.mkdir()
+    (runs / "gpu-check").mkdir()
+    (runs / "gpu-check" / "of the other").touch()
+    holds = (
+        "import sys, time, pathlib\nfrom npo_core.lock import Lock\nroot = pathlib.Path(sys.argv[1])\n"
+        "with Lock(root / 'gpu-check.lock.json', 'The other').holding():\n"
+        "    print('held', flush=True); time.sleep(2)\n"
+        "    (root / 'kept').write_text(str((root / 'gpu-check' / 'of the other').exists()))"
+    )
+    command = [sys.executable, "-c", holds, str(runs)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        result = check([Part("one", "", 1.0)], 60, tmp_path / "result.json", True, scripts(one="pass"))
+    assert (runs / "kept").read_text() == "True" and states(result) == {"one": DONE}
+    assert not (runs / "gpu-check" / "of the other").exists()
+    assert not (runs / "gpu-check.lock.json").exists()
 
 
 def test_each_part_has_its_share_and_the_last_all_that_is_left(runs, tmp_path):

@@ -263,11 +263,11 @@ def _announcement(small: bool, seconds: float) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """What was found, as text: a line a row, and for each part that was not done, why."""
     title = "rehearsal on the CPU, no figure of a GPU" if result["rehearsal"] else result["gpu"]["name"]
-    lines = [f"{title}, {result['seconds']:.0f} s", f"{'part':<10} {'':<68}{'value':>12}  unit"]
+    lines = [f"{title}, {result['seconds']:.0f} s", f"{'part':<10} {'':<80}{'value':>12}  unit"]
     for part in result["parts"]:
         for row in part["rows"]:
             value = "not finite" if row["value"] is None else f"{row['value']:.4g}"
-            lines.append(f"{part['part']:<10} {row['name']:<68}{value:>12}  {row['unit']}")
+            lines.append(f"{part['part']:<10} {row['name']:<80}{value:>12}  {row['unit']}")
         if part["state"] != DONE:
             lines.append(f"{part['part']:<10} {part['state']}: {part['error'].splitlines()[-1]}")
     return "\n".join(lines)

@@ -314,8 +314,8 @@ def _report_run(report: Report, name: str, run: RunFolder) -> None:
     if not lines:
         return
     few = max(1, len(lines) // 4)
-    report.add(f"{name}: pass rate in training, first {few} steps", statistics.fmean(rates[:few]), "")
-    report.add(f"{name}: pass rate in training, last {few} steps", statistics.fmean(rates[-few:]), "")
+    report.add(f"{name}: pass rate in training, first {few} step(s)", statistics.fmean(rates[:few]), "")
+    report.add(f"{name}: pass rate in training, last {few} step(s)", statistics.fmean(rates[-few:]), "")
     report.add(f"{name}: guides placed", sum(line["npo/replaced_slots"] for line in lines), "")
     report.curve(f"{name}: pass rate in training by compute step", rates)
     report.curve(f"{name}: policy step by compute step", [line["policy_step"] for line in lines])

@@ -325,7 +325,7 @@ def test_weights_in_16_bits_lose_what_weights_in_32_keep(tiny_runs, monkeypatch)
 def test_a_rehearsal_from_end_to_end(tiny_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NPO_RUNS", str(tiny_runs))
     out = tmp_path / "result.json"
-    status = main(["gpu-check", "--rehearse", "--minutes", "20", "--out", str(out)])
+    status = main(["gpu-check", "--rehearse", "--minutes", "60", "--out", str(out)])
     shown, result = capsys.readouterr().out, json.loads(out.read_text())
     assert states(result) == {part.name: DONE for part in PARTS}, shown
     assert status == 0 and "REHEARSAL on the CPU" in shown and "no figure of a GPU" in shown

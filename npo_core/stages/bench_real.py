@@ -24,7 +24,7 @@ from ..world.finetune import real_folder, right_tokens
 from ..world.policies import load_policy
 from . import run as stages
 from .bench import timed
-from .clocks import work_clock
+from .clocks import work_clock, work_unit
 from .precision import compare_precisions
 
 MODEL = "SmolLM2"
@@ -110,7 +110,7 @@ def step_turns(config: RunConfig, world: stages.World) -> Iterator[dict[str, flo
 def rows_of_turns(config: RunConfig, turns: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """A GRPO step, and the ratio within the turns, each the median over the turns so far."""
     step = f"{MODEL}, GRPO step of {config.rollouts_per_step} rollouts"
-    unit = "CPU s" if own_device().type == "cpu" else "s"
+    unit = work_unit(own_device())
     ratio = statistics.median(turn["NPO"] / turn["GRPO"] for turn in turns)
     return [
         {"name": step, "value": statistics.median(turn["GRPO"] for turn in turns), "unit": unit, "limit": None},

@@ -15,6 +15,11 @@ def work_clock(device: torch.device | str) -> Callable[[], float]:
     return time.process_time if torch.device(device).type == "cpu" else wall_clock(device)
 
 
+def work_unit(device: torch.device | str) -> str:
+    """What `work_clock` counts, as a table has it."""
+    return "CPU s" if torch.device(device).type == "cpu" else "s"
+
+
 def wall_clock(device: torch.device | str) -> Callable[[], float]:
     """A clock of the wall, in seconds, that is read when all that a device was asked for is done.
 

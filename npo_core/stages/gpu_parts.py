@@ -37,7 +37,7 @@ from ..world.smollm import smollm_folder
 from . import run as stages
 from .bench import StepClock, checkpoint_ratios, timed
 from .bench_real import MODEL, offline_row, right_guides, rows_of_turns, speed_rows, step_turns
-from .clocks import wall_clock, work_clock
+from .clocks import wall_clock, work_clock, work_unit
 
 PRESET, SMALL_PRESET = "real", "real-smoke"
 
@@ -161,7 +161,7 @@ def cache(visit: Visit) -> None:
     begin = now()
     filled, rollouts = offline._fill_cache(policy, uids, 0, None)
     seconds = now() - begin
-    report.add(f"guidance cache for the {len(uids)} prompts of {count} step(s)", seconds, "s")
+    report.add(f"guidance cache for the {len(uids)} prompts of {count} step(s)", seconds, work_unit(own_device()))
     report.add("the same, in GRPO steps", seconds / step, "steps")
     report.add("rollouts that were sampled for it", rollouts, "")
     report.add(
@@ -223,7 +223,7 @@ def precision(visit: Visit) -> None:
             after = trainer.accelerator.unwrap_model(trainer.model).state_dict()
             changed = sum(int((after[key] != before[key]).sum()) for key in before)
             norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
-        report.add(f"{name}: a step", median[name], "s")
+        report.add(f"{name}: a step", median[name], work_unit(own_device()))
         report.add(f"{name}: gradient norm, mean of the steps", statistics.fmean(norms), "")
         whole = sum(value.numel() for value in before.values())
         report.add(f"{name}: weights that {trainer.state.global_step} steps change", changed / whole, "share")

@@ -226,6 +226,7 @@ def test_a_gpu_is_asked_to_be_done_before_its_clock_is_read(monkeypatch):
     clocks.work_clock("cuda:0")()
     clocks.wall_clock("cuda:0")()
     assert asked == [torch.device("cuda:0")] * 2
+    assert (clocks.work_unit("cuda:0"), clocks.work_unit("cpu")) == ("s", "CPU s")
     assert clocks.work_clock("cpu") is time.process_time and clocks.wall_clock("cpu") is time.perf_counter
 
 

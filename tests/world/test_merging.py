@@ -31,9 +31,10 @@ def adapted(tmp_path):
     base = build_tiny_policy(processor, TinyPolicySpec(hidden=32, layers=2, heads=2), seed=0)
     save_policy(base, processor, tmp_path / "base")
     policy = get_peft_model(load_policy(tmp_path / "base"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    drawn = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+        if "lora_" in name:  # peft draws the first of each pair from the global state
+            torch.nn.init.normal_(parameter, std=1.0, generator=drawn)
     policy.save_pretrained(tmp_path / "checkpoint-7")
     return tmp_path
 

@@ -108,6 +108,7 @@ class GymVerifier:
         self.problems, self.threshold = problems, threshold
         self._process = GymProcess()
         self._score = functools.lru_cache(maxsize=1 << 16)(self._asked)
+        self._raised: set[str] = set()
 
     def __call__(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Verify one completion.
@@ -137,11 +138,17 @@ class GymVerifier:
             return 0.0
         asked = {"task": problem.task.name, "settings": problem.task.settings, "entry": problem.entry}
         try:
-            score = self._process.ask("score", SECONDS, answer=given, **asked)["score"]
+            found = self._process.ask("score", SECONDS, answer=given, **asked)
         except ProcessEnded:
             logger.warning("Task %s of reasoning-gym took too long at an answer, or ended at it: %r", uid, given[:200])
             return 0.0
-        return score if score == score else 0.0
+        if found["raised"] and problem.task.name not in self._raised:
+            self._raised.add(problem.task.name)
+            said = (
+                "The scorer of reasoning-gym's %s raised %s at the answer %r, which counts as wrong; said once a task"
+            )
+            logger.warning(said, problem.task.name, found["raised"], given[:200])
+        return found["score"] if found["score"] == found["score"] else 0.0
 
 
 def read_source(source: str) -> list[Task] | None:

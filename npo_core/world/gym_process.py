@@ -189,18 +189,19 @@ def _problem(dataset: Any, index: int) -> dict[str, Any]:
         "question": entry["question"],
         "answer": answer,
         "entry": base64.b64encode(pickle.dumps(entry)).decode("ascii"),
-        "own": 0.0 if answer is None else _scored(dataset, answer.strip(), entry),
-        "nonsense": _scored(dataset, NONSENSE, entry),
+        "own": 0.0 if answer is None else _scored(dataset, answer.strip(), entry)["score"],
+        "nonsense": _scored(dataset, NONSENSE, entry)["score"],
     }
 
 
 def _score(task: str, settings: Mapping[str, Any], entry: str, answer: str) -> dict[str, Any]:
     made = pickle.loads(base64.b64decode(entry))  # by `_problem`, in a process as this one
-    return {"score": _scored(_dataset(task, json.dumps(settings), 0), answer, made)}
+    return _scored(_dataset(task, json.dumps(settings), 0), answer, made)
 
 
-def _scored(dataset: Any, answer: str, entry: dict[str, Any]) -> float:
+def _scored(dataset: Any, answer: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The score, and what the scorer raised if it did: such an answer is wrong, and the caller says so."""
     try:
-        return float(dataset.score_answer(answer, entry))
-    except Exception:  # some scorers raise at an answer of another form than theirs, each an error of its own
-        return 0.0
+        return {"score": float(dataset.score_answer(answer, entry)), "raised": ""}
+    except Exception as error:  # some scorers raise at an answer of another form than theirs, each an error of its own
+        return {"score": 0.0, "raised": f"{type(error).__name__}: {error}"[:200]}

@@ -412,3 +412,20 @@ def test_of_all_tasks_those_with_exact_scoring_can_be_won(shared, known):
             assert verifier(f"\\boxed{{{problem.answer}}}", {"uid": problem.uid}) is Verdict.CORRECT, problem
             assert verifier("\\boxed{zzz}", {"uid": problem.uid}) is Verdict.WRONG, problem
     assert refused == INEXACT
+
+
+def test_a_scorer_that_raises_is_said_once_a_task(drawn, caplog):
+    class Fussy:
+        def score_answer(self, answer, entry):
+            return 1.0 if answer.isdecimal() else int(answer)
+
+    found = gym_process._scored(Fussy(), "seven", {})
+    assert found["score"] == 0.0 and found["raised"].startswith("ValueError: invalid literal")
+    assert gym_process._scored(Fussy(), "7", {}) == {"score": 1.0, "raised": ""}
+    (problem, *_) = of(drawn, "chain_sum")
+    verifier = GymVerifier({problem.uid: problem}, 1.0)
+    verifier._process = type("Process", (), {"ask": lambda self, *_, **__: found, "close": lambda self: None})()
+    with caplog.at_level("WARNING"):
+        verdicts = [verifier(f"\\boxed{{{answer}}}", {"uid": problem.uid}) for answer in ("7", "8", "9")]
+    assert set(verdicts) == {Verdict.WRONG}
+    assert caplog.text.count("scorer of reasoning-gym's chain_sum raised ValueError") == 1

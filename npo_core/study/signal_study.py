@@ -23,6 +23,7 @@ from ..runs.validation import WORLD
 from ..stages.signal_run import measure_run, settings_for
 from .findings import SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
+from .signal_claims import interior_peak, predicts, premise_holds, shapes
 
 ORIGINS = (0, 100, 200)
 """Policy steps that the signal is measured from."""
@@ -195,22 +196,8 @@ def run_signal_study(
 
 
 def in_words(path: Path) -> str:
-    """Premise, Δ* and predictions of a `signal.json`, a line each."""
+    """The claims of a `signal.json`, a line each."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    lines = [f"Seeds {', '.join(map(str, found['seeds']))}."]
-    for origin, entry in found["origins"].items():
-        for at, distance in enumerate(one["distance"] for one in entry["premise"][0]):
-            shown, own = (np.mean([seed[at][name]["value"] for seed in entry["premise"]]) for name in ("shown", "own"))
-            held = sum(seed[at]["gain"]["low"] > 0 for seed in entry["premise"])
-            lines.append(
-                f"From {origin}, Δ = {distance:g}: solves {shown:.2f} of what the policy fails, its own resample "
-                f"{own:.2f}; more on {held} of {len(found['seeds'])} seeds."
-            )
-    for row in found["prediction"]:
-        mean = "undefined" if row["mean"] is None else f"{row['mean']:+.2f}"
-        inside = "" if row["low"] is None else f" ({row['low']:+.2f} to {row['high']:+.2f})"
-        lines.append(
-            f"From {row['origin']}, ratio {row['mode']}: ρ of {row['predictor']} with the gain over {row['sources']} "
-            f"sources {mean}{inside}."
-        )
-    return "\n".join(lines)
+    claims = (premise_holds, interior_peak, shapes, predicts)
+    lines = [f"{claim.claim}: {claim.verdict}; {claim.ours}." for claim in (one(found) for one in claims)]
+    return "\n".join([f"Seeds {', '.join(map(str, found['seeds']))}.", *lines])

@@ -117,7 +117,7 @@ def test_a_small_study_is_measured_trained_and_judged(tmp_path):
     for claim in (interior_peak(found), shapes(found), predicts(found), premise_holds(found)):
         assert claim.verdict and claim.ours and claim.numbers
     told = signal_study.in_words(path)
-    assert told.startswith("Seeds 0, 1.") and "ρ of lead over cost with the gain over 4 sources" in told
+    assert told.startswith("Seeds 0, 1.\n") and "which guide helps most: too few seeds" in told
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.json") if "lock" not in file.name}
     again = signal_study.run_signal_study(
         "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=tmp_path / "runs", out=tmp_path / "out", quiet=True

@@ -21,7 +21,7 @@ from ..runs.folder import runs_folder
 from ..trainer.inputs import Sampling, encode_prompts
 from ..trainer.sampling import completion_logps, sample_rollouts
 from ..world.finetune import real_folder, right_tokens
-from ..world.policies import load_policy
+from ..world.policies import placed_policy
 from . import run as stages
 from .bench import timed
 from .clocks import work_clock, work_unit
@@ -59,8 +59,8 @@ def speed_rows(base: Path, **settings: Any) -> list[dict[str, Any]]:
 
 def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
     """Off-line sampling, verdicts and all, against `generate` alone: the same prompts, seed, and so the same tokens."""
-    device = own_device()
-    model = load_policy(world.base).eval().to(device)
+    model = placed_policy(world.base).eval()
+    device = model.device
     now = work_clock(device)
     rows, k = list(world.train.select(range(config.prompts_per_step))), config.num_generations
     inputs = encode_prompts(world.processor, [row for row in rows for _ in range(k)])
@@ -123,7 +123,7 @@ def right_guides(world: stages.World, uids: list[str]) -> GuidanceSource:
     cache = GuidanceCache.empty(world.processor, [world.processor.eos_token_id], 1 << 10)
     rows = [world.rows[uid] for uid in dict.fromkeys(uids)]
     tokens = right_tokens(world.processor, [row["answer"] for row in rows])
-    policy = load_policy(world.base).eval().to(own_device())
+    policy = placed_policy(world.base).eval()
     logps = completion_logps(policy, world.processor, rows, tokens)
     for row, ids, scores in zip(rows, tokens, logps, strict=True):
         cache.add(Trajectory(row["uid"], tuple(ids), tuple(scores), 0, True, row["answer"]))

@@ -58,14 +58,15 @@ class Part:
 
 
 PARTS = (
-    Part("model", "SmolLM2 converted and started on its task", 0.15),
+    Part("model", "SmolLM2 converted and started on its task", 0.14),
     Part("steps", "GRPO and NPO steps in turns", 0.15, ("model",)),
     Part("speed", "tokens per second, off-line sampling", 0.08, ("model",)),
     Part("cache", "cost of a guidance cache", 0.08, ("model",)),
     Part("rollback", "checkpoints and a roll-back", 0.08, ("model",)),
     Part("precision", "training in 32 and in 16 bits", 0.08, ("model",)),
-    Part("memory", "the plan's memory against that of a random Qwen3-VL", 0.20),
-    Part("training", "as many steps of GRPO and NPO as fit, side by side", 0.18, ("model",)),
+    Part("memory", "the plan's memory against that of a random Qwen3-VL", 0.18),
+    Part("paths", "AutoNPO, signal and scores on the small world", 0.09),
+    Part("training", "as many steps of GRPO and NPO as fit, side by side", 0.12, ("model",)),
 )
 """In the order they run: what later ones stand on first, what takes all the time that is left last."""
 

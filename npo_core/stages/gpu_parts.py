@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import torch
 from transformers import TrainerCallback
@@ -29,15 +30,17 @@ from ..processes import join, own_device
 from ..runs.checkpoints import checkpoint_folder
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
+from ..runs.measurement import RESAMPLE
 from ..trainer.sampling import completion_logps
 from ..world import finetune
 from ..world.finetune import real_policy_folder, right_tokens
-from ..world.policies import keep_freed_memory, load_policy
+from ..world.policies import keep_freed_memory, placed_policy
 from ..world.smollm import smollm_folder
 from . import run as stages
 from .bench import StepClock, checkpoint_ratios, timed
 from .bench_real import MODEL, offline_row, right_guides, rows_of_turns, speed_rows, step_turns
 from .clocks import wall_clock, work_clock, work_unit
+from .signal_run import measure_run, settings_for
 
 PRESET, SMALL_PRESET = "real", "real-smoke"
 
@@ -156,7 +159,7 @@ def cache(visit: Visit) -> None:
     with tempfile.TemporaryDirectory() as folder:
         step = statistics.median(timed(maker(Path(folder))))
     uids = list(dict.fromkeys(maker.schedule["uid"][: count * config.prompts_per_step]))
-    policy = load_policy(world.base).eval().to(own_device())
+    policy = placed_policy(world.base).eval()
     offline = Offline(maker, config, world.rows, world.processor, world.verifier)
     begin = now()
     filled, rollouts = offline._fill_cache(policy, uids, 0, None)
@@ -238,7 +241,7 @@ def _gap(visit: Visit) -> float:
     world = stages.prepare(config, quiet=True)
     rows = list(world.train.select(range(config.rollouts_per_step)))
     tokens = right_tokens(world.processor, [row["answer"] for row in rows])
-    policy, found = load_policy(world.base).eval().to(own_device()), []
+    policy, found = placed_policy(world.base).eval(), []
     for half in (False, True):
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=half):
             found.append([logp for row in completion_logps(policy, world.processor, rows, tokens) for logp in row])
@@ -250,6 +253,25 @@ def memory(visit: Visit) -> None:
     from .gpu_memory import compare_memory
 
     compare_memory(visit.report, visit.work / "random-qwen3-vl", visit.small)
+
+
+def paths(visit: Visit) -> None:
+    """AutoNPO on the small world to its end, then the signal with measured gradients along a GRPO run of it."""
+    report, root, now = visit.report, visit.work / "paths", wall_clock(own_device())
+    begin = now()
+    result = stages.run(resolve_config("autonpo", "smoke", 0), root, quiet=True).result()
+    report.add("AutoNPO, preset smoke, from the base policy to its scores", now() - begin, "s")
+    report.add("roll-backs of it", len(result["interventions"]), "")
+    report.add("its pass rate in evaluation", result["final"]["average"], "")
+    begin, config = now(), resolve_config("grpo", "smoke", 0)
+    measured = measure_run(
+        config, [0], settings_for(config, prompts=8, gradients=4), distances=2, root=root, quiet=True
+    )
+    report.add("GRPO, preset smoke, and the signal along it", now() - begin, "s")
+    report.add("pairs of policies measured", len(measured.pairs), "")
+    table = pd.read_parquet(measured.folder / "table.parquet")
+    own = table[table["source"] == RESAMPLE].iloc[0]
+    report.add("KL of the policy to a second sample of its own, 0 but for rounding", own["token_kl"], "nats")
 
 
 def training(visit: Visit) -> None:
@@ -326,7 +348,7 @@ def _report_run(report: Report, name: str, run: RunFolder) -> None:
 
 MEASURES: Mapping[str, Callable[[Visit], None]] = {
     "model": model, "steps": steps, "speed": speed, "cache": cache, "rollback": rollback, "precision": precision,
-    "memory": memory, "training": training,
+    "memory": memory, "paths": paths, "training": training,
 }  # fmt: skip
 """What each part of `gpu_check.PARTS` does."""
 

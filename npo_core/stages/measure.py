@@ -41,7 +41,7 @@ from ..trainer.gradients import both_sided, own_gram, require_gradients_fit, sou
 from ..trainer.inputs import inherited
 from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
-from ..world.policies import load_policy
+from ..world.policies import placed_policy
 from .comparable import check_policies, fingerprint
 
 COMPARED = ("scored", "gradients", "parameters")
@@ -80,7 +80,7 @@ class Measurement:
         rows: Sequence[Mapping[str, Any]],
         verifier: Verifier,
         settings: SignalSettings,
-        load: Callable[[Path], PreTrainedModel] = load_policy,
+        load: Callable[[Path], PreTrainedModel] = placed_policy,
         quiet: bool = False,
         rollout_batch: int = ROLLOUT_BATCH,
         score_batch: int = ROLLOUT_BATCH,

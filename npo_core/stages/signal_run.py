@@ -12,7 +12,7 @@ from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
 from ..runs.measurement import plan_pairs
 from ..runs.settings import SignalSettings
-from ..world.policies import load_policy
+from ..world.policies import placed_policy
 from ..world.warmstart import teacher_folder
 from . import run as stages
 from .measure import COMPARED, Measurement
@@ -69,8 +69,9 @@ def measure_run(
         list(world.train.select(range(min(settings.prompts, len(world.train))))),
         world.verifier,
         settings,
-        load=lambda folder: load_policy(folder, config.freeze_vision, config.dtype, config.attention),
+        load=lambda folder: placed_policy(folder, config.freeze_vision, config.dtype, config.attention),
         quiet=quiet,
+        bf16=config.mixed_precision == "bf16",
         rollout_batch=config.rollout_batch if rollout_batch is None else rollout_batch,
         score_batch=config.score_batch if score_batch is None else score_batch,
     )

@@ -27,7 +27,7 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder, offline_rollouts
 from ..runs.validation import WORLD
 from ..stages import run as stages
-from ..world.policies import load_policy
+from ..world.policies import placed_policy
 from .arms import ARMS, arm_config
 from .families import AXES, CLOCKS, COUNTED, REFERENCES, compared_on
 from .findings import SCHEMA, results_folder
@@ -216,7 +216,7 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         world = stages.prepare(run.config, quiet=True) if world is None else world
-        policy = load_policy(checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
+        policy = placed_policy(checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
         label = f"{run.config.method} at {step}"
         write_json(path, stages.evaluate_policy(run.config, policy, world, label, True, plain=sampling == "plain"))
     return json.loads(path.read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ from ..stages import run as stages
 from ..streams import GAIN
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import sample_rollouts
-from ..world.policies import load_policy, quiet_transformers
+from ..world.policies import placed_policy, quiet_transformers
 from ..world.warmstart import teacher_folder
 
 TEACHER = "teacher"
@@ -162,7 +162,7 @@ class GainStudy:
     def _unguided(self, origin: int) -> dict[str, Any]:
         stop = origin + self.plan.window
         lines = [line for line in self.run_folder.metrics() if origin < line["policy_step"] <= stop]
-        final = self._scores(load_policy(self._checkpoint(stop)))
+        final = self._scores(placed_policy(self._checkpoint(stop)))
         return {"origin": origin, "source": "unguided", "distance": None, "mode": None, **_means(lines), "final": final}
 
     def _guided(self, pair: Pair, mode: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class GainStudy:
             rows = {row["uid"]: row for row in self.world.train}
             step = pair.origin if pair.source == RESAMPLE else int(pair.source) if pair.source.isdecimal() else -1
             folder = self.sources[pair.source] if step < 0 else self._checkpoint(step) if step else self.world.base
-            guide = load_policy(folder)
+            guide = placed_policy(folder)
             groups = sample_rollouts(
                 guide,
                 processor,

@@ -22,7 +22,7 @@ from ..runs.config import resolve_config
 from ..runs.folder import RunFolder
 from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
-from ..world.policies import load_policy, load_processor
+from ..world.policies import load_processor, placed_policy
 from ..world.warmstart import base_policy_folder
 from .arms import Arm
 from .cells import Cell, about_run, run_cells, saved_places, score_rows
@@ -159,7 +159,7 @@ def exact_rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
     for place in [*([start] if cell.arm == "GRPO" else []), *saved_places(run)]:
         step = place["policy_step"]
         folder = checkpoint_folder(run.path / "branches" / f"{place['branch']:02d}", step)
-        model = load_policy(folder if step else base_policy_folder(config, quiet=True)).eval()
+        model = placed_policy(folder if step else base_policy_folder(config, quiet=True)).eval()
         processor = load_processor(base_policy_folder(config, quiet=True))
         with finetune.precision(config):
             chances = finetune.right_probabilities(model, processor, rows)

@@ -27,7 +27,7 @@ from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..trainer.sampling import completion_logps, forced_logps
 from . import letters
-from .policies import load_policy, load_processor, save_policy
+from .policies import load_processor, placed_policy, save_policy
 from .smollm import FORMAT as CONVERSION
 from .smollm import WHEEL_SHA256, smollm_folder
 
@@ -113,7 +113,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
         ValueError: `warmstart_steps` do not get there.
     """
     processor = load_processor(pretrained)
-    model = load_policy(pretrained).train().to(own_device())
+    model = placed_policy(pretrained).train()
     source = letters.read_source(config.data)
     batch = config.warmstart_batch
     problems = letters.sample_words("train", config.warmstart_steps * batch, config.policy_seed, source)

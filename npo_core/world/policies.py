@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -41,6 +42,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from ..guidance.fingerprints import tokenizer_of
+from ..processes import own_device
 from .speed.prompts import SharedPrompts
 from .speed.sharing import share_work
 from .speed.words import share_words
@@ -287,6 +289,12 @@ def load_policy(
             raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors; pickled adapters are not read.")
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
     return model
+
+
+def placed_policy(folder: str | Path, *settings: Any, **named: Any) -> PreTrainedModel | PeftModel:
+    """`load_policy`, on the device of this process: for work outside a trainer, which places its policy itself."""
+    policy = load_policy(folder, *settings, **named)
+    return policy.to(own_device())  # pyright: ignore[reportArgumentType] (a decorator of transformers hides `self`)
 
 
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:

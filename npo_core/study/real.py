@@ -108,19 +108,19 @@ def run_real(
     """
     at_a_time = processes or os.cpu_count() or 1
     waiting = [cell for cell in cells if not _settled(cell, root).exists()]
-    written: dict[Path, None] = {}
+    done = [cell for cell in cells if cell not in waiting]
+    written = collect_real(done, root, out) if done else []
     while waiting:
         now, waiting = waiting[:at_a_time], waiting[at_a_time:]
         run_cells(now, root, at_a_time, quiet)
         for cell in now:
             if (reason := cell.failure(root)) is not None:
                 print(f"failed: {cell.arm}, seed {cell.seed}: {reason}")
-            else:
-                settle(cell, root)
-    done = [cell for cell in cells if _settled(cell, root).exists()]
-    if done:
-        written |= dict.fromkeys(collect_real(done, root, out))
-    return list(written)
+                continue
+            settle(cell, root)
+            done.append(cell)
+            written = collect_real(done, root, out)  # a night that is cut off leaves what it had
+    return written
 
 
 def _settled(cell: Cell, root: Path | None) -> Path:

@@ -60,7 +60,11 @@ class TinyWorld:
         return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
     def guide(self, uid: str, **changes: Any) -> Trajectory:
-        """The exact solution as a guide; log-probs that are far from any random policy's, and differ by token."""
+        """The exact solution as a guide; log-probs that differ by token, from far above a random policy's to below.
+
+        They fall by 0.7 a token, so that a response of six tokens has ratios on both sides of every bound, which
+        tests/trainer/test_trainer.py checks where it compares gradients.
+        """
         ids = tuple(changes.pop("token_ids", self.solution(uid)))
         logps = tuple(-0.5 - 0.7 * index for index in range(len(ids)))
         guide = Trajectory(uid=uid, token_ids=ids, logps=logps, source_step=30, correct=True, text="for people")

@@ -7,6 +7,8 @@ PRESET ?= cpu
 SEED ?= 0
 DEV ?=
 ARGS ?=
+ENDS ?=
+TORCH ?=
 JOBS ?= 2
 
 VENV := .venv
@@ -147,18 +149,9 @@ test: $(DEV_STAMP) ## Run the tests but the long ones, JOBS files at a time (ARG
 test-all: $(DEV_STAMP) ## Run all tests, the long ones too (ARGS goes to pytest)
 	$(PYTEST) $(ARGS)
 
-# Both ends of the ranges, each in an environment of its own; what the tests import is pinned as everywhere.
-test-range: $(BIN)/python ## Run TRL's contract and a training with the lowest and the newest packages of pyproject.toml
-	@for end in lowest newest; do \
-		echo "== $$end" && $(BIN)/python -m venv --clear .venv-range && \
-		$(BIN)/python tests/ranges.py $$end > .venv-range/ends.txt && \
-		PIP_NO_INPUT=1 .venv-range/bin/python -m pip -qq --disable-pip-version-check install -r .venv-range/ends.txt \
-			$$(grep -E '^(pytest|hypothesis|beartype)==' requirements.txt) -e . && \
-		.venv-range/bin/python -m pip list --format=freeze 2>/dev/null | \
-			grep -E "^($$(sed 's/[<>=].*//' .venv-range/ends.txt | paste -sd '|'))=" | paste -sd ' ' && \
-		$(THREADS) .venv-range/bin/python -m pytest -q tests/trainer/test_trl_contract.py tests/trainer/test_trainer.py $(ARGS) && \
-		$(THREADS) .venv-range/bin/python -m npo_core autonpo --preset smoke --root .venv-range/runs --quiet || exit 1; \
-	done
+# Both ends of the ranges, each in an environment of its own, made once: what tests/ranges.py says.
+test-range: $(BIN)/python ## Run TRL's contract and a training with the lowest and the newest packages of pyproject.toml (ENDS, TORCH)
+	$(THREADS) $(BIN)/python tests/ranges.py $(ENDS) --torch "$(TORCH)" --pytest "$(ARGS)"
 
 # vLLM's CPU build wants an older setuptools, and brings a torchvision for GPUs, see tests/vllm_site.
 $(VLLM_STAMP):

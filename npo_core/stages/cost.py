@@ -16,7 +16,7 @@ from ..runs.checkpoints import ADAM_COPIES, retention_bytes
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..runs.launchers import Launcher, read_launcher
-from ..trainer.memory import at_once, device_memory, logits_bytes
+from ..trainer.memory import DRAWN, at_once, device_memory, logits_bytes
 from ..world.pretrained import PolicySize, policy_config, policy_size
 from ..world.warmstart import base_policy_folder
 from .factory import batch_shape
@@ -31,15 +31,20 @@ ACTIVATIONS = 34
 SCORED = 8
 """Bytes per token and word of a scoring pass: logits and log-softmax in 32 bits; 2 more where products have 16."""
 
+HALF = 2
+"""Bytes of a number in 16 bits."""
+
 LOGIT_TILE = (4096, 32768)
 """Tokens and words of the tiles in which TRL's head computes log-probabilities."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """GPU memory of one process, in bytes: of a training step, and of a decision, where trajectories are scored.
+    """GPU memory of one process, in bytes: while it samples, trains, and decides, where trajectories are scored.
 
-    A decision needs neither gradients nor what a step computes, but `learner`, a second policy, and `scoring`.
+    Each has the weights, the moments and vLLM's share. `casts` are weights in 16 bits beside those in 32, `keys` the
+    keys and values of what transformers samples. A decision needs neither gradients nor what a step computes, but
+    `learner`, a second policy, and `scoring`.
     """
 
     weights: int
@@ -47,6 +52,8 @@ class StepMemory:
     moments: int
     activations: int
     logits: int
+    casts: int
+    keys: int
     learner: int
     scoring: int
     vllm: int
@@ -54,28 +61,40 @@ class StepMemory:
     @property
     def training(self) -> int:
         """Sum of what a training step holds."""
-        return self.weights + self.gradients + self.moments + self.activations + self.logits + self.vllm
+        return self._always + self.gradients + self.activations + self.logits
+
+    @property
+    def sampling(self) -> int:
+        """Sum of what is held while the step's rollouts are sampled."""
+        return self._always + self.keys
 
     @property
     def deciding(self) -> int:
         """Sum of what is held while guides are sampled and scored; 0 for a method that does neither."""
-        held = self.weights + self.moments + self.learner + self.scoring + self.vllm
-        return held if self.scoring else 0
+        return self._always + self.learner + self.scoring if self.scoring else 0
 
     @property
     def total(self) -> int:
-        """The larger of the two."""
-        return max(self.training, self.deciding)
+        """The largest of the three."""
+        return max(self.training, self.sampling, self.deciding)
+
+    @property
+    def _always(self) -> int:
+        return self.weights + self.moments + self.casts + self.vllm
 
 
 def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMemory:
     """GPU memory of one process (ours).
 
     Weights, gradients (of what is trained) and two Adam moments are exact, and spread over the processes when sharded;
-    of the weights a layer and the head are then gathered in 16 bits. The learner is a whole policy in every process:
-    the one that V̂ compares with, that guides are chosen for, or that guides the run. Scoring: the logits of
-    `score_batch` responses over all words, and one layer for their tokens in full. vLLM's share is counted at all
-    times, though it sleeps while others work: what it leaves behind is not known.
+    of the weights a layer and the head are then gathered in 16 bits. Where products have 16 bits and weights 32,
+    autocast keeps a copy of each weight that is trained, and makes one of the others where they are used: of the head,
+    and of a layer with gradient checkpointing, of all without. Keys and values are of all rollouts of a process, which
+    are sampled together, in the weights' type, with one layer for the prompts in full, and `DRAWN` copies of the
+    logits of a place. The learner is a whole
+    policy in every process: the one that V̂ compares with, that guides are chosen for, or that guides the run; nothing
+    of it is trained. Scoring: the logits of `score_batch` responses over all words, and one layer for their tokens in
+    full. vLLM's share is counted at all times, though it sleeps while others work: what it leaves behind is not known.
     Activations: 34 bytes per token, layer and unit of width in 16 bits, twice that in 32; with gradient checkpointing
     one copy of each layer's input, and one layer in full. Logits: two tiles of `LOGIT_TILE` in which TRL's head works,
     and where the head is trained a gradient of it in float32. The longest prompt and response are taken; a prompt limit
@@ -83,25 +102,32 @@ def step_memory(config: RunConfig, size: PolicySize, layout: Launcher) -> StepMe
     """
     shards = layout.processes if layout.sharded else 1
     width = BYTES[config.dtype]
-    rows = batch_shape(config, layout.processes)[0]
-    tokens = rows * ((config.max_prompt_length or config.max_completion_length) + config.max_completion_length)
-    precision = 2 if "bf16" in (config.mixed_precision, config.dtype.replace("bfloat", "bf")) else 4
+    rows, passes = batch_shape(config, layout.processes)
+    longest = (config.max_prompt_length or config.max_completion_length) + config.max_completion_length
+    tokens = rows * longest
+    precision = HALF if "bf16" in (config.mixed_precision, config.dtype.replace("bfloat", "bf")) else 4
     layer = ACTIVATIONS * precision // 2 * tokens * size.hidden
     inputs = precision * tokens * size.hidden * size.layers
     head = 0 if config.lora_rank else size.vocabulary * size.hidden
-    gathered = 2 * (size.total // size.layers + size.vocabulary * size.hidden)
+    used = HALF * (size.total // size.layers + size.vocabulary * size.hidden)
+    frozen = size.total - (0 if config.lora_rank else size.trained)
+    casts = HALF * size.trained + min(HALF * frozen, used if config.gradient_checkpointing else HALF * frozen)
     learner, scored = _off_line(config)
     adapters = trained_width(config) * size.trained if config.lora_rank else 0
     together = scored_at_once(config, size)
     response = together * config.max_completion_length
-    read = response + together * (config.max_prompt_length or config.max_completion_length)
-    words = (SCORED + (2 if precision == 2 else 0)) * response * size.vocabulary
+    read = together * longest
+    words = (SCORED + (HALF if precision == HALF else 0)) * response * size.vocabulary
+    prompt = longest - config.max_completion_length
+    place = 4 * DRAWN * size.vocabulary + ACTIVATIONS * precision // 2 * prompt * size.hidden
     return StepMemory(
-        weights=width * size.total // shards + (gathered if layout.sharded else 0),
+        weights=(width * size.total + adapters) // shards + (used if layout.sharded else 0),
         gradients=trained_width(config) * size.trained // shards,
         moments=2 * trained_width(config) * size.trained // shards,
         activations=inputs + layer if config.gradient_checkpointing else layer * size.layers,
         logits=4 * (2 * min(LOGIT_TILE[0], tokens) * min(LOGIT_TILE[1], size.vocabulary) + head),
+        casts=casts if width > precision and not layout.sharded else 0,
+        keys=rows * passes * (width * size.cached * longest + place) if config.vllm == "off" else 0,
         learner=learner * (width * size.total + adapters),
         scoring=scored * (words + ACTIVATIONS * precision // 2 * read * size.hidden),
         vllm=int(config.vllm_memory * gpu_bytes(config)) if config.vllm == "colocate" else 0,
@@ -204,7 +230,9 @@ def plan(config: RunConfig, root: Path | None = None) -> dict[str, str]:
         "tokens sampled, at most": f"{(rollouts + probes + cached) * longest:,}",
         "arithmetic in training, at most": f"{6 * size.total * rollouts * read:.2g} operations",
         "GPU memory of a process": f"{amount(memory.total)}: {_parts(memory)}",
-        "of it in training, in a decision": f"{amount(memory.training)}, {amount(memory.deciding)}",
+        "of it in sampling, training, a decision": ", ".join(
+            map(amount, (memory.sampling, memory.training, memory.deciding))
+        ),
         "responses scored at a time": f"{scored_at_once(config, size):,} (score_batch {config.score_batch:,})",
         "a token in vLLM's cache": amount(BYTES["bfloat16"] * size.cached),
         "checkpoints": f"{count}, {amount(checkpoint_bytes(config, size, layout))} on disk",

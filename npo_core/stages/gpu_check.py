@@ -47,7 +47,7 @@ class Part:
     Attributes:
         name: As on the command line.
         what: What it measures, for the progress line.
-        share: Of the whole time, which it may use up; what it leaves goes to the last part.
+        share: Of the whole time, which it may use up; what it leaves goes to the next part.
         needs: Parts without which it cannot run.
     """
 
@@ -58,15 +58,15 @@ class Part:
 
 
 PARTS = (
-    Part("model", "SmolLM2 converted and started on its task", 0.14),
-    Part("steps", "GRPO and NPO steps in turns", 0.15, ("model",)),
-    Part("speed", "tokens per second, off-line sampling", 0.08, ("model",)),
-    Part("cache", "cost of a guidance cache", 0.08, ("model",)),
-    Part("rollback", "checkpoints and a roll-back", 0.08, ("model",)),
-    Part("precision", "training in 32 and in 16 bits", 0.08, ("model",)),
-    Part("memory", "the plan's memory against that of a random Qwen3-VL", 0.18),
-    Part("paths", "AutoNPO, signal and scores on the small world", 0.09),
-    Part("training", "as many steps of GRPO and NPO as fit, side by side", 0.12, ("model",)),
+    Part("model", "SmolLM2 converted and started on its task", 0.13),
+    Part("steps", "GRPO and NPO steps in turns", 0.16, ("model",)),
+    Part("speed", "tokens per second, off-line sampling", 0.09, ("model",)),
+    Part("cache", "cost of a guidance cache", 0.09, ("model",)),
+    Part("rollback", "checkpoints and a roll-back", 0.12, ("model",)),
+    Part("precision", "training in 32 and in 16 bits", 0.11, ("model",)),
+    Part("memory", "the plan's memory against that of a random Qwen3-VL", 0.15),
+    Part("paths", "AutoNPO, signal and scores on the small world", 0.07),
+    Part("training", "as many steps of GRPO and NPO as fit, side by side", 0.08, ("model",)),
 )
 """In the order they run: what later ones stand on first, what takes all the time that is left last."""
 
@@ -140,7 +140,7 @@ def check(
 
     Args:
         parts: What is measured, in order.
-        seconds: Time of the whole. A part has its share of it, the last one what is left.
+        seconds: Time of the whole. A part has its share of it, and what those before it have left.
         out: JSON file of the result.
         small: Rehearse on the CPU at a small size.
         command: Makes the command of a part, from its name, the working folder, its seconds and `small`; that of
@@ -178,7 +178,7 @@ def _check(
     states: dict[str, str] = {}
     for part in parts:
         left = seconds - (time.monotonic() - begin)
-        limit = left if part is parts[-1] else min(left, part.share * seconds)
+        limit = left - sum(later.share for later in parts[parts.index(part) + 1 :]) * seconds
         record = {"part": part.name, "what": part.what, "state": SKIPPED, "seconds": 0.0, "limit": round(limit, 1)}
         records.append(record | {"rows": [], "series": {}, "error": None})
         record = records[-1]

@@ -62,7 +62,7 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = {
 SIZES = {"vllm": "off", "gpu_memory": 0.0, "prompts_per_step": 4, "micro_batch": 8, "compute_steps": 2}
 """A step of 32 rollouts in 4 passes, sampled by transformers; the second step has Adam's moments from its beginning."""
 
-TOKENS, SMALL_TOKENS = 256, 16
+TOKENS, SMALL_TOKENS = 96, 16
 """Tokens of a response."""
 
 PIXELS, SMALL_PIXELS = 512 * 512, 64 * 64
@@ -137,10 +137,11 @@ def _layout(report: "Report", name: str, config: RunConfig, world: stages.World)
         trainer.args.save_strategy = "no"
         peaks.watch(trainer)
         trainer.train()
-    report.add(f"{name}: sampling, {_measured()}", max(peaks.sampling) / GIB, "GiB")
+    _compare(report, f"{name}: sampling", plan.sampling, max(peaks.sampling))
     _compare(report, f"{name}: training", plan.training, peaks.training[-1])
     report.add(f"{name}: a step", statistics.fmean(peaks.seconds), "s")
     learner = load_policy(world.base, config.freeze_vision, config.dtype, config.attention).to(own_device())
+    learner.requires_grad_(False)  # as `Offline` holds it
     rows, place = list(world.train)[: config.score_batch], trainer.accelerator.device
     word = world.processor.tokenizer.convert_tokens_to_ids("user")  # any that stands for no picture
     responses = [[word] * config.max_completion_length] * len(rows)

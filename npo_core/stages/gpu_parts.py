@@ -53,7 +53,7 @@ SMALL = {"prompts_per_step": 1, "num_generations": 4, "micro_batch": 4, "warmsta
 SPEED_ROWS, CACHED_STEPS = (256, 4), (4, 1)
 """Sequences of a speed trial, and steps whose prompts get guides: on a GPU, in a rehearsal."""
 
-STARTING, ENDING, SHARING, QUICK = 20.0, 15.0, 1.7, 3.0
+STARTING, ENDING, SHARING, QUICK = 20.0, 15.0, 1.2, 3.0
 """Of two runs side by side: seconds before the first step, seconds that evaluation and writing take, how much longer a
 step takes than alone, and seconds of a step where it was not measured. Guesses, which only choose the number of steps.
 """

@@ -54,13 +54,41 @@ def test_memory_of_a_step_by_hand():
     assert memory.activations == 34 * 2 * tokens * 8 * 10
     assert memory.logits == 4 * (2 * tokens * 50 + 50 * 8)
     assert (memory.learner, memory.scoring, memory.deciding) == (0, 0, 0), "GRPO decides nothing"
-    assert memory.total == memory.training == sum(getattr(memory, name) for name in memory.__dataclass_fields__)
+    passes = config.rollouts_per_step // 4
+    assert memory.keys == 4 * passes * (4 * 4 * (6 + 2) + 4 * 4 * 50 + 34 * 2 * 6 * 8), (
+        "all rollouts of the step at once"
+    )
+    assert memory.sampling == memory.weights + memory.moments + memory.keys, "gradients are let go of before"
+    parts = [getattr(memory, name) for name in memory.__dataclass_fields__ if name != "keys"]
+    assert memory.training == sum(parts) and memory.total == max(memory.training, memory.sampling)
+    with_vllm = config.with_changes(vllm="server")
+    assert step_memory(with_vllm, EIGHT, Launcher()).keys == 0, "another process samples"
 
     checkpointed = step_memory(config.with_changes(gradient_checkpointing=True), EIGHT, Launcher())
     assert checkpointed.activations == 4 * tokens * 8 * 10 + 34 * 2 * tokens * 8
     adapters = step_memory(config.with_changes(lora_rank=2, dtype="bfloat16"), EIGHT, Launcher())
-    assert (adapters.weights, adapters.gradients, adapters.moments) == (2000, 3200, 6400), "adapters stay in float32"
+    assert (adapters.gradients, adapters.moments) == (3200, 6400), "adapters stay in float32"
+    assert adapters.weights == 2000 + 3200, "beside the weights that they change"
     assert adapters.logits == 4 * 2 * tokens * 50, "a frozen head has no gradient"
+
+
+def test_weights_in_32_bits_have_copies_in_16_where_products_do():
+    """Of 1000 weights 800 are trained and kept so; of the others a layer of 100 at most, and a head of 50 × 8."""
+    config = resolve_config("grpo", "smoke", overrides={"micro_batch": 4})
+    assert step_memory(config, EIGHT, Launcher()).casts == 0
+    half = config.with_changes(mixed_precision="bf16")
+    assert step_memory(half, EIGHT, Launcher()).casts == 2 * 1000, "saved for the gradient of what lies before them"
+    checkpointed = half.with_changes(gradient_checkpointing=True)
+    assert step_memory(checkpointed, EIGHT, Launcher()).casts == 2 * 800 + 2 * 200, "no more than there are"
+    few = replace(EIGHT, trained=20)
+    adapters = checkpointed.with_changes(lora_rank=2)
+    assert step_memory(adapters, few, Launcher()).casts == 2 * 20 + 2 * (100 + 50 * 8)
+    assert step_memory(half.with_changes(dtype="bfloat16"), EIGHT, Launcher()).casts == 0
+    assert step_memory(half, EIGHT, Launcher(processes=4, sharded=True)).casts == 0, "gathered in 16 bits"
+    decision = step_memory(half.with_changes(method="autonpo"), EIGHT, Launcher())
+    assert decision.deciding == sum(
+        (decision.weights, decision.moments, decision.casts, decision.learner, decision.scoring)
+    )
 
 
 def test_sharding_spreads_weights_gradients_and_moments():
@@ -80,7 +108,7 @@ def test_memory_of_a_decision_by_hand():
     assert memory.learner == 4000, "V̂ compares with a policy of the past"
     assert memory.scoring == 8 * 4 * 2 * 50 + 2 * 34 * 4 * (6 + 2) * 8
     assert memory.deciding == memory.weights + memory.moments + memory.learner + memory.scoring
-    assert memory.total == max(memory.training, memory.deciding)
+    assert memory.total == max(memory.training, memory.sampling, memory.deciding)
     half = step_memory(config.with_changes(mixed_precision="bf16"), EIGHT, Launcher())
     assert half.scoring == 10 * 4 * 2 * 50 + 34 * 4 * (6 + 2) * 8
     sharded = step_memory(config.with_changes(micro_batch=4), EIGHT, Launcher(processes=4, sharded=True))

@@ -9,6 +9,7 @@ import papermill
 import pytest
 from foreign import byte_tokenizer, tiny_model
 
+from npo_core.study.cells import plan_cells, run_cell
 from npo_core.study.families import needed_arms
 from npo_core.study.results import has_evidence
 from npo_core.world.policies import save_policy
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.slow  # each starts kernels of its own
 
 QUICK = {"cache_rollouts": 4, "rollout_every": 0}
 """Settings of the studies of 05 and 06, which share their runs."""
+
+LEFT = "GRPO, best rate"
+"""The arm that 06 runs itself, in a process as `study` starts them; it shares no beginning with another arm."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,12 +137,23 @@ def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def benchmarks(runs, tmp_path_factory):
+def cells(runs):
+    """The study of 06, all arms but `LEFT` made here: a process for each would import for longer than it trains."""
+    planned = plan_cells("smoke", [0], needed_arms(), QUICK)
+    for cell in planned:
+        if cell.arm != LEFT:
+            run_cell(cell.config)
+    return planned
+
+
+@pytest.fixture(scope="module")
+def benchmarks(cells, tmp_path_factory):
     """The executed 06_benchmarks: a study of one seed."""
     return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), seeds=1, overrides=QUICK)
 
 
-def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, benchmarks):
+def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, cells, benchmarks):
+    assert [cell.arm for cell in cells if (cell.folder(None).path / "process.log").exists()] == [LEFT]
     about = json.loads((runs / "study-smoke" / "evidence.json").read_text())
     assert about["seeds"] == [0] and about["failed"] == [] and set(about["arms"]) == set(needed_arms())
     assert pictures(benchmarks) == 3

@@ -1,7 +1,11 @@
 """Guides that cost no more rollouts than they need: turns, what a probe knows, and what is counted."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from npo_core.control import offline
 from npo_core.control.offline import Offline
 from npo_core.guidance.trajectories import GuidanceCache, Trajectory
 from npo_core.runs.config import resolve_config
@@ -83,3 +87,14 @@ def test_nothing_is_sampled_when_a_probe_knows_all():
     work = Scripted(8)
     cache, spent = work._fill_cache(None, ["a"], 7, None, known=[rollout("a", 1, True)])
     assert (work.asked, spent, len(cache)) == ([], 0, 1)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("meta", False)])
+def test_off_a_cpu_nothing_of_a_second_policy_is_trainable(monkeypatch, device, kept):
+    """Autocast keeps a copy in 16 bits of each weight that is: with Qwen3-VL-2B 3.5 GiB beside the policy (an H200)."""
+    monkeypatch.setattr(offline, "own_device", lambda: torch.device(device))
+    work = Scripted(1)
+    work.make_trainer = SimpleNamespace(policy=lambda folder: torch.nn.Linear(2, 2))
+    policy = work._learner(None)
+    assert {(weight.device.type, weight.requires_grad) for weight in policy.parameters()} == {(device, kept)}
+    assert not policy.training

@@ -38,7 +38,7 @@ PAIRS = (("NPO", "NPO, exact ratio"), ("LUFFY", "LUFFY, no correction"))
 PALE = 0.35
 """Opacity of the seeds behind the one that is shown in full."""
 FAR = 4
-"""Multiple of the arms' median distance from GRPO beyond which an arm is written at the edge of the panel."""
+"""Multiple of the median distance that arms reach, intervals included, beyond which one is written at the edge."""
 
 
 def arm_differences(evidence: Evidence) -> Figure:
@@ -263,11 +263,11 @@ def _grpo_where_it_ends(evidence: Evidence, arm: str) -> pd.Series:
 
 
 def _range(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[tuple[float, float], set[str]]:
-    """Ends of the axis of differences, and the arms that lie so far off that the others would not be told apart."""
-    means = {arm: np.mean(np.abs([v.mean() for v in row.values() if len(v)] or [0.0])) for arm, row in found.items()}
+    """Ends of the axis of differences, and arms that reach so far that the others would not be told apart."""
     ends = {arm: [0.0, *(e for v in row.values() for e in (*v, *interval(v)[1:]))] for arm, row in found.items()}
-    typical = np.median([np.nanmax(np.abs(values)) for values in ends.values()])
-    far = {arm for arm, mean in means.items() if mean > FAR * typical > 0}
+    farthest = {arm: np.nanmax(np.abs(values)) for arm, values in ends.items()}
+    typical = np.median(list(farthest.values()))
+    far = {arm for arm, end in farthest.items() if end > FAR * typical > 0}
     shown = np.concatenate([values for arm, values in ends.items() if arm not in far])
     low, high = np.nanmin(shown), np.nanmax(shown)
     margin = 0.05 * (high - low) or 0.01
@@ -275,7 +275,7 @@ def _range(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[tuple[float, 
 
 
 def _draw_arrow(axes: Axes, place: float, values: np.ndarray, color: str, name: str) -> None:
-    """A row outside of the axis: an arrow at the edge, and the numbers."""
+    """A row that leaves the axis: an arrow at the edge, on the side of its mean, and the numbers."""
     below = values.mean() < 0
     edge, text, side, marker = (0.015, 0.035, "left", "<") if below else (0.985, 0.965, "right", ">")
     where = {"transform": axes.get_yaxis_transform()}

@@ -81,7 +81,8 @@ def test_adapters_are_on_the_language_model_alone(folder):
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rollback_and_guidance_on_a_pretrained_policy(folder, tmp_path, rank):
     """Scout, restart, plateau, roll-back, replay: the whole method on a folder, with and without adapters."""
-    every = {"cache_prompts": "all", "cache_stop": False}  # so that some prompt of each window has a guide
+    # so many that some prompt of each window has a guide, whatever is drawn: about 8 of 16 have
+    every = {"cache_prompts": "all", "cache_stop": False, "cache_rollouts": 32}
     run = stages.run(config(folder, lora_rank=rank, **every), tmp_path, quiet=True)
     result = run.result()
     assert [event["event"] for event in run.events()].count("rollback") == 2

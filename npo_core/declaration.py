@@ -74,6 +74,7 @@ class Setting:
         source: "paper", or "ours" where the paper leaves the choice open.
         bounds: Allowed numbers, None for a setting that is no number or has none.
         names_run: It decides what a run computes, and so is part of the run's name.
+        later: It came after runs were named: at its default it is no part of the name, and they keep theirs.
         makes_base: It decides the weights of the small world's base policy.
         acts: When it first decides what a run computes.
     """
@@ -84,6 +85,7 @@ class Setting:
     source: Literal["paper", "ours"] = "ours"
     bounds: Bounds | None = None
     names_run: bool = True
+    later: bool = False
     makes_base: bool = False
     acts: Acts = "start"
 

@@ -213,8 +213,10 @@ class RunConfig(Settings):
         return self.prompts_per_step * self.num_generations
 
     def deciding(self) -> dict[str, Any]:
-        """Settings that decide what the run computes; trackers and addresses are left out."""
-        return {name: getattr(self, name) for name, setting in declarations(self).items() if setting.names_run}
+        """Settings that decide what the run computes: no trackers and addresses, and no later ones at their default."""
+        named = {name: setting for name, setting in declarations(self).items() if setting.names_run}
+        values = {name: getattr(self, name) for name in named}
+        return {name: value for name, value in values.items() if not named[name].later or value != named[name].default}
 
     def to_json(self) -> str:
         """Canonical JSON text of all settings."""

@@ -119,7 +119,10 @@ class Settings:
     max_prompt_length: int = _data(0, "Longest prompt in tokens, picture included; 0: no limit.", "paper", bounds=WHOLE)
     skip_refused: bool = _data(False, "Leave out rows that break the rules, in place of refusing the data.")
     score_threshold: float = _data(
-        1.0, "Score from which an answer to a task of reasoning-gym is right.", bounds=Bounds(0, 1, low_open=True)
+        1.0,
+        "Score from which an answer to a task of reasoning-gym is right.",
+        bounds=Bounds(0, 1, low_open=True),
+        later=True,
     )
 
     # External teacher: given, or for the tiny policy one of another seed, trained on a clean corpus in another form

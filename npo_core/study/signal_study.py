@@ -17,10 +17,11 @@ from ..lock import Lock
 from ..method.curve import rank_correlation
 from ..method.quantities import Cost, Quality, Signal
 from ..method.stats import mean_interval
-from ..runs.config import RunConfig, resolve_config
+from ..runs.config import RunConfig
 from ..runs.measurement import plain
 from ..runs.validation import WORLD
 from ..stages.signal_run import measure_run, settings_for
+from .arms import arm_config
 from .findings import SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
 from .signal_claims import interior_peak, predicts, premise_holds, shapes
@@ -45,8 +46,8 @@ RESULT = "signal.json"
 
 
 def grpo_config(preset: str, seed: int, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The GRPO run that a seed is measured on: the study's own."""
-    return resolve_config("grpo", preset, seed, overrides)
+    """The GRPO run that a seed is measured on: the study's own, all checkpoints of which stay resumable."""
+    return arm_config("GRPO", preset, seed, overrides)
 
 
 def measure_seed(

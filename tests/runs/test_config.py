@@ -224,7 +224,14 @@ def test_every_preset_resolves_under_its_own_name():
 def test_the_digest_changes_with_every_setting_that_decides(setting):
     config, changed = pair(setting)
     assert (changed.digest != config.digest) == setting.metadata["setting"].names_run
-    assert (setting.name in config.deciding()) == setting.metadata["setting"].names_run
+    declared = setting.metadata["setting"]
+    assert (setting.name in changed.deciding()) == declared.names_run
+    assert (setting.name in config.deciding()) == (declared.names_run and not declared.later)
+
+
+def test_later_settings_are_those_that_came_after_runs_were_named():
+    """At their default they are no part of the name, see above, so that earlier runs are found under theirs."""
+    assert {name for name, setting in declarations(RunConfig).items() if setting.later} == {"score_threshold"}
 
 
 def test_trackers_addresses_and_what_is_kept_for_a_reader_decide_nothing():

@@ -6,11 +6,12 @@ import math
 import pytest
 
 from npo_core.study import signal_study
+from npo_core.study.arms import arm_config
 from npo_core.study.gain import GainPlan
 from npo_core.study.signal_claims import interior_peak, predicts, premise_holds, shapes
 from npo_core.study.verdicts import FEW, NOT, PARTLY, REPRODUCED
 
-SMALL = {"compute_steps": 8, "checkpoint_keep": 0, "checkpoint_every": 2, "train_problems": 32}
+SMALL = {"compute_steps": 8, "checkpoint_every": 2, "train_problems": 32}
 PLAN = GainPlan(origins=(2,), distances=(0, 2, 4), window=2, modes=("current",), teacher=False)
 
 
@@ -102,6 +103,13 @@ def test_the_premise_is_judged_by_the_seeds_that_show_it():
     mixed["origins"]["100"] = premise([-0.1] * 5)["origins"]["100"]
     assert premise_holds(mixed).verdict == PARTLY
     assert "Δ = 20: 0.40 against 0.10, 5/5" in premise_holds(mixed).ours
+
+
+@pytest.mark.parametrize("overrides", [None, SMALL])
+def test_a_seed_is_measured_on_the_run_of_the_study_of_arms(overrides):
+    """Its checkpoints all stay resumable: windows begin at step 100 of 400, and preset cpu keeps twenty of forty."""
+    config = signal_study.grpo_config("cpu", 3, overrides)
+    assert config == arm_config("GRPO", "cpu", 3, overrides) and config.checkpoint_keep == 0
 
 
 @pytest.mark.slow

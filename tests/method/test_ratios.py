@@ -120,6 +120,20 @@ def test_shaped_coefficient_is_largest_at_gamma():
     assert rho[c.argmax()].item() == pytest.approx(0.1, rel=0.05)
 
 
+def test_a_token_that_guide_and_rollouts_share_is_pushed_down_by_shaped_and_not_by_current():
+    """Centred advantages: what the rollouts lose, A times their share p of the token, the guide must give back, A c.
+
+    c - p is the expected push on a token that every guide has. Shaped, q = 1, it holds only p = sqrt(gamma) - gamma.
+    """
+    p = torch.linspace(0.01, 0.999, 500, dtype=torch.float64)[:, None]
+    one, mask = torch.zeros_like(p), _ones(p)
+    held = math.sqrt(0.1) - 0.1
+    push = gradient_weight(p.log(), one, mask, "shaped", gamma=0.1) - p
+    assert (push[p > held] < 0).all() and (push[p < held] > 0).all()
+    assert push[-1].item() == pytest.approx(0.1 * 0.999 / 1.099**2 - 0.999), "a likely token gets back a twelfth"
+    assert (gradient_weight(p.log(), one, mask, "current") > p).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [

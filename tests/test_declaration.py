@@ -126,14 +126,14 @@ def test_what_the_trainer_and_a_run_share_is_one_declaration(tmp_path):
     shared = declarations(NPOConfig)
     assert set(shared) == {
         "tau_gate", "ratio_mode", "ratio_truncation", "ratio_gamma", "guide_behaviour", "placement", "guides_per_group",
-        "guide_prefix",
+        "guide_prefix", "mask_unsampled",
     }  # fmt: skip
     types = {one.name: one.type for one in fields(RunConfig)}
     for one in fields(NPOConfig):
         if one.name in shared:
             assert declarations(RunConfig)[one.name] is shared[one.name] and types[one.name] == one.type, one.name
             assert getattr(RunConfig(), one.name) == one.default, one.name
-            if get_origin(one.type) is not Literal:
+            if get_origin(one.type) is not Literal and one.type is not bool:
                 given = {one.name: type(one.default)(-1)}
                 with pytest.raises(ValueError, match=f"^{one.name} is .*it must be {shared[one.name].bounds}"):
                     NPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **given)

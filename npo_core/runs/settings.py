@@ -176,6 +176,7 @@ class Settings:
     ratio_gamma: float = declared.RATIO_GAMMA.field()
     guide_behaviour: GuideBehaviour = declared.GUIDE_BEHAVIOUR.field()
     guide_prefix: float = declared.GUIDE_PREFIX.field()
+    mask_unsampled: bool = declared.MASK_UNSAMPLED.field()
     placement: Placement = declared.PLACEMENT.field()
     guides_per_group: int = declared.GUIDES_PER_GROUP.field()
     advantage_scale: Literal["group", "none"] = _guidance(

@@ -41,6 +41,7 @@ from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
 from ..trainer.dataset import training_schedule
 from ..trainer.inputs import encode_prompts
+from ..trainer.pictures import left_out
 from ..trainer.sampling import completion_logps
 from ..world.policies import keep_freed_memory, load_policy, load_weights, quiet_transformers
 from ..world.tasks import make_dataset, parse_uid, write_response
@@ -143,7 +144,8 @@ def handwritten_loop(config: RunConfig, world: stages.World, schedule: Dataset) 
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
         types = inputs["mm_token_type_ids"]
         inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(completions, dtype=types.dtype)], dim=1)
-        logits = model(**inputs, logits_to_keep=completions.shape[1] + 1).logits[:, :-1] / config.temperature
+        with left_out(model, sampling.suppress_tokens):
+            logits = model(**inputs, logits_to_keep=completions.shape[1] + 1).logits[:, :-1] / config.temperature
         logps = logits.log_softmax(dim=-1)
         chosen = logps.gather(-1, completions.unsqueeze(-1)).squeeze(-1)
         ratio = torch.exp(chosen - chosen.detach())  # 1 at the first update, so clipping never binds

@@ -211,6 +211,7 @@ def training_arguments(config: RunConfig, output_dir: Path, processor: Any = Non
         ratio_gamma=config.ratio_gamma,
         guide_behaviour=config.guide_behaviour,
         guide_prefix=config.guide_prefix,
+        mask_unsampled=config.mask_unsampled,
         placement=config.placement,
         guides_per_group=config.guides_per_group,
         scale_rewards=config.advantage_scale,

@@ -50,6 +50,9 @@ class NPOConfig(GRPOConfig):
         guides_per_group (`int`, *optional*): Guides in a guided group.
         guide_prefix (`float`, *optional*): Share of a guide's tokens that is given; the policy goes on from there, and
             what it was given is not trained on. 1 gives whole guides, as in the paper. PrefixRL, POPE.
+        mask_unsampled (`bool`, *optional*): Leave the tokens that sampling never draws (the token of a picture, what
+            `suppress_tokens` names) out of the distribution of the loss, so that the policy that is trained is the one
+            that is sampled. False as TRL has it. Ours.
     """
 
     tau_gate: float = declared.TAU_GATE.field()
@@ -60,6 +63,7 @@ class NPOConfig(GRPOConfig):
     placement: Placement = declared.PLACEMENT.field()
     guides_per_group: int = declared.GUIDES_PER_GROUP.field()
     guide_prefix: float = declared.GUIDE_PREFIX.field()
+    mask_unsampled: bool = declared.MASK_UNSAMPLED.field()
 
     def __post_init__(self):
         super().__post_init__()

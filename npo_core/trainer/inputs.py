@@ -18,7 +18,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from ..guidance.fingerprints import tokenizer_of
-from .pictures import pictures_of, prompt_as_seen
+from .pictures import pictures_of, prompt_as_seen, suppressed
 
 if TYPE_CHECKING:
     from .trainer import NPOTrainer
@@ -208,7 +208,6 @@ class Sampling:
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
-        if isinstance(processor, ProcessorMixin):
-            # an image token in a response stands for no picture, and the next forward pass would fail
-            given["suppress_tokens"] = [model.config.image_token_id]
+        if never := suppressed(model, processor):
+            given["suppress_tokens"] = never
         return GenerationConfig(**{**given, **self.generation_kwargs}, disable_compile=True)

@@ -3,20 +3,37 @@
 Whatever a picture's file is like, a policy sees in training and off line what a person would see of it: the first
 frame, upright, in RGB of 8 bits, on white ground where it is transparent. Image processors take the colour of
 transparent pixels as it is, which is black in most drawings, and cut 16 bits off at 255 (ours).
+
+A policy that reads pictures must not write the token that stands for one, so sampling suppresses it (TRL, transformers'
+`suppress_tokens`; `logit_bias` for vLLM). TRL's loss goes on to take its softmax over the whole vocabulary. Then the
+policy that is trained is not the one that was sampled, and there is a sink: what a negative advantage takes from the
+tokens of a rollout goes to the others in proportion to their probability, and the one token that no rollout can hold
+is never pushed back. With a net push downwards it ends with all the mass (docs/log.md, 2026-11-27): the entropy is 0,
+and what is sampled looks random. Ours; upstream does not do it.
 """
 
 import io
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+if TYPE_CHECKING:
+    from .trainer import NPOTrainer
 
 NEVER = -100.0
 """Added to the logit of a token that is never to be sampled."""
+
+NO_CHANCE = -1e4
+"""Added to the logit: a probability of 0 in any float, and finite, so that p log p is 0. 16-bit floats hold it."""
 
 
 KINDS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
@@ -188,3 +205,52 @@ def picture_limits(min_pixels: int, max_pixels: int) -> dict[str, Any]:
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     given = {name: value for name, value in limits.items() if value}
     return {"mm_processor_kwargs": given} if given else {}
+
+
+def suppressed(model: PreTrainedModel | PeftModel, processor: Any) -> list[int]:
+    """Tokens that a policy's own sampling never draws: that of a picture, if it reads pictures.
+
+    In a response it stands for no picture, and the next forward pass would fail. TRL from 1.16 on suppresses the same.
+    """
+    config = cast(PretrainedConfig, model.config)
+    return [config.image_token_id] if isinstance(processor, ProcessorMixin) else []
+
+
+def never_drawn(trainer: "NPOTrainer") -> list[int]:
+    """Tokens that a trainer's own sampling never draws, by its settings; none where the loss is to have them all."""
+    if not trainer.args.mask_unsampled:
+        return []
+    if trainer.use_vllm:
+        given = cast(Mapping[str, Any] | None, trainer.args.generation_kwargs)  # TRL has read a text as JSON
+        biases = (given or {}).get("logit_bias") or {}
+        return [int(token) for token, bias in biases.items() if bias <= NEVER]
+    return list(trainer.generation_config.suppress_tokens or [])
+
+
+@contextmanager
+def left_out(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> Iterator[None]:
+    """While it lasts, the head of the policy gives `tokens` a probability of 0, and to their logits no gradient.
+
+    The head has a bias for the time, which TRL's fused head, that reads the weights, and a plain forward pass both see;
+    nothing is saved with the policy. Without tokens nothing is done.
+
+    Args:
+        model: Policy, out of the wrappers of accelerate.
+        tokens: Token ids that are never sampled.
+    """
+    if not tokens:
+        yield
+        return
+    inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    head = inner.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
+    head = cast(torch.nn.Linear, head)
+    bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    bias[list(tokens)] = NO_CHANCE
+    # before the module's parameters in the look-up of attributes, and none of them
+    head.__dict__["bias"] = bias if head.bias is None else head.bias + bias
+    try:
+        yield
+    finally:
+        del head.__dict__["bias"]

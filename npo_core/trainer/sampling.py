@@ -22,6 +22,7 @@ from ..processes import process_count, process_number, shared
 from ..streams import PROCESS
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
 from .memory import fitting, sampling_bytes, scoring_bytes
+from .pictures import left_out, suppressed
 from .rollouts import response_texts
 
 ROLLOUT_BATCH = 512
@@ -371,7 +372,8 @@ def _forced(
     if _counts_places(model):
         # as `generate` has them: a policy of absolute places would else depend on how far its prompt is padded
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
+    with left_out(model, suppressed(model, processor)):
+        logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
     if temperature != 1.0:
         logits = logits / temperature
     return logits.log_softmax(dim=-1), ids

@@ -34,3 +34,6 @@ GUIDE_PREFIX = Setting(
     bounds=Bounds(0, 1, low_open=True),
     acts="guidance",
 )
+MASK_UNSAMPLED = Setting(
+    True, "Leave tokens that are never sampled, that of a picture, out of the trained distribution.", GROUP
+)

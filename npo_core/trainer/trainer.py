@@ -38,7 +38,7 @@ from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
 from .config import PAPER, NPOConfig, own_arguments
-from .pictures import collapse_pictures, keep_pictures_out, rows_as_seen
+from .pictures import collapse_pictures, keep_pictures_out, left_out, never_drawn, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
 
@@ -96,8 +96,7 @@ class NPOTrainer(GRPOTrainer):
             require_verifier(verifier)
         super().__init__(model, reward_funcs, own_arguments(args, model), *further, **kwargs)
         keep_pictures_out(self)
-        self.verifier = verifier
-        self.rollout_sink = rollout_sink
+        self.verifier, self.rollout_sink = verifier, rollout_sink
         self.record_rollouts = False
         self.guided_sink: Callable[[int, list[dict[str, Any]], list[Trajectory]], None] | None = None
         self.group_pass_rates: dict[str, float] = {}
@@ -353,7 +352,8 @@ class NPOTrainer(GRPOTrainer):
             self._loss_inputs = None
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with left_out(self.accelerator.unwrap_model(model), never_drawn(self)):
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         # TRL asks for log-probs outside the loss too (old and reference policy): there is nothing to do then
         if self._loss_inputs is not None and model.training:
             self._log_tokens(logps.detach(), entropies.detach(), self._loss_inputs)
@@ -395,6 +395,5 @@ class NPOTrainer(GRPOTrainer):
             self.guidance.observe(table.step, table.rows)
         if self.record_rollouts and self.rollout_sink is not None:
             self.rollout_sink(table.step, table.rows)
-        guided = table.guided_rows()
-        if self.guided_sink is not None and (guided or table.refused):
+        if self.guided_sink is not None and ((guided := table.guided_rows()) or table.refused):
             self.guided_sink(table.step, guided, table.refused)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tabular import SEQUENCES, Tabular, log_weights
+from transformers import ProcessorMixin
 from worlds import VERIFIER, world
 
 from npo_core.trainer import gradients
@@ -37,6 +38,8 @@ def logps_of(scene, place):
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], dim=1)
     logits = model(**inputs).logits[0, prompt - 1 : -1]
+    if isinstance(processor, ProcessorMixin):  # never sampled, and so not scored
+        logits = logits.index_fill(-1, torch.tensor([processor.image_token_id]), -torch.inf)
     return logits.log_softmax(-1).gather(-1, tokens[0].unsqueeze(-1))[:, 0]
 
 

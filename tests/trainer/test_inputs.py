@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from worlds import Guides, TinyWorld, trainer_of, world
 
 from npo_core.trainer.inputs import Sampling, encode_prompts, end_tokens, inherited, padding_token, prompt_tokens
+from npo_core.trainer.pictures import left_out, suppressed
 from npo_core.trainer.sampling import completion_logps, sample_rollouts
 from npo_core.trainer.trainer import NPOTrainer
 from npo_core.world.policies import TinyPolicySpec, build_processor, build_tiny_policy
@@ -175,7 +176,7 @@ def test_scores_are_those_of_training_and_do_not_hang_on_the_padding(habit, trai
     if "absolute places" in request.node.name:
         return  # TRL's own scores of such a policy do hang on the padding
     names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-    with torch.no_grad():
+    with torch.no_grad(), left_out(model, suppressed(model, habit.processor)):
         theirs, _, _ = trainer._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),

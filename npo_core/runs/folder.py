@@ -265,7 +265,9 @@ def effective(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in NAMELESS}
+    """What decides of the settings in a `config.json`; one from before a setting came has its default."""
+    later = {name: setting.default for name, setting in declarations(RunConfig).items() if setting.later}
+    return {name: value for name, value in {**later, **settings}.items() if name not in NAMELESS}
 
 
 def metric_lines(path: Path) -> list[dict[str, Any]]:

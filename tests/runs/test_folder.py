@@ -61,6 +61,17 @@ def test_a_folder_with_other_settings_under_this_name_is_refused(run, tmp_path):
         RunFolder(CONFIG, tmp_path)
 
 
+def test_a_folder_from_before_a_setting_came_is_opened_as_if_it_had_its_default(run, tmp_path):
+    saved = run.path / "config.json"
+    settings = json.loads(saved.read_text())
+    later = settings.pop("score_threshold")
+    saved.write_text(json.dumps(settings))
+    assert RunFolder(CONFIG, tmp_path).path == run.path
+    assert json.loads(saved.read_text())["score_threshold"] == later, "it goes on, and says by what"
+    other = CONFIG.with_changes(score_threshold=0.5)
+    assert RunFolder(other, tmp_path).path != run.path
+
+
 def test_a_folder_that_cannot_be_written_is_refused_with_a_hint(tmp_path):
     # chmod would not stop root, a file in the place of the folder does
     in_the_way = tmp_path / "file"

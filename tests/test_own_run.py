@@ -156,7 +156,7 @@ class AtSix(PlateauTrigger):
         return PlateauWarning(step, reward, 0.0, entropy, -0.5) if step == 6 else None
 
 
-def test_autonpo_over_a_factory(place, monkeypatch):
+def test_autonpo_over_a_factory(place, monkeypatch, capsys):
     monkeypatch.setattr(npo_core.control.watch, "PlateauTrigger", AtSix)
     _, code = examples("docs/own_run.md")
     loose = '"pool_cutoff": 1.0, "cache_rollouts": 128, "quality_floor": 0.0, "rollout_every": 0'
@@ -173,6 +173,7 @@ def test_autonpo_over_a_factory(place, monkeypatch):
     assert "rollback" in [event["event"] for event in folder.events()]
     assert sum(line["npo/replaced_slots"] for line in folder.metrics()) > 0
     assert (place / "final" / "model.safetensors").is_file()
+    assert "'loss'" not in capsys.readouterr().out, "with disable_tqdm, transformers prints each step's numbers"
     lines = folder.metrics()
     # killed after the roll-back, and run again
     shutil.rmtree(folder.path / "branches" / "01")

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from ..guidance.sources import GuidanceSource, GuidanceWindow
 from ..guidance.trajectories import Trajectory
 from ..guidance.verdicts import Verifier
@@ -104,6 +106,7 @@ class Controller(Offline):
                 watch.trainer = trainer
                 trainer.guided_sink = self._record(segments[-1])
                 self._require_fit(trainer, watch, guidance)
+                trainer.remove_callback(PrinterCallback)  # the bar is there, and metrics.jsonl has all numbers
                 self.training = Training.of(trainer)
                 if resume_from is not None:
                     keep_order(trainer, checkpoint_step(resume_from))

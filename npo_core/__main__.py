@@ -197,7 +197,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return _finish(RunConfig.from_mapping(json.loads(options.config.read_text(encoding="utf-8"))), options)
+    return _finish(RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8"))), options)
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
@@ -217,7 +217,7 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
 def _cell(options: argparse.Namespace) -> int:
     from .study import cells as evidence
 
-    evidence.run_cell(RunConfig.from_mapping(json.loads(options.config.read_text(encoding="utf-8"))), options.root)
+    evidence.run_cell(RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8"))), options.root)
     return 0
 
 

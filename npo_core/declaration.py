@@ -74,7 +74,8 @@ class Setting:
         source: "paper", or "ours" where the paper leaves the choice open.
         bounds: Allowed numbers, None for a setting that is no number or has none.
         names_run: It decides what a run computes, and so is part of the run's name.
-        later: It came after runs were named: at its default it is no part of the name, and they keep theirs.
+        later: It came after runs were named: at what they had it is no part of the name, and they keep theirs.
+        before: What those earlier runs had, where that is not its default.
         makes_base: It decides the weights of the small world's base policy.
         acts: When it first decides what a run computes.
     """
@@ -86,8 +87,14 @@ class Setting:
     bounds: Bounds | None = None
     names_run: bool = True
     later: bool = False
+    before: Any = None
     makes_base: bool = False
     acts: Acts = "start"
+
+    @property
+    def had(self) -> Any:
+        """Value of the runs that were made before a later setting was."""
+        return self.default if self.before is None else self.before
 
     def field(self) -> Any:
         """The setting as a field of a dataclass; a declaration may serve in several."""

@@ -56,7 +56,7 @@ def check_run(folder: str | Path) -> Finding:
     found = Finding()
     config = _read(
         found,
-        lambda: RunConfig.from_mapping(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        lambda: RunConfig.of_run(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
         "config.json",
     )
     lines = _read(found, lambda: metric_lines(folder / "metrics.jsonl"), "metrics.jsonl") or []

@@ -213,10 +213,10 @@ class RunConfig(Settings):
         return self.prompts_per_step * self.num_generations
 
     def deciding(self) -> dict[str, Any]:
-        """Settings that decide what the run computes: no trackers and addresses, and no later ones at their default."""
+        """Settings that decide what the run computes: no trackers and addresses, no later ones as all runs had them."""
         named = {name: setting for name, setting in declarations(self).items() if setting.names_run}
         values = {name: getattr(self, name) for name in named}
-        return {name: value for name, value in values.items() if not named[name].later or value != named[name].default}
+        return {name: value for name, value in values.items() if not named[name].later or value != named[name].had}
 
     def to_json(self) -> str:
         """Canonical JSON text of all settings."""
@@ -229,9 +229,15 @@ class RunConfig(Settings):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Configuration from a mapping such as a run folder's `config.json`."""
+        """Configuration from a mapping; what is not named has its default."""
         refuse_unknown(values, cls)
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    @classmethod
+    def of_run(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Configuration from a run folder's `config.json`; a setting that came after it is as runs had it then."""
+        later = {name: setting.had for name, setting in declarations(cls).items() if setting.later}
+        return cls.from_mapping({**later, **values})
 
 
 def settings_text() -> str:

@@ -60,7 +60,7 @@ def take_prefix(run: RunFolder) -> int:
     best: tuple[int, RunFolder, list[dict]] | None = None
     for path in sorted(run.path.parent.glob(f"*-s{run.config.seed}-*/config.json")):
         try:
-            donor = RunConfig.from_mapping(json.loads(path.read_text(encoding="utf-8")))
+            donor = RunConfig.of_run(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             continue  # a run of another version
         steps = shared_steps(run.config, donor)

@@ -35,5 +35,9 @@ GUIDE_PREFIX = Setting(
     acts="guidance",
 )
 MASK_UNSAMPLED = Setting(
-    True, "Leave tokens that are never sampled, that of a picture, out of the trained distribution.", GROUP
+    True,
+    "Leave tokens that are never sampled, that of a picture, out of the trained distribution.",
+    GROUP,
+    later=True,
+    before=False,
 )

@@ -225,13 +225,24 @@ def test_the_digest_changes_with_every_setting_that_decides(setting):
     config, changed = pair(setting)
     assert (changed.digest != config.digest) == setting.metadata["setting"].names_run
     declared = setting.metadata["setting"]
-    assert (setting.name in changed.deciding()) == declared.names_run
-    assert (setting.name in config.deciding()) == (declared.names_run and not declared.later)
+    for settings in (config, changed):
+        as_before = declared.later and getattr(settings, setting.name) == declared.had
+        assert (setting.name in settings.deciding()) == (declared.names_run and not as_before)
 
 
 def test_later_settings_are_those_that_came_after_runs_were_named():
-    """At their default they are no part of the name, see above, so that earlier runs are found under theirs."""
-    assert {name for name, setting in declarations(RunConfig).items() if setting.later} == {"score_threshold"}
+    """As those had them they are no part of the name, see above, so that earlier runs are found under theirs."""
+    later = {name: setting.had for name, setting in declarations(RunConfig).items() if setting.later}
+    assert later == {"score_threshold": 1.0, "mask_unsampled": False}
+
+
+def test_a_run_that_was_made_before_a_setting_is_read_as_it_was_made():
+    """Else its first steps would be taken for those of a run whose loss has another vocabulary."""
+    config = resolve_config("grpo", "cpu", overrides={"mask_unsampled": False})
+    written = json.loads(config.to_json())
+    del written["mask_unsampled"]
+    assert RunConfig.of_run(written) == config and config.digest != resolve_config("grpo", "cpu").digest
+    assert RunConfig.of_run(json.loads(resolve_config("grpo", "cpu").to_json())) == resolve_config("grpo", "cpu")
 
 
 def test_trackers_addresses_and_what_is_kept_for_a_reader_decide_nothing():

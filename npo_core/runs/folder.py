@@ -265,8 +265,8 @@ def effective(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides of the settings in a `config.json`; one from before a setting came has its default."""
-    later = {name: setting.default for name, setting in declarations(RunConfig).items() if setting.later}
+    """What decides of the settings in a `config.json`; one from before a setting came has what runs had then."""
+    later = {name: setting.had for name, setting in declarations(RunConfig).items() if setting.later}
     return {name: value for name, value in {**later, **settings}.items() if name not in NAMELESS}
 
 

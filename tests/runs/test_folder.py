@@ -61,15 +61,17 @@ def test_a_folder_with_other_settings_under_this_name_is_refused(run, tmp_path):
         RunFolder(CONFIG, tmp_path)
 
 
-def test_a_folder_from_before_a_setting_came_is_opened_as_if_it_had_its_default(run, tmp_path):
-    saved = run.path / "config.json"
+def test_a_folder_from_before_a_setting_came_is_opened_as_runs_were_then(tmp_path):
+    """Without score_threshold and mask_unsampled, whose default is another now."""
+    then = CONFIG.with_changes(mask_unsampled=False)
+    saved = RunFolder(then, tmp_path).path / "config.json"
     settings = json.loads(saved.read_text())
-    later = settings.pop("score_threshold")
+    later = {name: settings.pop(name) for name in ("score_threshold", "mask_unsampled")}
     saved.write_text(json.dumps(settings))
-    assert RunFolder(CONFIG, tmp_path).path == run.path
-    assert json.loads(saved.read_text())["score_threshold"] == later, "it goes on, and says by what"
-    other = CONFIG.with_changes(score_threshold=0.5)
-    assert RunFolder(other, tmp_path).path != run.path
+    assert RunFolder(then, tmp_path).path == saved.parent
+    assert json.loads(saved.read_text()) == settings | later, "it goes on, and says by what"
+    assert RunFolder(CONFIG, tmp_path).path != saved.parent
+    assert RunFolder(then.with_changes(score_threshold=0.5), tmp_path).path != saved.parent
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_a_hint(tmp_path):

@@ -28,6 +28,18 @@ def extract_answer(text: str) -> str | None:
     Returns:
         The content, possibly empty, or None when no box is balanced.
     """
+    last = _last_box(text)
+    return None if last is None else text[last[0] : last[1]].strip()
+
+
+def behind_answer(text: str) -> str:
+    r"""What a completion says behind its last balanced `\boxed{…}`, stripped; all of it where there is none (ours)."""
+    last = _last_box(text)
+    return text.strip() if last is None else text[last[1] + 1 :].strip()
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the content of the last balanced box begins, and where its closing brace stands."""
     opened: list[tuple[int, bool]] = []
     last: tuple[int, int] | None = None
     for token in _BRACES.finditer(text):
@@ -39,7 +51,7 @@ def extract_answer(text: str) -> str | None:
                     last = (start, token.start())
         elif kind == "{" or kind.startswith("\\boxed"):
             opened.append((token.end(), kind != "{"))
-    return None if last is None else text[last[0] : last[1]].strip()
+    return last
 
 
 def verify(completion_text: str, answer: str) -> Verdict:

@@ -52,6 +52,7 @@ class Settings:
     world_seed: int = _fact(0, "Seed that draws which facts are easy, middling and hard.", bounds=WHOLE)
     train_problems: int = _world(12800, "Distinct training prompts.", bounds=COUNT)
     data_seed: int = _world(0, "Seed of the training prompts and of their order.", bounds=WHOLE)
+    box_ends: bool = _world(True, "A response that goes on behind its box is wrong.", later=True, before=False)
     easy_share: float = _fact(0.38, "Share of facts with error probability `easy_error`.", bounds=SHARE)
     middling_share: float = _fact(
         0.4, "Share of facts with error probability `middling_error`; the rest is hard.", bounds=SHARE

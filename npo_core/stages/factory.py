@@ -32,7 +32,7 @@ from ..world.data import DataSettings, RowsByUid, checked_rows, hold_out, image_
 from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
 from ..world.sources import TEST_SEED, made_source
-from ..world.tasks import make_dataset, sample_problems
+from ..world.tasks import PathVerifier, make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
 
 HELD_OUT = "held-out"
@@ -87,6 +87,7 @@ def prepare(config: RunConfig, quiet: bool = False) -> World:
         train, test = _own_data(config, processor)
         rows = RowsByUid(train)
     else:
+        verifier = PathVerifier() if config.box_ends else verifier
         train = make_dataset(sample_problems("train", config.train_problems, config.data_seed, config.suites))
         test = make_dataset(sample_problems("test", config.eval_problems, TEST_SEED, config.suites))
         # a step asks for every row n times: read once here, pictures decoded, not n times from the file

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from npo_core.guidance.answers import normalise_answer
 from npo_core.guidance.verdicts import Verdict
-from npo_core.guidance.verifiers import BoxedVerifier, extract_answer, reference_fault, verify
+from npo_core.guidance.verifiers import BoxedVerifier, behind_answer, extract_answer, reference_fault, verify
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "verification.md"
 
@@ -283,6 +283,22 @@ def test_integers_are_compared_exactly_in_every_notation(a, b):
     for notation in (f"{a}", f"{a:,}", f"{a}.0", f"{a}/1", rf"\frac{{{a}}}{{1}}", f"{a}00%"):
         assert verify(rf"\boxed{{{notation}}}", str(b)).correct == (a == b)
         assert verify(rf"\boxed{{{notation}}}", str(a)).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "behind"),
+    [
+        (r"so \boxed{3}", ""),
+        ("so \\boxed{3} \n", ""),
+        (r"\boxed{3} } }", "} }"),
+        (r"\boxed{3} or \boxed{4}.", "."),
+        (r"\boxed{3} or \boxed{4", r"or \boxed{4"),
+        (r"\boxed{\boxed{3} apples}", "apples}"),
+        (" no box ", "no box"),
+    ],
+)
+def test_what_stands_behind_the_answer(text, behind):
+    assert behind_answer(text) == behind
 
 
 def test_boxed_verifier_reads_the_row():

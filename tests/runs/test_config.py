@@ -233,7 +233,7 @@ def test_the_digest_changes_with_every_setting_that_decides(setting):
 def test_later_settings_are_those_that_came_after_runs_were_named():
     """As those had them they are no part of the name, see above, so that earlier runs are found under theirs."""
     later = {name: setting.had for name, setting in declarations(RunConfig).items() if setting.later}
-    assert later == {"score_threshold": 1.0, "mask_unsampled": False}
+    assert later == {"score_threshold": 1.0, "mask_unsampled": False, "box_ends": False}
 
 
 def test_a_run_that_was_made_before_a_setting_is_read_as_it_was_made():

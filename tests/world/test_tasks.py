@@ -5,12 +5,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from npo_core.guidance.verdicts import Verdict
-from npo_core.guidance.verifiers import BoxedVerifier
+from npo_core.guidance.verifiers import BoxedVerifier, behind_answer
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.stages.factory import TEST_SEED
 from npo_core.trainer.dataset import require_columns
@@ -18,6 +18,7 @@ from npo_core.world.policies import build_processor
 from npo_core.world.tasks import (
     FAMILIES,
     SUITES,
+    PathVerifier,
     Problem,
     all_facts,
     conversation,
@@ -164,7 +165,7 @@ def test_the_solver_applies_one_rule_after_the_other(problem):
 
 def right_responses(problem: Problem) -> list[tuple[int, ...]]:
     """The responses of the world's format that the verifier takes, of all paths that a policy could write."""
-    verifier, row = BoxedVerifier(), {"answer": problem.answer}
+    verifier, row = PathVerifier(), {"answer": problem.answer}
     paths = product(range(problem.family.states), repeat=problem.difficulty)
     return [path for path in paths if verifier(write_response(problem, path), row).correct]
 
@@ -207,10 +208,24 @@ def test_a_correct_rollout_is_right_in_every_step(problem, data):
              else state for i, state in enumerate(right)]  # fmt: skip
     for second_form in (False, True):
         text = write_response(problem, other, second_form)
-        assert BoxedVerifier()(text, {"answer": problem.answer}) is Verdict.WRONG
+        assert PathVerifier()(text, {"answer": problem.answer}) is Verdict.WRONG
     for shorter in (right[:-1], right[1:], [*right, right[-1]], []):
         box = " ".join(map(str, shorter))
-        assert not BoxedVerifier()(f"\\boxed{{ {box} }}", {"answer": problem.answer}).correct
+        assert not PathVerifier()(f"\\boxed{{ {box} }}", {"answer": problem.answer}).correct
+
+
+@given(problem=problems(), second_form=st.booleans(), words=st.lists(st.sampled_from(vocabulary()), min_size=1))
+def test_a_right_response_ends_with_its_box(problem, second_form, words):
+    """Whatever of the world's words follow it, unless they end as a box themselves, which is then the answer."""
+    row, right = {"answer": problem.answer}, write_response(problem, problem.states(), second_form)
+    assert PathVerifier()(right, row) is PathVerifier()(f"{right} \n", row) is Verdict.CORRECT
+    further = f"{right} {' '.join(words)}"
+    assume(behind_answer(further))
+    assert not PathVerifier()(further, row).correct
+    assert PathVerifier()(f"{further} {right}", row) is Verdict.CORRECT, "what stands before it is free"
+    braces = " ".join([right, *"}" * len(words)])
+    assert BoxedVerifier()(braces, row) is Verdict.CORRECT and PathVerifier()(braces, row) is Verdict.WRONG
+    assert PathVerifier()(problem.answer, row) is Verdict.UNPARSEABLE
 
 
 # Uids and splits

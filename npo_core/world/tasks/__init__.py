@@ -3,11 +3,13 @@
 from .dataset import conversation, make_dataset
 from .families import FAMILIES, SUITES, Family, all_facts, family_of
 from .problems import Problem, parse_uid, sample_problems, split_of, vocabulary, write_response
+from .verifier import PathVerifier
 
 __all__ = [
     "FAMILIES",
     "SUITES",
     "Family",
+    "PathVerifier",
     "Problem",
     "all_facts",
     "conversation",

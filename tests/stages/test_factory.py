@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from npo_core.runs.folder import runs_folder
 from npo_core.stages import run as stages
 from npo_core.stages.factory import HELD_OUT, TrainerMaker, _own_data, prepare, training_arguments
 from npo_core.trainer.config import NPOConfig
+from npo_core.world import policies
 from npo_core.world.data import RowsByUid
 from npo_core.world.tasks import make_dataset, sample_problems
 
@@ -86,8 +86,8 @@ def test_examples_for_a_reader_are_sampled_on_the_device_of_the_run(monkeypatch)
             moved.append(device)
             return self
 
-    monkeypatch.setattr(stages, "load_policy", lambda *_, **__: Policy())
-    monkeypatch.setattr(stages, "join", lambda: SimpleNamespace(device="the GPU"))
+    monkeypatch.setattr(policies, "load_policy", lambda *_, **__: Policy())
+    monkeypatch.setattr(policies, "own_device", lambda: "the GPU")
     monkeypatch.setattr(stages, "sample_rollouts", lambda policy, processor, rows, *_, **__: [[] for _ in rows])
     shown = stages.sample_responses(config, 2, 1, prepare(config, quiet=True))
     assert moved == ["the GPU"] and [example["responses"] for example in shown] == [[], []]

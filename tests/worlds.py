@@ -240,9 +240,12 @@ def log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     return logits[:, -width - 1 : -1].log_softmax(dim=-1)
 
 
-def token_log_probs(model: torch.nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Log-probability of each completion token, `[rows, tokens]`, differentiable."""
-    return log_probs(model, batch).gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+def token_log_probs(model: torch.nn.Module, batch: Mapping[str, Any], never: Sequence[int] = ()) -> torch.Tensor:
+    """Log-probability of each completion token, `[rows, tokens]`, differentiable; tokens of `never` have none of it."""
+    logs = log_probs(model, batch)
+    if never:
+        logs = logs.index_fill(-1, torch.tensor(never), -torch.inf).log_softmax(dim=-1)
+    return logs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
 
 
 def uniform_world(rows: Sequence[Mapping[str, Any]]) -> TinyWorld:

@@ -11,6 +11,7 @@ from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import Pair
 from npo_core.stages import run as stages
 from npo_core.study.gain import GainPlan, GainStudy
+from npo_core.world.policies import load_policy
 
 CONFIG = resolve_config("grpo", "smoke", overrides={"compute_steps": 10, "checkpoint_keep": 0, "checkpoint_every": 2})
 PLAN = GainPlan(origins=(4,), distances=(0, 2), window=4, modes=("current", "exact"), teacher=True)
@@ -76,7 +77,7 @@ def test_the_unguided_arm_is_the_grpo_run(study, records):
     lines = [line for line in study.run_folder.metrics() if 4 < line["policy_step"] <= 8]
     unguided = records[0]
     assert unguided["pass_rate"] == lines[-1]["npo/pass_rate"]
-    policy = stages.load_policy(study.run_folder.path / "branches" / "00" / "checkpoint-8")
+    policy = load_policy(study.run_folder.path / "branches" / "00" / "checkpoint-8")
     scores = stages.evaluate_policy(CONFIG, policy, study.world, "again", quiet=True)
     assert unguided["final"]["average"] == scores["average"]
 

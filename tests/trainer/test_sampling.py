@@ -468,6 +468,9 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
         def train(self, resume_from_checkpoint):
             self.watch.due = 1
 
+        def remove_callback(self, callback):
+            """It prints nothing."""
+
     config = resolve_config("grpo", "smoke", 0, {"temperature": temperature})
     with pytest.raises(StopIteration):
         Asking(Trainer, config, RunFolder(config, tmp_path), {}, None, None, quiet=True).run()

@@ -644,9 +644,11 @@ def test_a_micro_batch_that_holds_only_a_guide_does_not_spoil_the_entropy(tmp_pa
 # Gradients of the real step against the written-out objective
 
 
-def _written_out_loss(model, batch, mode: str, loss_type: str, accumulation: int, per_generation: int) -> torch.Tensor:
+def _written_out_loss(
+    model, batch, never: list[int], mode: str, loss_type: str, accumulation: int, per_generation: int
+) -> torch.Tensor:
     """The objective of the paper, with autograd through a plain forward pass; signs and normalisers as TRL's."""
-    logps = token_log_probs(model, batch)
+    logps = token_log_probs(model, batch, never)
     advantages = batch["advantages"].unsqueeze(1)
 
     def clipped(ratio):
@@ -668,9 +670,9 @@ def _written_out_loss(model, batch, mode: str, loss_type: str, accumulation: int
 
 
 @torch.no_grad()
-def _guide_ratios(model, batch) -> list[float]:
+def _guide_ratios(model, batch, never: list[int]) -> list[float]:
     """π/q of every token of the guides."""
-    rho = (token_log_probs(model, batch) - batch["guide_logps"]).exp()
+    rho = (token_log_probs(model, batch, never) - batch["guide_logps"]).exp()
     return rho[batch["is_guide"].unsqueeze(1) & batch["completion_mask"].bool()].tolist()
 
 
@@ -720,12 +722,13 @@ def test_gradient_of_every_step_is_that_of_the_objective(tmp_path, monkeypatch, 
     guides = sum(int(batch["is_guide"].sum()) for _, batch in trainer.loss_calls)
     assert guides == (6 if layout != "steps_per_generation above it" else 3)
     ratios = []
+    never = [] if name == "text" else [tiny.processor.image_token_id]
     for step, found in enumerate(gradients.steps):
         model = tiny.build()
         model.load_state_dict(trainer.loss_calls[step * accumulation][0])
         for _, batch in trainer.loss_calls[step * accumulation : (step + 1) * accumulation]:
-            ratios += _guide_ratios(model, batch)
-            _written_out_loss(model, batch, mode, loss_type, accumulation, per_generation).backward()
+            ratios += _guide_ratios(model, batch, never)
+            _written_out_loss(model, batch, never, mode, loss_type, accumulation, per_generation).backward()
         expected = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         scale = max(gradient.abs().max() for gradient in expected.values())
         for key, gradient in expected.items():

@@ -174,7 +174,7 @@ ifeq ($(BROWSER),)
 	@echo "No browser found (chromium, chromium-browser, google-chrome): the tests in a browser are left out."
 else
 	@$(MAKE) --no-print-directory $(PLAYWRIGHT)/.installed
-	PYTHONPATH=$(PLAYWRIGHT) NPO_BROWSER=$(BROWSER) JUPYTER_PATH=$(CURDIR)/$(PLAYWRIGHT)/share/jupyter \
+	PYTHONPATH=$(CURDIR)/$(PLAYWRIGHT) NPO_BROWSER=$(BROWSER) JUPYTER_PATH=$(CURDIR)/$(PLAYWRIGHT)/share/jupyter \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/explore $(ARGS)
 endif
 

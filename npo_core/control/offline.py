@@ -159,6 +159,8 @@ class Offline:
     def _learner(self, folder: Path | None) -> PreTrainedModel:
         """Policy of a checkpoint, in evaluation mode; None is the base policy."""
         policy = self.make_trainer.policy(folder).eval()
-        if own_device().type != "cpu":  # where such copies cost nothing and spare making them for each token
-            policy.requires_grad_(False)  # autocast keeps a copy in 16 bits of every weight that could be trained
+        # autocast keeps a copy in 16 bits of every weight that could be trained: memory that a GPU has not to spare,
+        # and on a CPU, where `_sample` opens it once for all tokens, the point of it
+        if own_device().type != "cpu":
+            policy.requires_grad_(False)
         return policy.to(own_device())  # pyright: ignore[reportArgumentType] (a decorator of transformers hides `self`)

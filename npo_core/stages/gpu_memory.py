@@ -29,7 +29,7 @@ from ..world.policies import (
     CHAT_TEMPLATE,
     TinyQwen3VLProcessor,
     build_tokenizer,
-    load_policy,
+    placed_policy,
     quiet_transformers,
     save_policy,
 )
@@ -140,7 +140,7 @@ def _layout(report: "Report", name: str, config: RunConfig, world: stages.World)
     _compare(report, f"{name}: sampling", plan.sampling, max(peaks.sampling))
     _compare(report, f"{name}: training", plan.training, peaks.training[-1])
     report.add(f"{name}: a step", statistics.fmean(peaks.seconds), "s")
-    learner = load_policy(world.base, config.freeze_vision, config.dtype, config.attention).to(own_device())
+    learner = placed_policy(world.base, config.freeze_vision, config.dtype, config.attention)
     learner.requires_grad_(False)  # as `Offline` holds it
     rows, place = list(world.train)[: config.score_batch], trainer.accelerator.device
     word = world.processor.tokenizer.convert_tokens_to_ids("user")  # any that stands for no picture

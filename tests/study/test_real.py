@@ -115,6 +115,28 @@ def test_a_second_call_runs_nothing_again_and_keeps_other_seeds(study, monkeypat
     assert [run["seed"] for run in json.loads(files[-1].read_text())["runs"]] == [0, 0, 7, 7]
 
 
+def test_what_is_cut_off_has_left_the_results_of_the_waves_before(study, policy, tmp_path, monkeypatch):
+    settled = json.loads(real._settled(study[0][0], study[1]).read_text())
+    cells = real.plan_real("real-smoke", [5, 6], ["GRPO"], {**TINY, "policy": policy})
+    waves = []
+
+    def run(now, *_):
+        waves.append(now)
+        if len(waves) == 2:
+            raise KeyboardInterrupt
+
+    def settle(cell, root):
+        rows = {name: [{**row, "seed": cell.seed} for row in settled[name]] for name in ("rows", "exact")}
+        real._settled(cell, root).write_text(json.dumps({**rows, "about": {**settled["about"], "seed": cell.seed}}))
+
+    monkeypatch.setattr(real, "run_cells", run)
+    monkeypatch.setattr(real, "settle", settle)
+    with pytest.raises(KeyboardInterrupt):
+        real.run_real(cells, tmp_path, tmp_path / "out", processes=1, quiet=True)
+    assert waves == [[cells[0]], [cells[1]]]
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv")["seed"]) == {5}
+
+
 def test_the_premise_is_measured_along_grpo(study):
     cells, root, _ = study
     found = json.loads(real.measure_real_premise(cells, root, root / "out", quiet=True).read_text())

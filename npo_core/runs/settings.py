@@ -144,7 +144,7 @@ class Settings:
         16, "Longest response in tokens, end of sequence included.", "paper", bounds=COUNT
     )
     learning_rate: float = _training(
-        6.0e-4, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper", bounds=POSITIVE
+        1.0e-3, "AdamW learning rate, constant (paper: 1e-6 for 8B).", "paper", bounds=POSITIVE
     )
     weight_decay: float = _training(0.01, "AdamW weight decay.", "paper", bounds=WHOLE)
     max_grad_norm: float = _training(1.0, "Gradient norm clip.", "paper", bounds=WHOLE)

@@ -4,7 +4,7 @@ What a baseline's own code does is a row of settings (`config.METHOD_SETTINGS`);
 guides come from and what they cost. See the table in `docs/implementation.md`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ WHOLE_RUN = "guidance/whole-run.parquet"
 
 
 class GuidedByPolicy(Controller):
-    """LUFFY and RLEP: another policy's verified-correct rollouts of all training prompts guide the whole run.
+    """LUFFY and RLEP: another policy's verified-correct rollouts of the training prompts guide the whole run.
 
     They are sampled once, before the first step, and noted as an event. The steps of an earlier run that the guide took
     count as spent (RLEP); an external teacher is free on the clock of steps (LUFFY), as in the original.
 
     Args:
         guide_folder: Folder of the guide, in the Hugging Face format.
+        prompts: Uids of the prompts that the run will meet, none else is sampled; all rows if None.
         chat_template_kwargs: Template arguments that the guide is asked with; it is sampled before any trainer is made.
         **kwargs: Arguments of `Controller`.
     """
@@ -38,11 +39,14 @@ class GuidedByPolicy(Controller):
         self,
         *args: Any,
         guide_folder: Path,
+        prompts: Collection[str] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.guide_folder = Path(guide_folder)
+        met = self.rows if prompts is None else frozenset(prompts)
+        self.prompts = [uid for uid in self.rows if uid in met]
         self.training = replace(self.training, chat_template_kwargs=dict(chat_template_kwargs or {}))
 
     @property
@@ -51,7 +55,7 @@ class GuidedByPolicy(Controller):
 
     def _first_segment(self) -> Segment:
         config, run = self.config, self.run_folder
-        spent = config.rlep_source_steps if config.method == "rlep" else 0
+        spent = config.compute_steps - config.trained_steps
         cache = self._sampled_guides(source_step=spent)
         if not len(cache):
             raise ValueError(f"The guide {self.guide_folder} solved no training prompt; it cannot guide.")
@@ -61,9 +65,9 @@ class GuidedByPolicy(Controller):
             policy_step=0,
             compute_step=spent,
             file=WHOLE_RUN,
-            prompts=len(self.rows),
+            prompts=len(self.prompts),
             cached=len(cache),
-            rollouts=len(self.rows) * config.cache_rollouts,
+            rollouts=len(self.prompts) * config.cache_rollouts,
         )
         return Segment(branch=0, start=0, compute_start=spent, guidance=WHOLE_RUN, guide_until=config.compute_steps)
 
@@ -74,7 +78,7 @@ class GuidedByPolicy(Controller):
         sampled = shared_rollouts(
             policy,
             self.processor,
-            Lazily(self.rows.__getitem__, list(self.rows)),
+            Lazily(self.rows.__getitem__, self.prompts),
             config.cache_rollouts,
             self.verifier,
             seed=config.seed,

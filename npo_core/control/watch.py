@@ -119,6 +119,8 @@ class Watch(TrainerCallback):
         for line in lines:
             warning = self.observe(line)
             due = line["policy_step"] if warning is not None or self._stops(line) else None
+        if lines and lines[-1]["branch"] != self.segments[-1].branch:
+            due = None  # the warning has had its decision: the newest segment is what came of it, or of a later one
         self.compute_step = max((line["compute_step"] for line in lines), default=0)
         self.compute_step = max(self.compute_step, self.segments[-1].compute_start)
         decided = {
@@ -137,13 +139,17 @@ class Watch(TrainerCallback):
         for uid, rate in line["groups"].items():
             self.pool.add(uid, step, rate)
         replay_end = next((s.guide_until for s in self.segments if s.branch == line["branch"]), 0)
-        if step <= replay_end:
+        replayed = step <= replay_end
+        if (
+            not replayed or not line["branch"]
+        ):  # a baseline is guided from its first step to its last, and can collapse too
+            self.complaints = self.alarm.update(step, {key: line.get(name, math.nan) for key, name in ALARMED.items()})
+        if replayed:
             # the guided replay is judged when it is over: until then the averages hold the intervention itself
             if step == replay_end:
                 self.trigger.reset(step)
                 self.alarm.reset()
             return None
-        self.complaints = self.alarm.update(step, {key: line.get(name, math.nan) for key, name in ALARMED.items()})
         if not all(math.isfinite(line.get(name, math.nan)) for name in ("npo/reward", "npo/entropy")):
             return None  # no row of the policy was scored, every response was masked, or the step diverged
         warning = self.trigger.update(step, line["npo/reward"], line["npo/entropy"])

@@ -208,6 +208,11 @@ class RunConfig(Settings):
         return f"{self.method}-{self.preset}-s{self.seed}-{self.digest}"
 
     @property
+    def trained_steps(self) -> int:
+        """Compute steps that the run trains itself; those of RLEP's earlier run are spent by then."""
+        return self.compute_steps - (self.rlep_source_steps if self.method == "rlep" else 0)
+
+    @property
     def rollouts_per_step(self) -> int:
         """Rollouts in an optimiser step."""
         return self.prompts_per_step * self.num_generations

@@ -281,7 +281,7 @@ def _offline_rollouts(config: RunConfig) -> tuple[int, int]:
         windows = sum(stage.guide_until - stage.back_to for stage in planned_interventions(config))
         return 0, windows * config.prompts_per_step * config.cache_rollouts
     if config.method in ("luffy", "rlep"):
-        return 0, config.compute_steps * config.prompts_per_step * config.cache_rollouts
+        return 0, config.trained_steps * config.prompts_per_step * config.cache_rollouts
     return 0, 0
 
 

@@ -274,6 +274,10 @@ class TrainerMaker:
         self._engine: Any | None = None
         self.reward = verifier_reward(world.verifier)
 
+    def prompts(self, steps: int) -> set[str]:
+        """Uids of the prompts of the first `steps` steps."""
+        return set(self.schedule.with_format(None)["uid"][: steps * self.config.prompts_per_step])
+
     def __call__(
         self, output_dir: Path, guidance: GuidanceSource | None = None, callbacks: Sequence[TrainerCallback] = ()
     ) -> NPOTrainer:

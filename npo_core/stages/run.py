@@ -121,7 +121,7 @@ def _execute(
         print(f"{folder.path.name}: checkpoints will take {amount(size)}")
     maker = TrainerMaker(config, world, folder)
     base_scores = _base_scores(config, maker, world, folder, device, quiet)
-    extra = {} if guide is None else {"guide_folder": guide}
+    extra = {} if guide is None else {"guide_folder": guide, "prompts": maker.prompts(config.trained_steps)}
     kind = CONTROLLERS[config.method]
     controller = kind(maker, config, folder, world.rows, world.processor, world.verifier, quiet, **extra)
     controller.label = label

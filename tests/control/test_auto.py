@@ -523,6 +523,13 @@ def test_without_roll_back_a_confirmed_warning_guides_the_prompts_ahead(ahead, g
     assert (intervention["stage"], intervention["distance"]) == ("ahead", 0)
 
 
+def test_without_roll_back_each_warning_has_one_intervention(base, roots):
+    settings = {"roll_back": False, "ahead_window": 3, "cache_stop": True, "max_interventions": 3}
+    run = stages.run(_config(base, **settings), roots("ahead thrice"), quiet=True)
+    steps = [event["policy_step"] for event in run.events("ahead")]
+    assert len(steps) > 1 and len(set(steps)) == len(steps)
+
+
 def test_a_roll_back_goes_no_farther_than_max_distance(base, roots, autonpo):
     run = stages.run(_config(base, max_distance=2), roots("near"), quiet=True)
     [choice, *_] = run.events("choice")

@@ -522,6 +522,14 @@ def test_rlep_keeps_all_correct_rollouts_of_prompts_with_at_least_two(rollouts, 
     assert (event["cached"], event["compute_step"]) == (1, 8)
 
 
+def test_only_the_prompts_that_a_run_meets_are_sampled_and_counted(rollouts, tmp_path):
+    given = {"guide_folder": tmp_path, "prompts": {"poor"}}
+    made = controller(GuidedByPolicy, resolve_config("luffy", "smoke"), tmp_path, **given)
+    assert {guide.uid for guide in made._guidance(made._first_segment())} == {"poor"}
+    (event,) = made.run_folder.events("cache")
+    assert (event["prompts"], event["cached"], event["rollouts"]) == (1, 1, made.config.cache_rollouts)
+
+
 @pytest.mark.parametrize("method", ["luffy", "rlep"])
 def test_a_guide_that_solves_nothing_is_refused(rollouts, tmp_path, method):
     for group in rollouts[0].values():
@@ -602,8 +610,10 @@ def test_a_run_of_rlep_is_charged_for_the_earlier_run(rlep, root):
     assert [line["compute_step"] for line in lines] == [5, 6, 7, 8]
     assert [line["policy_step"] for line in lines] == [1, 2, 3, 4]
     assert (rlep.result()["compute_steps"], rlep.result()["policy_steps"]) == (8, 4)
-    assert rlep.result()["offline_rollouts"] == 32 * 12
-    assert rlep.result()["rollouts"] == 8 * 16 + 32 * 12
+    assert rlep.result()["offline_rollouts"] == 16 * 12, "of the prompts of its own four steps"
+    assert rlep.result()["rollouts"] == 8 * 16 + 16 * 12
+    met = {row["uid"] for rows in tables(rlep).values() for row in rows}
+    assert {guide.uid for guide in ReplayPool.load(rlep.path / WHOLE_RUN)} <= met and len(met) == 16
     source = RunFolder(stages.source_config(RLEP), root)
     assert source.config.method == "grpo" and source.metrics()[-1]["compute_step"] == 4
     guides = {row["guide_step"] for rows in tables(rlep).values() for row in rows if row["source"] == "guide"}

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from factories import Factory, controller_of, own_config
+from triggers import calendar
 
+import npo_core.control.watch
 from npo_core.control.controller import Controller
 from npo_core.control.watch import Segment, Watch, numbers
 from npo_core.figures.record import RunRecord
@@ -80,13 +82,13 @@ def falling_apart(step):
 def watched(tmp_path):
     """`watched(logs, steps, **settings)`: a run whose trainer logs these; its alarms by step, and the lines said."""
 
-    def watch(logs, steps, name="run", rise=0.5, clipped=0.5):
+    def watch(logs, steps, name="run", rise=0.5, clipped=0.5, guide_until=0):
         limits = {"alarm_rise": rise, "alarm_clipped": clipped, "trigger_ema": 0.5, "trigger_window": 20}
         limits["trigger_reward_tolerance"] = 0.01
         run = RunFolder(own_config("grpo", compute_steps=steps, **limits), tmp_path / name)
         said = []
         bar = SimpleNamespace(advance=lambda **values: None, say=said.append)
-        seen = Watch(run.config, run, [Segment(0, 0, 0)], bar, acts=True)
+        seen = Watch(run.config, run, [Segment(0, 0, 0, guide_until=guide_until)], bar, acts=True)
         seen.trainer = SimpleNamespace(group_pass_rates={"a": 0.25})
         control = SimpleNamespace(should_training_stop=False, should_save=False)
         for step in range(1, steps):
@@ -110,6 +112,11 @@ def test_a_run_that_falls_apart_is_told_once_as_a_line_and_an_event_and_goes_on(
     assert not control.should_training_stop and not run.events("rollback"), "it tells, and does nothing"
 
 
+def test_a_baseline_that_is_guided_all_along_is_heard_too(watched):
+    guided, plain = (watched(falling_apart, 60, str(end), guide_until=end)[0].events("alarm") for end in (60, 0))
+    assert [alarm["policy_step"] for alarm in guided] == [alarm["policy_step"] for alarm in plain] != []
+
+
 def test_growth_that_reward_pays_for_is_no_alarm_and_limits_of_nought_switch_it_off(watched):
     learning = lambda step: {**falling_apart(step), "npo/reward": 0.01 * step, "completions/clipped_ratio": 0.0}  # noqa: E731
     assert watched(learning, 60, "learning")[0].events("alarm") == []
@@ -125,6 +132,28 @@ def test_a_resumed_run_does_not_raise_an_alarm_again(watched):
     assert len(said) == before == len(run.events("alarm")) == 2
     assert again.observe({**run.metrics()[-1], "policy_step": 40, **falling_apart(40)}) is None
     assert again.complaints == []
+
+
+def test_a_warning_has_one_decision(tmp_path, monkeypatch):
+    """What came of it may begin where the newest line of the trajectory is still the one that warned."""
+    monkeypatch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(4))
+    run = RunFolder(own_config("autonpo", max_interventions=9), tmp_path)
+
+    def line(step, branch):
+        clocks = {"policy_step": step, "compute_step": step, "branch": branch}
+        return {**clocks, "npo/reward": 0.1, "npo/entropy": 1.0, "groups": {}}
+
+    lines = [line(step, 0) for step in (1, 2, 3, 4)]
+
+    def due(*segments, further=()):
+        return Watch(run.config, run, [Segment(0, 0, 0), *segments], None, acts=True).replay([*lines, *further])
+
+    assert due() == 4, "a run that was killed before the decision"
+    assert due(Segment(1, 4, 4, guidance="x", guide_until=6)) is None, "guides for the prompts ahead"
+    assert due(Segment(1, 8, 8), Segment(2, 4, 8, guidance="x", guide_until=8)) is None, "dismissed then, origin now"
+    ahead = [line(step, 1) for step in (5, 6, 7, 8)]
+    assert due(Segment(1, 4, 4, guidance="x", guide_until=6), further=ahead[:3]) is None
+    assert due(Segment(1, 4, 4, guidance="x", guide_until=6), further=ahead) == 8
 
 
 def test_a_trainers_own_names_do_not_replace_the_clocks(tmp_path):

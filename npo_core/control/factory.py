@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..guidance.sources import GuidanceSource
 from ..runs.config import RunConfig
 from ..trainer.inputs import Sampling
+from ..trainer.pictures import picture_tokens
 from ..trainer.trainer import NPOTrainer
 
 
@@ -63,11 +64,20 @@ class Training:
         )
 
     @classmethod
-    def planned(cls, config: RunConfig) -> "Training":
-        """That which the trainers of a configuration will have, for guides that are sampled before there is one."""
+    def planned(cls, config: RunConfig, processor: Any) -> "Training":
+        """That which the trainers of a configuration will have, for guides that are sampled before there is one.
+
+        Args:
+            config: Settings.
+            processor: Processor or tokenizer of the policy, whose picture tokens vLLM is told never to draw.
+        """
+        never = picture_tokens(processor) if config.vllm != "off" else []
+        unsampled = (tuple(never) or None) if config.mask_unsampled else ()
         return cls(
             config.max_completion_length,
-            Sampling(temperature=config.temperature),
+            Sampling(
+                config.temperature, generation_kwargs={"suppress_tokens": never} if never else {}, unsampled=unsampled
+            ),
             config.tau_gate,
             config.prompts_per_step,
             config.mixed_precision == "bf16",

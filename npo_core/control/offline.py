@@ -44,7 +44,7 @@ class Offline:
         self.rows = rows
         self.processor = processor
         self.verifier = verifier
-        self.training = Training.planned(config)
+        self.training = Training.planned(config, processor)
 
     def _sample(
         self,
@@ -90,6 +90,7 @@ class Offline:
                 self.config.score_batch,
                 temperature=self.training.sampling.temperature,
                 chat_template_kwargs=self.training.chat_template_kwargs,
+                unsampled=self.training.sampling.unsampled,
             )
 
     def _fill_cache(

@@ -66,6 +66,7 @@ class Measurement:
         rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
         score_batch: Responses that are scored at a time, at most, in the same way.
         bf16: Sample and score with matrix products in 16 bits, as a run with such a `mixed_precision` does.
+        unsampled: Tokens that log-probs leave out, see `sampling.completion_logps`.
 
     Raises:
         ValueError: Policies that cannot be compared, too few rows, or a folder with rollouts of other settings.
@@ -85,6 +86,7 @@ class Measurement:
         rollout_batch: int = ROLLOUT_BATCH,
         score_batch: int = ROLLOUT_BATCH,
         bf16: bool = False,
+        unsampled: Sequence[int] | None = None,
     ):
         for name, batch in (("rollout_batch", rollout_batch), ("score_batch", score_batch)):
             require(batch >= 1, name, batch, "at least 1")
@@ -95,7 +97,7 @@ class Measurement:
         check_policies(self.policies, processor)
         self.folder, self.pairs, self.settings = Path(folder), list(pairs), settings
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
-        self.rollout_batch, self.score_batch, self.bf16 = rollout_batch, score_batch, bf16
+        self.rollout_batch, self.score_batch, self.bf16, self.unsampled = rollout_batch, score_batch, bf16, unsampled
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,7 @@ class Measurement:
         scored = [trajectory.token_ids for group in groups for trajectory in group[: self.settings.scored]]
         rows = [row for row in self.rows for _ in range(self.settings.scored)]
         with self._precision(model):
-            return completion_logps(model, self.processor, rows, scored, self.score_batch)
+            return completion_logps(model, self.processor, rows, scored, self.score_batch, unsampled=self.unsampled)
 
     def _precision(self, model: PreTrainedModel) -> torch.autocast:
         """Not for gradients: weights that were made 16 bits without one are remembered so."""
@@ -310,6 +312,7 @@ class Measurement:
                 [trajectory.token_ids for trajectory in chosen],
                 [trajectory.logps for trajectory in chosen],
                 self.settings.parameters,
+                self.unsampled,
             )
             terms = both_sided(found, grams, own_log_weights[:: self.settings.scored][:count])
             out["gradients"][:count] = 1.0
@@ -326,7 +329,8 @@ class Measurement:
             return []
         if not path.exists():
             tokens = [group[0].token_ids for group in mine[:count]]
-            grams = own_gram(model, self.processor, self.rows[:count], tokens, self.settings.parameters)
+            about = self.settings.parameters, self.unsampled
+            grams = own_gram(model, self.processor, self.rows[:count], tokens, *about)
             write_table(path, [{"gram": gram.flatten().tolist()} for gram in grams])
         flat = [np.array(row["gram"]) for row in read_table(path)]
         return [values.reshape(math.isqrt(len(values)), -1) for values in flat]

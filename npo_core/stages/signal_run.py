@@ -72,6 +72,7 @@ def measure_run(
         load=lambda folder: placed_policy(folder, config.freeze_vision, config.dtype, config.attention),
         quiet=quiet,
         bf16=config.mixed_precision == "bf16",
+        unsampled=None if config.mask_unsampled else (),
         rollout_batch=config.rollout_batch if rollout_batch is None else rollout_batch,
         score_batch=config.score_batch if score_batch is None else score_batch,
     )

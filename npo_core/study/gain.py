@@ -207,6 +207,7 @@ class GainStudy:
                 source_step=step,
                 temperature=config.temperature,
                 score_temperature=config.temperature,
+                unsampled=None if config.mask_unsampled else (),
             )
             ends = end_tokens(guide, processor)
             cache = GuidanceCache.empty(processor, ends, config.max_completion_length, rows)

@@ -16,6 +16,7 @@ from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier
+from .pictures import left_out_of_loss
 
 if TYPE_CHECKING:
     from .trainer import NPOTrainer
@@ -104,9 +105,9 @@ def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
     Raises:
         TypeError: It is no source of guides.
         ValueError: No longest response; no verifier; `rollout_func`, tools or environments; a group that would be split
-            over two batches or processes; rows that NPO cannot use; a cache of another tokenizer, with longer
-            responses, or scored at another temperature where the ratio needs its q. The message says all of it, and
-            what to change.
+            over two batches or processes; rows that NPO cannot use; a cache of another tokenizer, with longer responses
+            or tokens that the loss leaves out, or scored at another temperature where the ratio needs its q. The
+            message says all of it, and what to change.
     """
     if not isinstance(source, GuidanceSource):
         raise TypeError(
@@ -181,7 +182,18 @@ def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
             f"{trainer.temperature}, so the ratio of mode {trainer.args.ratio_mode!r} would be biased. Score the "
             f"guides again (sample_rollouts or completion_logps at {trainer.temperature}), or use ratio_mode 'current'"
         )
+    if holding := [guide for guide in cache if _impossible(trainer, guide)]:
+        found.append(
+            f"the guidance cache holds {len(holding)} guides with tokens that this trainer never samples and its loss "
+            f"leaves out, such as {_impossible(trainer, holding[0])} in that of {holding[0].uid!r}: sample the guides "
+            "with the trainer's generation_kwargs, or set mask_unsampled=False"
+        )
     return found
+
+
+def _impossible(trainer: "NPOTrainer", guide: Trajectory) -> list[int]:
+    """Tokens of a guide that have no chance in the distribution that is trained, so that its log-probs say nothing."""
+    return sorted(set(left_out_of_loss(trainer)) & set(guide.token_ids))
 
 
 def _other_temperatures(trainer: "NPOTrainer", cache: GuidanceCache) -> set[float]:
@@ -211,7 +223,8 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
 
     Raises:
         GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence, without a log-prob
-            for each token, or its log-probs are at another temperature than training and the ratio needs them.
+            for each token, holds a token that the loss leaves out, or its log-probs are at another temperature than
+            training and the ratio needs them.
     """
     if guide.uid != uid or not guide.correct:
         raise GuidanceRefused(f"The source gave a guide of {guide.uid!r} (correct: {guide.correct}) for {uid!r}.")
@@ -224,6 +237,11 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
         raise GuidanceRefused(
             f"The guide of {uid!r} has {len(guide.token_ids)} tokens and ends with token {guide.token_ids[-1]}; "
             f"at most {trainer.max_completion_length} tokens ending in one of {trainer.eos_token_ids} fit a group."
+        )
+    if never := _impossible(trainer, guide):
+        raise GuidanceRefused(
+            f"The guide of {uid!r} holds the tokens {never}, which this trainer never samples and its loss leaves out; "
+            "sample guides with the trainer's generation_kwargs, or set mask_unsampled=False."
         )
     if guide.temperature != trainer.temperature and needs_behaviour(trainer):
         raise GuidanceRefused(

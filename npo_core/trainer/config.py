@@ -52,7 +52,7 @@ class NPOConfig(GRPOConfig):
             what it was given is not trained on. 1 gives whole guides, as in the paper. PrefixRL, POPE.
         mask_unsampled (`bool`, *optional*): Leave the tokens that sampling never draws (the token of a picture, what
             `suppress_tokens` names) out of the distribution of the loss, so that the policy that is trained is the one
-            that is sampled. False as TRL has it. Ours.
+            that is sampled. False as TRL has it; then give what is scored off line `unsampled=()`. Ours.
     """
 
     tau_gate: float = declared.TAU_GATE.field()

@@ -78,6 +78,7 @@ def source_gradients(
     completions: Sequence[Sequence[int]],
     source_logps: Sequence[Sequence[float]],
     parameters: str = "",
+    unsampled: Sequence[int] | None = None,
 ) -> SourceGradients:
     """Gradients of trajectories that a source sampled.
 
@@ -88,6 +89,7 @@ def source_gradients(
         completions: Token ids of the trajectories.
         source_logps: ln q of each token, nats.
         parameters: Regular expression that selects parameters by name; "" takes all trainable ones.
+        unsampled: Tokens that log-probs leave out, see `sampling.completion_logps`.
 
     Raises:
         ValueError: No parameter matches, an empty trajectory, or the matrix would not fit into memory.
@@ -99,7 +101,7 @@ def source_gradients(
         part = slice(start, min(start + CHUNK, len(rows)))
         count = part.stop - part.start
         with torch.enable_grad():
-            logps = _responses(model, processor, rows[part], completions[part])
+            logps = _responses(model, processor, rows[part], completions[part], unsampled)
             log_weight = [
                 own.detach() - torch.tensor(behaviour, device=own.device)
                 for own, behaviour in zip(logps, source_logps[part], strict=True)
@@ -119,6 +121,7 @@ def own_gram(
     rows: Sequence[Mapping[str, Any]],
     completions: Sequence[Sequence[int]],
     parameters: str = "",
+    unsampled: Sequence[int] | None = None,
 ) -> list[Float[np.ndarray, "tokens tokens"]]:
     """Inner products of the token gradients ∇ log π(y_t) of each trajectory: ‖Σ w_t ∇ log π(y_t)‖² = wᵀKw for any w.
 
@@ -133,7 +136,7 @@ def own_gram(
     grams = []
     for row, tokens in zip(rows, completions, strict=True):
         with torch.enable_grad():
-            grads = _grads(list(_responses(model, processor, [row], [tokens])[0]), chosen)
+            grads = _grads(list(_responses(model, processor, [row], [tokens], unsampled)[0]), chosen)
         # parameter by parameter: double precision of all at once would take three times the memory
         gram = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
         for grad in grads:
@@ -211,10 +214,14 @@ def _fitting(parameters: list[torch.nn.Parameter], rows: int, what: str) -> int:
 
 
 def _responses(
-    model: PreTrainedModel, processor, rows: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    processor,
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[int]],
+    unsampled: Sequence[int] | None,
 ) -> list[torch.Tensor]:
     """Differentiable log-probs of each response, without padding."""
-    logps = forced_logps(model, processor, rows, completions)
+    logps = forced_logps(model, processor, rows, completions, unsampled=unsampled)
     return [logps[index, : len(tokens)] for index, tokens in enumerate(completions)]
 
 

@@ -18,7 +18,15 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import pad
 
 from ..guidance.fingerprints import tokenizer_of
-from .pictures import pictures_of, prompt_as_seen, suppressed
+from .pictures import (
+    forbidden_to_vllm,
+    left_out_of_loss,
+    never_drawn,
+    pictures_of,
+    prompt_as_seen,
+    suppressed,
+    with_suppressed,
+)
 
 if TYPE_CHECKING:
     from .trainer import NPOTrainer
@@ -167,6 +175,8 @@ class Sampling:
         min_p: Least probability as a share of the likeliest token's; None as the policy's `generation_config.json`.
         repetition_penalty: 1 switches it off.
         generation_kwargs: Further settings of transformers' `GenerationConfig`, as TRL's argument of this name.
+        unsampled: Tokens that log-probs leave out, those that the loss of training leaves out; None for all that are
+            never drawn by these settings, as `mask_unsampled` has it.
     """
 
     temperature: float = 1.0
@@ -175,6 +185,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    unsampled: tuple[int, ...] | None = None
 
     @property
     def of_engine(self) -> dict[str, Any]:
@@ -183,10 +194,16 @@ class Sampling:
 
     @classmethod
     def of(cls, trainer: "NPOTrainer") -> "Sampling":
-        """That of a trainer's rollouts; what it gives to vLLM beside these settings, vLLM keeps."""
+        """That of a trainer's rollouts; what it gives to vLLM beside these settings, vLLM keeps.
+
+        What vLLM never draws, the policies that are sampled without it must not draw either.
+        """
         given = cast(Mapping[str, Any] | None, trainer.args.generation_kwargs)  # TRL has read a text as JSON
-        further = {} if trainer.use_vllm else given or {}
-        return cls(**{name: getattr(trainer, name) for name in SHARED}, generation_kwargs=further)
+        further = given or {}
+        if trainer.use_vllm:
+            further = {"suppress_tokens": never} if (never := forbidden_to_vllm(given)) else {}
+        shared = {name: getattr(trainer, name) for name in SHARED}
+        return cls(**shared, generation_kwargs=further, unsampled=tuple(left_out_of_loss(trainer)))
 
     def settings(self, model: PreTrainedModel, processor, max_new_tokens: int) -> GenerationConfig:
         """What `model.generate` is given, as TRL would give it.
@@ -208,6 +225,13 @@ class Sampling:
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
+        given |= self.generation_kwargs
         if never := suppressed(model, processor):
-            given["suppress_tokens"] = never
-        return GenerationConfig(**{**given, **self.generation_kwargs}, disable_compile=True)
+            given["suppress_tokens"] = with_suppressed(given.get("suppress_tokens"), never)
+        return GenerationConfig(**given, disable_compile=True)
+
+    def left_out(self, model: PreTrainedModel, processor) -> list[int]:
+        """Tokens that log-probs of these responses leave out; arguments are those of `settings`."""
+        if self.unsampled is not None:
+            return list(self.unsampled)
+        return never_drawn(self.settings(model, processor, max_new_tokens=1), model)

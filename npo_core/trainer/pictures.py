@@ -9,7 +9,9 @@ A policy that reads pictures must not write the token that stands for one, so sa
 policy that is trained is not the one that was sampled, and there is a sink: what a negative advantage takes from the
 tokens of a rollout goes to the others in proportion to their probability, and the one token that no rollout can hold
 is never pushed back. With a net push downwards it ends with all the mass (docs/log.md, 2026-11-27): the entropy is 0,
-and what is sampled looks random. Ours; upstream does not do it.
+and what is sampled looks random. So the loss, and all that is scored off line, leave out what sampling never draws: the
+token of a picture, and what the settings of a run or the policy's own `generation_config.json` forbid altogether
+(`never_drawn`). Ours; upstream does not do it.
 """
 
 import io
@@ -24,7 +26,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 if TYPE_CHECKING:
     from .trainer import NPOTrainer
@@ -170,11 +172,13 @@ def picture_tokens(processor: Any) -> list[int]:
 def keep_pictures_out(trainer: Any) -> None:
     """Let a trainer's own generation sample no image token, as TRL does by itself from 1.16 on.
 
-    A response with one would have to bring a picture along, and the next forward pass would fail.
+    A response with one would have to bring a picture along, and the next forward pass would fail. TRL forgets it where
+    a user suppresses tokens of their own.
     """
     if not trainer.use_vllm and isinstance(trainer.processing_class, ProcessorMixin):
-        given = trainer.generation_kwargs.setdefault("suppress_tokens", [trainer.model.config.image_token_id])
-        trainer.generation_config.suppress_tokens = given
+        given = trainer.generation_kwargs.get("suppress_tokens")
+        kept = with_suppressed(given, suppressed(trainer.model, trainer.processing_class))
+        trainer.generation_kwargs["suppress_tokens"] = trainer.generation_config.suppress_tokens = kept
 
 
 def never_sampled(processor: Any) -> dict[str, Any]:
@@ -216,15 +220,53 @@ def suppressed(model: PreTrainedModel | PeftModel, processor: Any) -> list[int]:
     return [config.image_token_id] if isinstance(processor, ProcessorMixin) else []
 
 
-def never_drawn(trainer: "NPOTrainer") -> list[int]:
-    """Tokens that a trainer's own sampling never draws, by its settings; none where the loss is to have them all."""
+def with_suppressed(given: Sequence[int] | None, never: Sequence[int]) -> list[int]:
+    """`suppress_tokens` of a user, if there are any, together with those of the policy, each once."""
+    return list(dict.fromkeys([*(given or []), *never]))
+
+
+def forbidden_to_vllm(generation_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Tokens that vLLM never draws, by the settings that it is given beside TRL's."""
+    biases = (generation_kwargs or {}).get("logit_bias") or {}
+    return [int(token) for token, bias in biases.items() if bias <= NEVER]
+
+
+def never_drawn(settings: GenerationConfig, policy: PreTrainedModel | PeftModel) -> list[int]:
+    """Tokens that transformers' `generate` gives no chance at any place of a response, in rising order.
+
+    They are those of `suppress_tokens`, of `bad_words_ids` that are one token, and of one token in `sequence_bias` with
+    at most `NEVER`. What has no chance at some places only, as after `begin_suppress_tokens`, is drawn at others, and
+    counts.
+
+    Args:
+        settings: What `generate` is given.
+        policy: Its own generation settings count where `settings` leaves one unset, as in `generate`.
+    """
+    own = cast(GenerationConfig, policy.generation_config)
+
+    def set_to(name: str) -> Any:
+        given = getattr(settings, name)
+        return getattr(own, name) if given is None else given
+
+    ends = set_to("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    found = set(set_to("suppress_tokens") or [])
+    found |= {ids[0] for ids in set_to("bad_words_ids") or [] if len(ids) == 1 and ids[0] not in ends}  # as `generate`
+    biases = set_to("sequence_bias") or {}
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    return sorted(found | {ids[0] for ids, bias in pairs if len(ids) == 1 and bias <= NEVER})
+
+
+def left_out_of_loss(trainer: "NPOTrainer") -> list[int]:
+    """Tokens that a trainer's loss leaves out: what its sampling never draws, or none (`mask_unsampled`).
+
+    What is scored off line for the trainer leaves out the same (`inputs.Sampling.of`).
+    """
     if not trainer.args.mask_unsampled:
         return []
     if trainer.use_vllm:
-        given = cast(Mapping[str, Any] | None, trainer.args.generation_kwargs)  # TRL has read a text as JSON
-        biases = (given or {}).get("logit_bias") or {}
-        return [int(token) for token, bias in biases.items() if bias <= NEVER]
-    return list(trainer.generation_config.suppress_tokens or [])
+        return forbidden_to_vllm(cast(Mapping[str, Any] | None, trainer.args.generation_kwargs))  # a text is read
+    return never_drawn(trainer.generation_config, trainer.model)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..processes import process_count, process_number, shared
 from ..streams import PROCESS
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
 from .memory import fitting, sampling_bytes, scoring_bytes
-from .pictures import left_out, suppressed
+from .pictures import left_out
 from .rollouts import response_texts
 
 ROLLOUT_BATCH = 512
@@ -82,6 +82,7 @@ def sample_rollouts(
     advance: Callable[[int], None] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     score_temperature: float = 1.0,
+    unsampled: Sequence[int] | None = None,
 ) -> list[list[Trajectory]]:
     """Sample k verified responses per row. Training state and the global random state are left as they were.
 
@@ -111,6 +112,8 @@ def sample_rollouts(
         chat_template_kwargs: As in training, see `encode_prompts`.
         score_temperature: Temperature of the log-probs. For guides the one that they will be trained at
             (`NPOConfig.temperature`), however they are sampled.
+        unsampled: Tokens that the log-probs leave out, as the loss does; None for all that these settings never draw,
+            () for training with `mask_unsampled=False`.
 
     Returns:
         A list per row, of k trajectories in the order they were sampled.
@@ -123,8 +126,10 @@ def sample_rollouts(
     _require_rows(rows, verifier)
     tokenizer = tokenizer_of(processor)
     ends = end_tokens(model, processor)
-    drawn = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs or {})
+    never = None if unsampled is None else tuple(unsampled)
+    drawn = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs or {}, never)
     settings = drawn.settings(model, processor, max_new_tokens) if generate is None else None
+    about: dict[str, Any] = {"temperature": score_temperature, "chat_template_kwargs": chat_template_kwargs}
     was_training = model.training
     out: list[list[Trajectory]] = []
     model.eval()
@@ -133,6 +138,7 @@ def sample_rollouts(
             torch.manual_seed(seed)
             if score:  # said before anything is sampled
                 score_batch = fitting(score_batch, scoring_bytes(model, max_new_tokens), model.device, "scored")
+                about["unsampled"] = drawn.left_out(model, processor)
             if generate is None:
                 batch = fitting(batch, sampling_bytes(model, max_new_tokens), model.device, "sampled")
             prompts = max(1, batch // k) if generate is None else ENGINE_PROMPTS
@@ -148,15 +154,7 @@ def sample_rollouts(
                     ids = generate(part, k, drawn.of_engine)
                 completions = [_until_end(row, ends) for row in ids]
                 logps = (
-                    completion_logps(
-                        model,
-                        processor,
-                        repeated,
-                        completions,
-                        score_batch,
-                        temperature=score_temperature,
-                        chat_template_kwargs=chat_template_kwargs,
-                    )
+                    completion_logps(model, processor, repeated, completions, score_batch, **about)
                     if score
                     else [()] * len(repeated)
                 )
@@ -266,6 +264,7 @@ def completion_logps(
     *,
     temperature: float = 1.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    unsampled: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """Log-probability of each token of given responses, in nats.
 
@@ -277,6 +276,8 @@ def completion_logps(
         batch: Responses in a forward pass, at most: fewer where memory asks for it, which is said once.
         temperature: The logits are divided by it, as TRL does with those of training.
         chat_template_kwargs: As in training, see `encode_prompts`.
+        unsampled: Tokens that are left out, as the loss does; None for all that the policy never draws unless it is
+            told so (the token of a picture), () for none, as in training with `mask_unsampled=False`.
 
     Raises:
         ValueError: A response is empty, or the temperature is not above 0.
@@ -291,7 +292,7 @@ def completion_logps(
         for start in range(0, len(rows), batch):
             tokens = completions[start : start + batch]
             part = [rows[place] for place in range(start, start + len(tokens))]
-            logps = forced_logps(model, processor, part, tokens, temperature, chat_template_kwargs)
+            logps = forced_logps(model, processor, part, tokens, temperature, chat_template_kwargs, unsampled)
             scores += [logps[index, : len(row)].tolist() for index, row in enumerate(tokens)]
     return scores
 
@@ -303,12 +304,13 @@ def forced_logps(
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    unsampled: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Teacher-forced log-probabilities of one batch of responses, shape (responses, longest), in nats, differentiable.
 
     Entries past the end of a response are those of padding: mask them by its length.
     """
-    logps, ids = _forced(model, processor, rows, completions, temperature, chat_template_kwargs)
+    logps, ids = _forced(model, processor, rows, completions, temperature, chat_template_kwargs, unsampled)
     return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
@@ -320,6 +322,7 @@ def completion_entropies(
     batch: int = ROLLOUT_BATCH,
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    unsampled: Sequence[int] | None = None,
 ) -> list[float]:
     """Mean entropy of the next-token distribution over the tokens of each response, in nats, at temperature 1.
 
@@ -334,7 +337,7 @@ def completion_entropies(
             for start in range(0, len(rows), batch):
                 tokens = completions[start : start + batch]
                 part = [rows[place] for place in range(start, start + len(tokens))]
-                logps, _ = _forced(model, processor, part, tokens, 1.0, chat_template_kwargs)
+                logps, _ = _forced(model, processor, part, tokens, 1.0, chat_template_kwargs, unsampled)
                 entropies = torch.special.entr(logps.exp()).sum(dim=-1)
                 means += [float(entropies[index, : len(row)].mean()) for index, row in enumerate(tokens)]
     finally:
@@ -354,6 +357,7 @@ def _forced(
     completions: Sequence[Sequence[int]],
     temperature: float,
     chat_template_kwargs: Mapping[str, Any] | None,
+    unsampled: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the whole vocabulary at each place of given responses, and their padded token ids."""
     encoded = encode_prompts(processor, rows, chat_template_kwargs)
@@ -372,7 +376,8 @@ def _forced(
     if _counts_places(model):
         # as `generate` has them: a policy of absolute places would else depend on how far its prompt is padded
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    with left_out(model, suppressed(model, processor)):
+    unsampled = Sampling().left_out(model, processor) if unsampled is None else unsampled
+    with left_out(model, unsampled):
         logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
     if temperature != 1.0:
         logits = logits / temperature

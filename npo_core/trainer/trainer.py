@@ -38,7 +38,7 @@ from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_own_rollouts
 from .config import PAPER, NPOConfig, own_arguments
-from .pictures import collapse_pictures, keep_pictures_out, left_out, never_drawn, rows_as_seen
+from .pictures import collapse_pictures, keep_pictures_out, left_out, left_out_of_loss, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
 
@@ -166,7 +166,8 @@ class NPOTrainer(GRPOTrainer):
 
         n, batch, template = self.num_generations, self.args.per_device_train_batch_size, self.chat_template_kwargs
         model, processor = self.accelerator.unwrap_model(self.model), self.processing_class
-        entropies = partial(completion_entropies, model, processor, batch=batch, chat_template_kwargs=template)
+        same = {"chat_template_kwargs": template, "unsampled": left_out_of_loss(self)}
+        entropies = partial(completion_entropies, model, processor, batch=batch, **same)
         chosen = self.guidance.replay([uid_of(row) for row in inputs[::n]], self.state.global_step, entropies)
         rows = list(inputs)
         for group, row in chosen.items():
@@ -352,7 +353,7 @@ class NPOTrainer(GRPOTrainer):
             self._loss_inputs = None
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        with left_out(self.accelerator.unwrap_model(model), never_drawn(self)):
+        with left_out(self.accelerator.unwrap_model(model), left_out_of_loss(self)):
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         # TRL asks for log-probs outside the loss too (old and reference policy): there is nothing to do then
         if self._loss_inputs is not None and model.training:

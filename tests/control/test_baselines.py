@@ -486,7 +486,7 @@ def rollouts(monkeypatch):
         asked.append((k, source_step, settings))
         return [[Trajectory(row["uid"], ids, (), source_step, ok, "") for ids, ok in made[row["uid"]]] for row in rows]
 
-    def score(policy, processor, rows, completions, batch, *, temperature, chat_template_kwargs):
+    def score(policy, processor, rows, completions, batch, *, temperature, chat_template_kwargs, unsampled):
         return [[-0.25 * (place + 1) for place in range(len(ids))] for ids in completions]
 
     guide = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))

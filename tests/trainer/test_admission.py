@@ -130,11 +130,11 @@ def test_a_new_cache_fits_its_trainer(tmp_path, name):
     trainer.eos_token_ids = [*trainer.eos_token_ids, 7]
     cache = trainer.new_cache()
     uid = tiny.dataset[0]["uid"]
-    cache.add(tiny.guide(uid, token_ids=[5, 7]))
+    cache.add(tiny.guide(uid, token_ids=[6, 7]))
     with pytest.raises(GuidanceRefused, match="unknown prompt"):
         cache.add(replace(tiny.guide(uid), uid="stranger"))
     with pytest.raises(GuidanceRefused, match=f"at most {WIDTH}"):
-        cache.add(tiny.guide(uid, token_ids=[5] * WIDTH + [7]))
+        cache.add(tiny.guide(uid, token_ids=[6] * WIDTH + [7]))
     assert bool(cache.image_digest) == (name == "pictures")
     trainer.guidance = cache
     assert tokenizer_digest(tiny.processor) == cache.tokenizer_digest

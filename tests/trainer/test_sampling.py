@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 from worlds import world
 
 import npo_core.control.offline
@@ -456,8 +457,11 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
         chat_template_kwargs: ClassVar = {"enable_thinking": False}
         use_vllm = False
         args = SimpleNamespace(
-            generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16, bf16=False
-        )
+            generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16, bf16=False,
+            mask_unsampled=True,
+        )  # fmt: skip
+        model = SimpleNamespace(generation_config=GenerationConfig())
+        generation_config = GenerationConfig(suppress_tokens=[7], eos_token_id=2)
         max_completion_length, num_generations = 12, 4
         top_p, top_k, min_p, repetition_penalty = 0.9, 40, 0.01, 1.1
 
@@ -480,3 +484,4 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
     drawn = {"top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
     assert {name: of_sampling[name] for name in drawn} == drawn
     assert of_sampling["generation_kwargs"] == {"no_repeat_ngram_size": 3}
+    assert of_sampling["unsampled"] == of_scoring["unsampled"] == (7,)

@@ -1,24 +1,33 @@
-"""What sampling never draws has no part in the loss: log-probs, entropies, gradients are those of what is sampled."""
+"""What sampling never draws has no part in loss and scores: both are those of the distribution that is sampled."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
-from worlds import Gradients, SpyTrainer, log_probs, trainer_of, world
+from worlds import VERIFIER, Gradients, Guides, SpyTrainer, log_probs, qwen3, trainer_of, world
 
-from npo_core.trainer.inputs import encode_prompts
-from npo_core.trainer.pictures import left_out, never_drawn, never_sampled, suppressed
-from npo_core.trainer.sampling import completion_entropies, completion_logps
+from npo_core.control.factory import Training
+from npo_core.guidance.trajectories import GuidanceRefused
+from npo_core.runs.config import resolve_config
+from npo_core.trainer.inputs import Sampling, encode_prompts
+from npo_core.trainer.pictures import left_out, left_out_of_loss, never_drawn, never_sampled, picture_tokens
+from npo_core.trainer.sampling import completion_entropies, completion_logps, sample_rollouts
+from npo_core.trainer.trainer import NPOTrainer
 
 OTHER = 7
-"""A word that a text policy is told never to write."""
+"""A word that a policy is told never to write."""
+TOLD = {"generation_kwargs": {"suppress_tokens": [OTHER]}}
 KINDS = {
-    "pictures": ("pictures", {}),
-    "words": ("words", {}),
-    "a text policy that is told so": ("text", {"generation_kwargs": {"suppress_tokens": [OTHER]}}),
+    "pictures": ("pictures", {}, []),
+    "words": ("words", {}, []),
+    "a text policy that is told so": ("text", TOLD, [OTHER]),
+    "a text policy with bad words": ("text", {"generation_kwargs": {"bad_words_ids": [[OTHER], [8, 9]]}}, [OTHER]),
+    "pictures, and told so": ("pictures", TOLD, [OTHER]),
 }
+"""World, arguments, and what a user forbids; the picture's token is forbidden to those that read pictures."""
 
 
 class Scores(SpyTrainer):
@@ -33,8 +42,8 @@ class Scores(SpyTrainer):
 
 
 def step(folder, kind: str, **arguments):
-    """One step, the policy with which it began, the token that is never drawn, and the gradients."""
-    name, given = KINDS[kind]
+    """One step, the policy with which it began, the tokens that are never drawn, and the gradients."""
+    name, given, never = KINDS[kind]
     tiny, gradients = world(name), Gradients()
     trainer = trainer_of(
         tiny,
@@ -51,23 +60,22 @@ def step(folder, kind: str, **arguments):
     weights, batch = trainer.loss_calls[0]
     model = tiny.build()
     model.load_state_dict(weights)
-    token = OTHER if name == "text" else tiny.processor.image_token_id
-    return trainer, model, batch, token, gradients.steps[0]
+    never = never if name == "text" else [*never, tiny.processor.image_token_id]
+    return trainer, model, batch, never, gradients.steps[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_loss_sees_the_distribution_that_is_sampled(tmp_path, kind, masked):
-    trainer, model, batch, token, _ = step(tmp_path, kind, mask_unsampled=masked)
+    trainer, model, batch, never, _ = step(tmp_path, kind, mask_unsampled=masked)
     with torch.no_grad():
         scores = log_probs(model, batch)
-    whole = scores.clone()
-    assert whole[..., token].exp().max() > 1e-3, "else there is nothing to leave out"
+    assert (scores[..., never].exp().amax((0, 1)) > 1e-3).all(), "else there is nothing to leave out"
     if masked:
-        scores[..., token] = -torch.inf
+        scores[..., never] = -torch.inf
         scores = scores.log_softmax(-1)
     mask = batch["completion_mask"].bool()
-    assert not (batch["completion_ids"][mask] == token).any()
+    assert not torch.isin(batch["completion_ids"][mask], torch.tensor(never)).any()
     logps, entropies = trainer.scores[0]
     expected = scores.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(logps[mask], expected[mask], atol=2e-5, rtol=0)
@@ -78,17 +86,18 @@ def test_the_loss_sees_the_distribution_that_is_sampled(tmp_path, kind, masked):
 def test_no_step_moves_the_logit_of_what_is_never_drawn(tmp_path, kind):
     """The row of the head alone: a prompt holds the token as a place for a picture's own vectors, or not at all."""
     for masked in (True, False):
-        _, model, _, token, gradient = step(tmp_path, kind, mask_unsampled=masked)
+        _, model, _, never, gradient = step(tmp_path, kind, mask_unsampled=masked)
         name = next(name for name, value in model.named_parameters() if value is model.get_output_embeddings().weight)
         assert gradient[name].abs().sum() > 0
-        assert bool(gradient[name][token].any()) is not masked
+        assert {bool(gradient[name][token].any()) for token in never} == {not masked}
 
 
-@pytest.mark.parametrize("name", ["pictures", "words"])
-def test_scores_off_line_are_those_of_the_loss(tmp_path, name):
-    trainer, model, batch, token, _ = step(tmp_path, name)
-    tiny = world(name)
-    assert suppressed(model, tiny.processor) == [token]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_scores_off_line_are_those_of_the_loss(tmp_path, kind, masked):
+    trainer, model, batch, never, _ = step(tmp_path, kind, mask_unsampled=masked)
+    tiny, sampling = world(KINDS[kind][0]), Training.of(trainer).sampling
+    assert sorted(sampling.left_out(model, tiny.processor)) == (sorted(never) if masked else [])
     mask = batch["completion_mask"].bool()
     completions = [ids[real].tolist() for ids, real in zip(batch["completion_ids"], mask, strict=True)]
     asked = list(tiny.dataset.select(range(2)))
@@ -96,23 +105,134 @@ def test_scores_off_line_are_those_of_the_loss(tmp_path, name):
     prompts = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
     rows = [by_prompt[tuple(ids[real].tolist())] for ids, real in prompts]
     logps, entropies = trainer.scores[0]
-    for found, place in zip(completion_logps(model, tiny.processor, rows, completions), range(len(rows)), strict=True):
+    asked = model, tiny.processor, rows, completions
+    scored = completion_logps(*asked, unsampled=sampling.unsampled)
+    for place, found in enumerate(scored):
         assert found == pytest.approx(logps[place][mask[place]].tolist(), abs=2e-5)
-    means = completion_entropies(model, tiny.processor, rows, completions)
+    means = completion_entropies(*asked, unsampled=sampling.unsampled)
     assert means == pytest.approx([float(entropies[i][mask[i]].mean()) for i in range(len(rows))], abs=5e-5)
+    # what a controller samples is scored so too
+    groups = sample_rollouts(
+        model, tiny.processor, rows[:1], 2, VERIFIER, seed=0, max_new_tokens=4, **asdict(sampling)
+    )  # fmt: skip
+    for drawn in groups[0]:
+        assert not set(drawn.token_ids) & set(never)
+        again = completion_logps(model, tiny.processor, rows[:1], [drawn.token_ids], unsampled=never if masked else ())
+        assert drawn.logps == pytest.approx(again[0], abs=2e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_replaying_source_is_told_the_entropies_of_the_loss(tmp_path, monkeypatch, masked):
+    """ExGRPO chooses among own responses by their entropy."""
+    tiny, asked = world("text"), []
+
+    class Memory(Guides):
+        def replay(self, uids, policy_step, entropies):
+            asked.append(entropies([tiny.dataset[0]], [tiny.solution(tiny.dataset[0]["uid"])]))
+            return {}
+
+        def observe(self, step, rows):
+            """Nothing is kept."""
+
+        save = restore = observe
+
+    trainer = trainer_of(tiny, tmp_path, NPOTrainer, prompts=1, guidance=Memory(), mask_unsampled=masked, **TOLD)
+    trainer.train()
+    row = tiny.dataset[0]
+    expected = completion_entropies(
+        tiny.build(), tiny.processor, [row], [tiny.solution(row["uid"])], unsampled=[OTHER] if masked else ()
+    )
+    assert asked[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_never_is_drawn_follows_the_sampler():
+    policy = SimpleNamespace(generation_config=GenerationConfig())
+
     def trainer(vllm: bool, given: dict | None, masked: bool = True):
         args = SimpleNamespace(mask_unsampled=masked, generation_kwargs=given)
-        return SimpleNamespace(args=args, use_vllm=vllm, generation_config=GenerationConfig(suppress_tokens=[5]))
+        config = GenerationConfig(suppress_tokens=[5])
+        return SimpleNamespace(args=args, use_vllm=vllm, generation_config=config, model=policy)
 
     processor = world("pictures").processor
     pictures = [processor.image_token_id, processor.video_token_id]
-    assert never_drawn(trainer(False, None)) == [5]
-    assert never_drawn(trainer(True, never_sampled(processor))) == pictures
-    assert never_drawn(trainer(True, {"logit_bias": {"3": -100, "4": -1.0}})) == [3], "as JSON names them"
-    assert never_drawn(trainer(True, None)) == never_drawn(trainer(False, None, masked=False)) == []
+    assert left_out_of_loss(trainer(False, None)) == [5]
+    assert left_out_of_loss(trainer(True, never_sampled(processor))) == pictures
+    assert left_out_of_loss(trainer(True, {"logit_bias": {"3": -100, "4": -1.0}})) == [3], "as JSON names them"
+    assert left_out_of_loss(trainer(True, None)) == left_out_of_loss(trainer(False, None, masked=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "never"),
+    [
+        ({"suppress_tokens": [9, 5]}, {}, [5, 9]),
+        ({}, {"suppress_tokens": [5]}, [5]),
+        ({"suppress_tokens": [9]}, {"suppress_tokens": [5]}, [9]),
+        ({"begin_suppress_tokens": [5]}, {}, []),
+        ({"bad_words_ids": [[5], [6, 7], [2]]}, {}, [5]),
+        ({"suppress_tokens": [9]}, {"bad_words_ids": [[5]]}, [5, 9]),
+        ({"sequence_bias": {(5,): -100.0, (6,): 1.0, (7, 8): -100.0}}, {}, [5]),
+        ({"sequence_bias": [[[5], -100.0], [[6], 1.0]]}, {}, [5]),
+    ],
+)
+def test_what_has_no_chance_is_what_generate_never_draws(given, own, never):
+    """Forbidden at some places only, or in longer ones, a token is drawn; an end of sequence is no bad word."""
+    policy = qwen3(world("text").processor, eos_token_id=2)
+    for name, value in own.items():
+        setattr(policy.generation_config, name, value)
+    settings = GenerationConfig(**given, eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=40, do_sample=True)
+    assert never_drawn(settings, policy) == never
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.nn.init.zeros_(policy.lm_head.weight)  # every word is as likely
+        ids = policy.generate(torch.full((256, 1), 4), generation_config=settings)[:, 1:]
+    drawn = set(ids.flatten().tolist())
+    assert not drawn & set(never)
+    assert {2, 3, 5, 6, 7, 8, 9} - set(never) <= drawn
+
+
+def test_guides_with_what_the_loss_leaves_out_are_refused(tmp_path):
+    """Their log-probs would be those of a token without any chance."""
+    tiny = world("text")
+    uid = tiny.dataset[0]["uid"]
+    guide = tiny.guide(uid)
+    given = {"prompts": 1, "generation_kwargs": {"suppress_tokens": [guide.token_ids[0]]}}
+    said = rf"tokens .*\[{guide.token_ids[0]}\]"
+    cache = trainer_of(tiny, tmp_path, NPOTrainer, **given).new_cache()
+    cache.add(guide)
+    with pytest.raises(ValueError, match=f"cache holds 1 guides with {said}"):
+        trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache, **given)
+    trainer = trainer_of(tiny, tmp_path, NPOTrainer, guidance=Guides({uid: guide}), **given)
+    with pytest.raises(GuidanceRefused, match=f"holds the {said}"):
+        trainer.train()
+    trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache, mask_unsampled=False, **given).train()
+
+
+def test_a_plan_leaves_out_what_its_trainers_will(tmp_path):
+    """Guides of another policy are sampled before there is a trainer."""
+    processor, model = world("pictures").processor, world("pictures").build()
+
+    def left(**changes):
+        config = resolve_config("grpo", "smoke", overrides={"max_prompt_length": 64, **changes})
+        sampling = Training.planned(config, processor).sampling
+        return sampling.left_out(model, processor), sampling.settings(model, processor, 4).suppress_tokens
+
+    image, both = [processor.image_token_id], picture_tokens(processor)
+    assert left() == (image, image)
+    assert left(mask_unsampled=False) == ([], image)
+    assert left(vllm="colocate") == (both, both)
+    assert left(vllm="colocate", mask_unsampled=False) == ([], both)
+
+
+def test_what_vllm_never_draws_other_samplers_do_not_draw_either():
+    class Trainer:
+        use_vllm, temperature, top_p, top_k, min_p, repetition_penalty = True, 1.0, 1.0, 0, None, 1.0
+        args = SimpleNamespace(mask_unsampled=True, generation_kwargs={"logit_bias": {"9": -100}, "seed": 3})
+
+    tiny = world("pictures")
+    sampling = Sampling.of(Trainer())
+    assert sampling.left_out(tiny.build(), tiny.processor) == [9]
+    drawn = sampling.settings(tiny.build(), tiny.processor, 4)
+    assert drawn.suppress_tokens == [9, tiny.processor.image_token_id]
 
 
 def test_nothing_of_it_stays_with_the_policy():

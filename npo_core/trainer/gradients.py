@@ -234,4 +234,9 @@ def _grads(values: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter])
     """Gradient of each value by parameter, shapes (values, *parameter)."""
     stacked = torch.stack(list(values))
     each = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device)
-    return torch.autograd.grad(stacked, parameters, each, is_grads_batched=True, materialize_grads=True)
+    found = torch.autograd.grad(stacked, parameters, each, is_grads_batched=True, allow_unused=True)
+    # what took no part, as a vision tower in prompts without pictures; torch's own zeros lack the axis of the values
+    return tuple(
+        parameter.new_zeros(()).expand(len(each), *parameter.shape) if grad is None else grad
+        for grad, parameter in zip(found, parameters, strict=True)
+    )

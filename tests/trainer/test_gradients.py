@@ -13,7 +13,7 @@ from npo_core.trainer.inputs import encode_prompts
 from npo_core.trainer.sampling import sample_rollouts
 
 
-@pytest.fixture(scope="module", params=["text", "pictures"])
+@pytest.fixture(scope="module", params=["text", "pictures", "words"])
 def scene(request):
     """A world, its policy, rows with one response each (of different lengths), and log-probs of some source."""
     tiny = world(request.param)

@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,11 @@ from npo_core.files import read_table
 from npo_core.guidance.verdicts import Verdict
 from npo_core.method.quantities import MEASURED_COSTS, PROXY_COSTS
 from npo_core.method.signal import squared_deviations
+from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import plan_pairs
 from npo_core.runs.settings import SignalSettings
-from npo_core.stages import measure
+from npo_core.stages import measure, signal_run
+from npo_core.stages import run as stages
 from npo_core.stages.comparable import check_policies, find_checkpoints
 from npo_core.stages.measure import Measurement
 from npo_core.trainer import gradients
@@ -499,3 +502,66 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
     for start in (None, base):
         with pytest.raises(FileNotFoundError, match=r"holds no checkpoint: .*checkpoint-<step>"):
             find_checkpoints(tmp_path / "run", start)
+
+
+# A run of ours
+
+
+@pytest.fixture(scope="module")
+def visual(tmp_path_factory):
+    return saved("words", tmp_path_factory.mktemp("visual"))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_its_training(
+    visual, tmp_path, monkeypatch, half, masked
+):
+    """Matrix products of gradients stay in 32 bits: weights that were made 16 bits without one are remembered so."""
+    (tiny, folders), seen = visual, set()
+
+    def load(folder, *_):
+        model = load_policy(folder)
+        layer = next(part for part in model.model.language_model.modules() if isinstance(part, torch.nn.Linear))
+        layer.register_forward_hook(lambda _, __, out: seen.add((torch.is_grad_enabled(), out.dtype)))
+        return model
+
+    prepared = SimpleNamespace(
+        base=folders["000000"], processor=tiny.processor, train=tiny.dataset, verifier=verifier
+    )  # fmt: skip
+    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(stages, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(signal_run, "complete_checkpoints", lambda *_, **__: {10: folders["000010"]})
+    monkeypatch.setattr(signal_run, "teacher_folder", lambda *_: folders["teacher"])
+    monkeypatch.setattr(signal_run, "placed_policy", load)
+    changes = {"mixed_precision": "bf16" if half else "no", "mask_unsampled": masked}
+    settings = replace(SETTINGS, rollouts=2, scored=1, gradients=2)
+    made = signal_run.measure_run(resolve_config("grpo", "smoke", 0, changes), [0], settings, quiet=True)
+    assert seen == {(False, torch.bfloat16 if half else torch.float32), (True, torch.float32)}
+
+    policy, rows = load_policy(folders["000000"]).eval(), list(tiny.dataset.select(range(settings.prompts)))
+    left, whole = [tiny.processor.image_token_id], ()
+    firsts = {
+        name: read_table(made.folder / "samples" / f"{name}.parquet")[:: settings.rollouts]
+        for name in ("000000", "000010")
+    }
+    tokens = {name: [tuple(row["token_ids"]) for row in first] for name, first in firsts.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        scored = {
+            unsampled: np.concatenate(
+                completion_logps(policy, tiny.processor, rows, tokens["000000"], unsampled=unsampled)
+            )
+            for unsampled in (tuple(left), whole)
+        }
+    kept = np.concatenate([row["logps"] for row in firsts["000000"]])
+    expected, other = (scored[tuple(left)], scored[whole]) if masked else (scored[whole], scored[tuple(left)])
+    assert kept == pytest.approx(expected, abs=1e-5) and np.abs(kept - other).min() > 1e-3
+    asked = policy, tiny.processor, rows[:2]
+    grams = own_gram(*asked, tokens["000000"][:2], unsampled=left if masked else whole)
+    for row, gram in zip(read_table(made.folder / "own" / "000000.parquet"), grams, strict=True):
+        assert row["gram"] == pytest.approx(gram.flatten().tolist(), rel=1e-3, abs=1e-6)
+    behaviour = [row["logps"] for row in firsts["000010"]][:2]
+    found = source_gradients(*asked, tokens["000010"][:2], behaviour, unsampled=left if masked else whole)
+    pair = next(pair for pair in made.pairs if pair.source == "000010")
+    table = pd.read_parquet(made.folder / "pairs" / pair.file)
+    assert table["gradient_current"][:2].tolist() == pytest.approx(squared_deviations(found.plain).tolist(), rel=1e-3)

@@ -137,7 +137,9 @@ class RolloutTable:
         ids = {row: list(rollouts.responses[row]) for row in kept}
         texts = dict(zip(kept, decode(list(ids.values())), strict=True)) if kept else {}
         self.rows: list[dict[str, Any]] = []
-        self._place: dict[int, dict[str, Any]] = {}
+        # rows that are still to be seen; of a whole table the void ones too: a sink may wait for the other
+        # processes, whose void rows come in other passes, so all end their tables in the last pass of the step
+        self._place: dict[int, dict[str, Any] | None] = {} if guided_only else dict.fromkeys(rollouts.void)
         for row in kept:
             data, tokens = rollouts.rows[row], ids[row]
             guide, prefix = rollouts.guided.get(row), rollouts.prefixes.get(row)  # 0 of a guide that ends at once
@@ -169,6 +171,8 @@ class RolloutTable:
 
     def see(self, logps: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any]) -> bool:
         """Add log-probs and ratios of the rows of a loss call; True when no row is missing any more.
+
+        A whole table misses the void rows too until they come, so that all processes complete theirs in the same pass.
 
         Args:
             logps: Current log-probs, shape (rows, tokens), nats.

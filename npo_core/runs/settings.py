@@ -317,6 +317,13 @@ class Settings:
     report_to: tuple[str, ...] = _where((), "Trackers of transformers: trackio, wandb, tensorboard.", names_run=False)
 
 
+GRADIENTS = 64
+"""Prompts with a measured gradient in each pair of a signal measurement, unless a number is asked for."""
+
+WHERE_THEY_FIT = -1
+"""As a number of gradients: `GRADIENTS` where they fit into memory, else none, which is said."""
+
+
 @dataclass(frozen=True)
 class SignalSettings:
     """How Q and V are measured; every choice is ours, the paper's are not public.
@@ -332,7 +339,10 @@ class SignalSettings:
         2, "Rollouts per prompt that are scored in each pair, for KL and second moments.", bounds=COUNT
     )
     gradients: int = _measurement(
-        64, "Prompts with a measured gradient in each pair; 0 leaves the measured variance out.", bounds=WHOLE
+        WHERE_THEY_FIT,
+        f"Prompts with a measured gradient in each pair; 0 leaves the measured variance out, {WHERE_THEY_FIT} takes "
+        f"{GRADIENTS} (no more than there are prompts) where they fit into memory, and else none.",
+        bounds=Bounds(WHERE_THEY_FIT),
     )
     parameters: str = _measurement(
         "", "Regular expression of the parameters of the gradients; empty: all trainable ones."

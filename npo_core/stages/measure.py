@@ -33,21 +33,45 @@ from ..method.curve import RATIO_COLUMNS
 from ..method.quantities import MEASURED_COSTS, Side
 from ..method.signal import ratio_sums, shown, squared_deviations
 from ..notebook import in_one_sentence
+from ..processes import own_device
 from ..progress import ProgressBar, progress
 from ..runs.measurement import RESAMPLE, Pair, read_pairs, summarise
-from ..runs.settings import SignalSettings
+from ..runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from ..streams import MEASURED
-from ..trainer.gradients import both_sided, own_gram, require_gradients_fit, source_gradients
+from ..trainer.gradients import both_sided, gradients_misfit, own_gram, require_gradients_fit, source_gradients
 from ..trainer.inputs import inherited
 from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
 from ..world.policies import placed_policy
+from ..world.pretrained import laid_out
 from .comparable import check_policies, fingerprint
 
 COMPARED = ("scored", "gradients", "parameters")
 """Settings that only say how sampled rollouts are compared."""
 
 logger = logging.getLogger(__name__)
+
+
+def with_gradients(settings: SignalSettings, policy: Path) -> SignalSettings:
+    """The settings with a number of gradients: the one asked for, else `GRADIENTS` where they fit, else none.
+
+    Only the shapes of the policy are laid out. A frozen part of it counts as if it were trained.
+
+    Raises:
+        ValueError: `parameters` matches no parameter.
+    """
+    if settings.gradients != WHERE_THEY_FIT:
+        return settings
+    count = min(GRADIENTS, settings.prompts)
+    model = laid_out(AutoConfig.from_pretrained(policy, trust_remote_code=False))
+    misfit = gradients_misfit(model, settings.parameters, count, settings.max_new_tokens, own_device())
+    if misfit:
+        logger.warning(
+            "V is taken from its proxies alone: %s. To measure it, select parameters by a regular expression of names "
+            "(parameters), and ask for a number of gradients.",
+            misfit,
+        )
+    return replace(settings, gradients=0 if misfit else count)
 
 
 class Measurement:
@@ -95,7 +119,8 @@ class Measurement:
         needed = {f"{pair.origin:06d}" for pair in pairs} | {pair.source for pair in pairs} - {RESAMPLE}
         self.policies = {name: Path(policies[name]) for name in sorted(needed)}
         check_policies(self.policies, processor)
-        self.folder, self.pairs, self.settings = Path(folder), list(pairs), settings
+        self.folder, self.pairs = Path(folder), list(pairs)
+        self.settings = settings = with_gradients(settings, next(iter(self.policies.values())))
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
         self.rollout_batch, self.score_batch, self.bf16, self.unsampled = rollout_batch, score_batch, bf16, unsampled
         self.rows = [rows[index] for index in range(settings.prompts)]

@@ -17,7 +17,7 @@ from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.sampling import ROLLOUT_BATCH
 from ..world.data import DataSettings, checked_rows, load_data
-from ..world.policies import load_processor
+from ..world.policies import load_processor, policy_folder
 from ..world.pretrained import check_template
 from ..world.sources import training_prompts
 from .comparable import find_checkpoints
@@ -70,9 +70,9 @@ def measure_folder(
         settings: How to measure.
         verifier: `verifier(text, row) -> Verdict`, "boxed", or "module:name" of a verifier or of its class. With a
             source, "boxed" is the source's own.
-        base: Folder of the policy that the run started from, step 0.
-        processor: Folder with the processor or tokenizer; by default the base policy's, else the first checkpoint's.
-        teacher: Folder of a policy outside the run, of the same architecture and tokenizer.
+        base: Policy that the run started from, step 0: a folder, or a name on the hub, as are the two that follow.
+        processor: Policy with the processor or tokenizer; by default the base policy, else the first checkpoint.
+        teacher: Policy outside the run, of the same architecture and tokenizer.
         origins: Policy steps to measure from; by default the first, and those a third and two thirds on.
         distances: Distances above 0 from each origin, at most.
         also: Distances beside the grid, where there is a checkpoint.
@@ -81,16 +81,17 @@ def measure_folder(
         score_batch: Responses that are scored at a time, at most, in the same way.
 
     Raises:
-        FileNotFoundError: No checkpoint, data file or processor.
+        FileNotFoundError: No checkpoint or data file, or a policy that is neither a folder nor on the hub.
         ValueError: Data, checkpoints or settings that cannot be used.
     """
+    base, processor, teacher = (None if one is None else policy_folder(str(one)) for one in (base, processor, teacher))
     found = find_checkpoints(checkpoints, base)
     steps = list(found)
     if origins is None:
         origins = sorted({steps[0], steps[len(steps) // 3], steps[2 * len(steps) // 3]} - {steps[-1]}) or steps[:1]
     policies = {f"{step:06d}": folder for step, folder in found.items()}
     if teacher is not None:
-        policies[TEACHER] = Path(teacher)
+        policies[TEACHER] = teacher
     pairs = plan_pairs(steps, origins, distances, others=[] if teacher is None else [TEACHER], also=also)
     judge = find_verifier(verifier) if isinstance(verifier, str) else verifier
     reader = load_processor(found[steps[0]] if processor is None else processor)

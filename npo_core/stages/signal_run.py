@@ -94,7 +94,8 @@ def settings_for(config: RunConfig, **given: Any) -> SignalSettings:
     """
     out = {"max_new_tokens": config.max_completion_length, "seed": config.seed, "c": config.variance_c, **given}
     out["prompts"] = min(out.get("prompts", SignalSettings.prompts), config.train_problems)
-    out["gradients"] = min(out.get("gradients", SignalSettings.gradients), out["prompts"])
+    if "gradients" in out:
+        out["gradients"] = min(out["gradients"], out["prompts"])
     return SignalSettings(**out)
 
 

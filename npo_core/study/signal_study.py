@@ -19,6 +19,7 @@ from ..method.quantities import Cost, Quality, Signal
 from ..method.stats import mean_interval
 from ..runs.config import RunConfig
 from ..runs.measurement import plain
+from ..runs.settings import GRADIENTS
 from ..runs.validation import WORLD
 from ..stages.signal_run import measure_run, settings_for
 from .arms import arm_config
@@ -64,7 +65,8 @@ def measure_seed(
     """
     last = config.compute_steps
     also = sorted({d for d in plan.distances if d} | {last - origin for origin in origins})
-    measured = measure_run(config, origins, settings_for(config), distances=1, also=also, root=root, quiet=quiet)
+    settings = settings_for(config, gradients=GRADIENTS)  # what S is made of must not depend on a machine's memory
+    measured = measure_run(config, origins, settings, distances=1, also=also, root=root, quiet=quiet)
     gain = GainStudy(config, plan, root, quiet).run()
     table = read_table(measured.folder / "table.parquet")
     return {"seed": config.seed, "summary": measured.summary, "table": table, "gain": gain}

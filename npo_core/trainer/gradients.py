@@ -181,6 +181,26 @@ def _checked(model: PreTrainedModel, pattern: str, completions: Sequence[Sequenc
     return selected_parameters(model, pattern)
 
 
+def gradients_misfit(
+    model: PreTrainedModel, pattern: str, gradients: int, tokens: int, device: torch.device | str
+) -> str:
+    """Why gradients would not fit into memory, "" where they do; of a policy that may be laid out without its weights.
+
+    Args:
+        model: The policy π.
+        pattern: Regular expression that selects parameters by name; "" takes all trainable ones.
+        gradients: Trajectories with a gradient.
+        tokens: Longest response in tokens.
+        device: Where they would be computed.
+
+    Raises:
+        ValueError: No parameter matches.
+    """
+    chosen = selected_parameters(model, pattern)
+    of_tokens = _misfit(chosen, tokens, f"the gradients of a response of {tokens} tokens", device)
+    return _misfit(chosen, gradients, f"{gradients} gradients", device) or of_tokens
+
+
 def require_gradients_fit(model: PreTrainedModel, pattern: str, gradients: int, tokens: int) -> None:
     """Refuse gradients that would not fit into memory, before anything is sampled for them.
 
@@ -202,15 +222,21 @@ def require_gradients_fit(model: PreTrainedModel, pattern: str, gradients: int, 
 
 def _fitting(parameters: list[torch.nn.Parameter], rows: int, what: str) -> int:
     """Number of parameters, if `rows` gradients over them fit the share of memory that a batch may take."""
-    size = sum(parameter.numel() for parameter in parameters)
-    needed, allowed = PRECISION * size * rows, int(SHARE * device_memory(parameters[0].device))
-    if needed > allowed:
+    if misfit := _misfit(parameters, rows, what, parameters[0].device):
+        most = int(SHARE * device_memory(parameters[0].device)) // (PRECISION * rows)
         raise ValueError(
-            f"{what} over {size:,} parameters take {needed / 2**30:.1f} GiB, more than {allowed / 2**30:.1f}. Select "
-            f"fewer parameters, {allowed // (PRECISION * rows):,} at most (parameters, a regular expression of names "
+            f"{misfit}. Select fewer parameters, {most:,} at most (parameters, a regular expression of names "
             "such as 'layers.29.self_attn.o_proj'), or set gradients to 0. What has been sampled is kept."
         )
-    return size
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _misfit(parameters: list[torch.nn.Parameter], rows: int, what: str, device: torch.device | str) -> str:
+    size = sum(parameter.numel() for parameter in parameters)
+    needed, allowed = PRECISION * size * rows, int(SHARE * device_memory(device))
+    if needed <= allowed:
+        return ""
+    return f"{what} over {size:,} parameters take {needed / 2**30:,.1f} GiB, more than {allowed / 2**30:,.1f}"
 
 
 def _responses(

@@ -23,7 +23,7 @@ from npo_core.runs.measurement import (
     read_premise,
     summarise,
 )
-from npo_core.runs.settings import SignalSettings
+from npo_core.runs.settings import WHERE_THEY_FIT, SignalSettings
 
 # Distances
 
@@ -120,7 +120,7 @@ def test_truncated_or_tempered_sampling_is_refused_with_the_reason(setting):
         ({"scored": 9}, "scored is 9; at most rollouts = 8"),
         ({"gradients": 1}, "gradients is 1; it must be 0 or from 2 to prompts = 256"),
         ({"gradients": 257}, "gradients is 257"),
-        ({"gradients": -1}, "gradients is -1"),
+        ({"gradients": -2}, "gradients is -2"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting, complaint):
@@ -131,6 +131,7 @@ def test_settings_out_of_range_are_refused(setting, complaint):
 def test_settings_at_their_bounds_are_taken():
     SignalSettings(prompts=2, rollouts=1, scored=1, gradients=2, max_new_tokens=1, resamples=1)
     assert SignalSettings(gradients=0).gradients == 0
+    assert SignalSettings(prompts=2).gradients == WHERE_THEY_FIT, "few prompts need no word about gradients"
 
 
 # Summary

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from oracles import signal_quality, variance_cost
+from transformers import Qwen3Config
 from worlds import world
 
 from npo_core.files import read_table
@@ -20,11 +21,11 @@ from npo_core.method.quantities import MEASURED_COSTS, PROXY_COSTS
 from npo_core.method.signal import squared_deviations
 from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import plan_pairs
-from npo_core.runs.settings import SignalSettings
+from npo_core.runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from npo_core.stages import measure, signal_run
 from npo_core.stages import run as stages
 from npo_core.stages.comparable import check_policies, find_checkpoints
-from npo_core.stages.measure import Measurement
+from npo_core.stages.measure import Measurement, with_gradients
 from npo_core.trainer import gradients
 from npo_core.trainer.gradients import both_sided, own_gram, source_gradients
 from npo_core.trainer.sampling import completion_logps
@@ -368,6 +369,33 @@ def test_gradients_that_will_not_fit_are_refused_before_anything_is_sampled(poli
     monkeypatch.setattr(gradients, "device_memory", lambda device: 4 * 3 * 400)
     with pytest.raises(ValueError, match=r"gradients\) over [\d,]+ parameters take .* Select fewer parameters, \d+ at"):
         measurement(policies, tmp_path).run()
+
+
+def test_gradients_that_nobody_asked_for_are_left_out_where_they_do_not_fit(policies, tmp_path, monkeypatch, caplog):
+    """The measurement goes on to its end without them; a number of them would be refused."""
+    few, free = PAIRS[:2], replace(SETTINGS, gradients=WHERE_THEY_FIT)
+    assert measurement(policies, tmp_path / "roomy", few, free).settings.gradients == SETTINGS.prompts < GRADIENTS
+    monkeypatch.setattr(gradients, "device_memory", lambda device: 4 * 3 * 400)
+    found = measurement(policies, tmp_path / "narrow", few, free).run()
+    assert found == measurement(policies, tmp_path / "none", few, replace(SETTINGS, gradients=0)).run()
+    assert found["settings"]["gradients"] == 0 and "V is taken from its proxies alone: 8 gradients over" in caplog.text
+    named = replace(free, parameters="no such")
+    with pytest.raises(ValueError, match="No trainable parameter matches 'no such'"):
+        measurement(policies, tmp_path / "named", few, named)
+
+
+def test_what_fits_is_known_from_the_shapes_of_a_policy(tmp_path, monkeypatch, caplog):
+    """Qwen3-0.6B as it is published: of all weights nothing fits a GPU of 80 GiB, of one projection everything."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+    Qwen3Config(**shape, **more).save_pretrained(tmp_path)
+    monkeypatch.setattr(gradients, "device_memory", lambda device: 80 * 2**30)
+    assert with_gradients(SignalSettings(), tmp_path).gradients == 0
+    assert "64 gradients over 596,049,920 parameters take 142.1 GiB, more than 20.0" in caplog.text
+    assert with_gradients(SignalSettings(prompts=8), tmp_path).gradients == 0
+    assert "the gradients of a response of 512 tokens over 596,049,920 parameters take 1,136.9 GiB" in caplog.text
+    assert with_gradients(SignalSettings(parameters="layers.27.self_attn.o_proj"), tmp_path).gradients == 64
+    assert with_gradients(SignalSettings(gradients=3), tmp_path / "is not asked").gradients == 3
 
 
 def test_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(policies, tmp_path, monkeypatch):

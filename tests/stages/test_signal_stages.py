@@ -24,6 +24,7 @@ from npo_core.stages import signal as signal_stages
 from npo_core.stages import signal_run
 from npo_core.stages.signal import MeasuredSignal, describe, find_verifier, load_rows, measure_folder
 from npo_core.stages.signal_run import default_origins, measure_run, settings_for
+from npo_core.world import policies
 from npo_core.world.policies import save_policy
 from npo_core.world.tasks import make_dataset, sample_problems
 
@@ -136,6 +137,12 @@ def empty_checkpoints(folder, steps):
     return folder
 
 
+def empty_policies(folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "config.json").touch()
+
+
 @pytest.mark.parametrize(
     ("steps", "base", "origins"),
     [
@@ -147,6 +154,7 @@ def empty_checkpoints(folder, steps):
 )
 def test_by_default_origins_are_the_first_and_those_a_third_and_two_thirds_on(asked, tmp_path, steps, base, origins):
     folder, data = empty_checkpoints(tmp_path / "run", steps), written(tmp_path / "rows.jsonl")
+    empty_policies(tmp_path, "base")
     measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "base" if base else None)
     assert list(dict.fromkeys(pair.origin for pair in asked.pairs)) == origins
     assert asked.processor.folder == (tmp_path / "base" if base else folder / f"checkpoint-{steps[0]}")
@@ -155,6 +163,7 @@ def test_by_default_origins_are_the_first_and_those_a_third_and_two_thirds_on(as
 
 
 def test_what_is_asked_for_arrives(asked, tmp_path):
+    empty_policies(tmp_path, "other", "strong")
     folder, data = empty_checkpoints(tmp_path / "run", range(10, 101, 10)), written(tmp_path / "rows.jsonl")
     mine = lambda text, row: Verdict.WRONG  # noqa: E731
     measure_folder(
@@ -175,8 +184,27 @@ def test_a_single_checkpoint_has_no_distance(asked, tmp_path):
     folder, data = empty_checkpoints(tmp_path / "run", [10]), written(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"1 checkpoint.*needs two"):
         measure_folder(folder, data, tmp_path / "out", SETTINGS)
+    empty_policies(tmp_path, "base")
     measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "base")
     assert [pair.distance for pair in asked.pairs] == [0, 10]
+
+
+def test_a_policy_outside_of_the_folder_may_be_named_as_on_the_hub(asked, tmp_path, monkeypatch):
+    """As in `BASE = "Qwen/Qwen3-0.6B"` of the script that trained: the model is on disk by then, in the hub's cache."""
+    cached = {"a/base": tmp_path / "base", "b/words": tmp_path / "words", "c/teacher": tmp_path / "teacher"}
+    monkeypatch.setattr(policies, "snapshot_download", lambda name, **_: str(cached[name]))
+    folder, data = empty_checkpoints(tmp_path / "run", [10]), written(tmp_path / "rows.jsonl")
+    given = {"base": "a/base", "processor": "b/words", "teacher": "c/teacher"}
+    measure_folder(folder, data, tmp_path / "out", SETTINGS, **given)
+    assert asked.policies == {
+        "000000": cached["a/base"],
+        "000010": folder / "checkpoint-10",
+        "teacher": cached["c/teacher"],
+    }
+    assert asked.processor.folder == cached["b/words"]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* holds no config.json, and the hub did not give it"):
+        measure_folder(folder, data, tmp_path / "out", SETTINGS, base=tmp_path / "nowhere")
 
 
 def test_only_a_run_that_never_rolled_back_has_distances(monkeypatch, tmp_path):
@@ -223,7 +251,8 @@ def test_origins_of_our_own_run_have_a_checkpoint():
 def test_settings_of_our_own_run_are_the_run_s_and_no_more_prompts_than_it_has():
     config = resolve_config("grpo", "cpu", 7, {"train_problems": 40, "max_completion_length": 14, "variance_c": 3.0})
     found = settings_for(config, rollouts=4)
-    assert found == SignalSettings(prompts=40, rollouts=4, gradients=40, max_new_tokens=14, c=3.0, seed=7)
+    assert found == SignalSettings(prompts=40, rollouts=4, max_new_tokens=14, c=3.0, seed=7)
+    assert settings_for(config, gradients=64).gradients == 40
     assert settings_for(config, prompts=30, gradients=0, c=1.0) == SignalSettings(
         prompts=30, gradients=0, max_new_tokens=14, c=1.0, seed=7
     )
@@ -414,6 +443,6 @@ def test_options_arrive_where_they_belong(monkeypatch, capsys):
     assert given.pop("folders") == (Path("run"), Path("rows"), Path("here"))
     assert given.pop("settings") == SignalSettings(8, 4, 3, 2, "layers.3", 9, 1.5, 7, 3)
     assert given == {
-        "verifier": "a:b", "base": Path("b"), "processor": Path("p"), "teacher": Path("t"), "origins": [10, 20],
+        "verifier": "a:b", "base": "b", "processor": "p", "teacher": "t", "origins": [10, 20],
         "distances": 5, "also": [7, 9], "quiet": True, "rollout_batch": 64, "score_batch": 16,
     }  # fmt: skip

@@ -175,9 +175,11 @@ def run_signal_study(
 ) -> Path:
     """Measure all seeds, one after the other, and write `signal.json`; what is there of them is loaded.
 
+    Of two at once, each waits for what the other is making and loads it; the seeds of the last one stay in the file.
+
     Args:
         preset: Name of a preset.
-        seeds: Seeds.
+        seeds: Seeds, measured in this order; each counts once.
         overrides: Settings of the GRPO run that are not the preset's.
         plan: Guided windows.
         origins: Policy steps that the signal is measured from.
@@ -186,15 +188,17 @@ def run_signal_study(
         quiet: Without progress bars.
 
     Raises:
-        ValueError: The plan needs checkpoints that the run has not; see `GainPlan.check`.
+        ValueError: No seed; the plan needs checkpoints that the run has not, see `GainPlan.check`.
     """
+    if not len(seeds):
+        raise ValueError("No seed is named, so there is nothing to measure; name at least one.")
     folder = results_folder() if out is None else Path(out)
-    configs = [grpo_config(preset, seed, overrides) for seed in seeds]
+    configs = [grpo_config(preset, seed, overrides) for seed in dict.fromkeys(seeds)]
     plan.check(configs[0])
     found = [measure_seed(config, plan, origins, root, quiet) for config in configs]
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "lock.json", f"The results {folder}").holding():
-        write_json(folder / RESULT, summarise_seeds(found, plan))
+        write_json(folder / RESULT, summarise_seeds(sorted(found, key=lambda one: one["seed"]), plan))
     return folder / RESULT
 
 

@@ -2,9 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
+from npo_core.lock import Lock
+from npo_core.runs.folder import RunFolder
 from npo_core.study import signal_study
 from npo_core.study.arms import arm_config
 from npo_core.study.gain import GainPlan
@@ -13,6 +18,17 @@ from npo_core.study.verdicts import FEW, NOT, PARTLY, REPRODUCED
 
 SMALL = {"compute_steps": 8, "checkpoint_every": 2, "train_problems": 32}
 PLAN = GainPlan(origins=(2,), distances=(0, 2, 4), window=2, modes=("current",), teacher=False)
+AT_ONCE = f"""
+import sys
+from pathlib import Path
+from npo_core.study.gain import GainPlan
+from npo_core.study.signal_study import run_signal_study
+
+root, out, *seeds = sys.argv[1:]
+seeds = [int(seed) for seed in seeds]
+run_signal_study("smoke", seeds, {SMALL}, {PLAN}, origins=(0, 2), root=Path(root), out=Path(out), quiet=True)
+"""
+"""A study in a process of its own: root, out and seeds."""
 
 
 def table(seed=0):
@@ -112,11 +128,38 @@ def test_a_seed_is_measured_on_the_run_of_the_study_of_arms(overrides):
     assert config == arm_config("GRPO", "cpu", 3, overrides) and config.checkpoint_keep == 0
 
 
-@pytest.mark.slow
-def test_a_small_study_is_measured_trained_and_judged(tmp_path):
-    path = signal_study.run_signal_study(
-        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=tmp_path / "runs", out=tmp_path / "out", quiet=True
+def test_no_seed_is_refused_and_one_that_is_named_twice_counts_once(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(config, *_):
+        measured.append(config.seed)
+        return {"seed": config.seed}
+
+    monkeypatch.setattr(signal_study, "measure_seed", measure)
+    monkeypatch.setattr(signal_study, "summarise_seeds", lambda found, plan: {"seeds": [one["seed"] for one in found]})
+    run = lambda seeds: signal_study.run_signal_study("smoke", seeds, SMALL, PLAN, root=tmp_path, out=tmp_path)  # noqa: E731
+    with pytest.raises(ValueError, match="No seed is named"):
+        run([])
+    assert json.loads(run([3, 1, 3]).read_text()) == {"seeds": [1, 3]}
+    assert measured == [3, 1], "in the order they are named"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """`signal.json` of a small study that nobody disturbs."""
+    return signal_study.run_signal_study(
+        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=place / "runs", out=place / "out", quiet=True
     )
+
+
+@pytest.mark.slow
+def test_a_small_study_is_measured_trained_and_judged(alone, place):
+    path = alone
     found = json.loads(path.read_text())
     assert found["seeds"] == [0, 1] and list(found["origins"]) == ["0", "2"]
     assert found["origins"]["2"]["distances"][0] == 0 and found["origins"]["2"]["distances"][-1] == 6
@@ -126,10 +169,39 @@ def test_a_small_study_is_measured_trained_and_judged(tmp_path):
         assert claim.verdict and claim.ours and claim.numbers
     told = signal_study.in_words(path)
     assert told.startswith("Seeds 0, 1.\n") and "which guide helps most: too few seeds" in told
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.json") if "lock" not in file.name}
+    before = {file: file.stat().st_mtime_ns for file in (place / "runs").rglob("*.json") if "lock" not in file.name}
     again = signal_study.run_signal_study(
-        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=tmp_path / "runs", out=tmp_path / "out", quiet=True
+        "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=place / "runs", out=place / "out", quiet=True
     )
     assert json.loads(again.read_text()) == found
     kept = [file for file in before if file.parent.name == "gain"]
     assert kept and all(file.stat().st_mtime_ns == before[file] for file in kept)
+
+
+@pytest.mark.slow
+def test_two_studies_at_once_on_one_folder_share_the_work(alone, tmp_path):
+    """Each run, measurement and window is made once, and the numbers are those of one study."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    command = [sys.executable, "-c", AT_ONCE, str(runs), str(out), "0", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = RunFolder(signal_study.grpo_config("smoke", 0, SMALL), runs)
+    with Lock(first.path / "lock.json", "The run").holding():  # until both are there
+        both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        met = [any("waiting for it" in line for line in iter(study.stdout.readline, "")) for study in both]
+    try:
+        for study in both:
+            study.communicate(timeout=3600)
+    finally:
+        for study in both:
+            study.kill()
+    assert met == [True, True] and [study.returncode for study in both] == [0, 0]
+    assert (out / signal_study.RESULT).read_bytes() == alone.read_bytes()
+    folders = sorted(path for path in runs.iterdir() if (path / "config.json").exists())
+    assert len(folders) == 2
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["compute_step"] for line in lines] == list(range(1, SMALL["compute_steps"] + 1))
+        sittings = [line for line in (folder / "events.jsonl").read_text().splitlines() if '"sitting"' in line]
+        assert len(sittings) == 1, "one of them trained"
+    assert not list(tmp_path.rglob("*lock.json"))
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "nothing is left half written"

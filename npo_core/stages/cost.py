@@ -182,13 +182,18 @@ def checkpoint_bytes(config: RunConfig, size: PolicySize, layout: Launcher) -> i
     return plain + untrained + again
 
 
-def require_room(config: RunConfig, folder: Path) -> int:
+def require_room(config: RunConfig, folder: Path, base: Path) -> int:
     """Disk that the checkpoints of a run will take beside those that are there, in bytes, when there is room for them.
+
+    Args:
+        config: Settings.
+        folder: The run folder.
+        base: Folder of the base policy, which is what is trained, whatever its name says of its size.
 
     Raises:
         ValueError: Less than that is free where the run folder lies.
     """
-    size = policy_size(config, policy_config(_policy(config)))
+    size = policy_size(config, policy_config(str(base)))
     written = sum(file.stat().st_size for file in (folder / "branches").rglob("*") if file.is_file())
     needed = max(0, checkpoint_bytes(config, size, read_launcher(config.launcher)) - written)
     free = shutil.disk_usage(_existing(folder)).free

@@ -116,7 +116,7 @@ def _execute(
     """Train what is left to train; scores of the base and of the final policy."""
     guide = _guide_folder(config, root, quiet)
     world = prepare(config, quiet)
-    size = agree(lambda: require_room(config, folder.path))
+    size = agree(lambda: require_room(config, folder.path, world.base))
     if not quiet:
         print(f"{folder.path.name}: checkpoints will take {amount(size)}")
     maker = TrainerMaker(config, world, folder)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.runs.config import preset_names, resolve_config
 from npo_core.runs.launchers import Launcher, read_launcher
@@ -14,7 +15,9 @@ from npo_core.stages.cost import GIB, amount, checkpoint_bytes, fits, require_ro
 from npo_core.stages.factory import batch_shape
 from npo_core.trainer import memory
 from npo_core.trainer.memory import fitting, scoring_bytes
-from npo_core.world.pretrained import PolicySize
+from npo_core.world.policies import save_policy
+from npo_core.world.pretrained import PolicySize, policy_config, policy_size
+from npo_core.world.warmstart import base_policy_folder
 
 EIGHT = PolicySize(total=1000, trained=800, layers=10, hidden=8, cached=4, vocabulary=50)
 """A policy with round numbers."""
@@ -178,19 +181,32 @@ def test_disk_of_the_checkpoints_by_hand():
 def test_what_is_on_disk_already_needs_no_room(tmp_path, monkeypatch):
     """A run that has written most of its checkpoints goes on, however full the disk is by now."""
     config = resolve_config("grpo", "smoke")
-    needed = require_room(config, tmp_path)
+    base = base_policy_folder(config)
+    needed = require_room(config, tmp_path, base)
     (tmp_path / "branches" / "00").mkdir(parents=True)
     (tmp_path / "branches" / "00" / "weights").write_bytes(bytes(needed - 10))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 89, 11))
-    assert require_room(config, tmp_path) == 10
+    assert require_room(config, tmp_path, base) == 10
+
+
+def test_room_is_asked_for_the_policy_that_is_trained_and_not_for_what_its_name_means(tmp_path):
+    """A rehearsal with a random Llama in the place of SmolLM2 writes a thousandth of what SmolLM2 would."""
+    tokenizer = byte_tokenizer()
+    save_policy(tiny_model("Llama", tokenizer), tokenizer, tmp_path / "llama")
+    config = resolve_config("npo", "real-smoke")
+    size = policy_size(config, policy_config(str(tmp_path / "llama")))
+    needed = require_room(config, tmp_path / "run", tmp_path / "llama")
+    assert needed == checkpoint_bytes(config, size, Launcher())
+    assert 500 * needed < checkpoint_bytes(config, policy_size(config, policy_config(config.policy)), Launcher())
 
 
 def test_too_little_disk_is_refused_before_training(tmp_path, monkeypatch):
     config = resolve_config("grpo", "smoke")
-    assert require_room(config, tmp_path / "not" / "there") > 0
+    base = base_policy_folder(config)
+    assert require_room(config, tmp_path / "not" / "there", base) > 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 9, 1))
     with pytest.raises(ValueError, match=r"checkpoints will take .* checkpoint_keep is 20.*but 1 B are free.*NPO_RUNS"):
-        require_room(config, tmp_path)
+        require_room(config, tmp_path, base)
     table = plan.plan(config, tmp_path)
     assert not fits(table) and "checkpoints need" in table["fits"]
 

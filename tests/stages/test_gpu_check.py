@@ -337,3 +337,4 @@ def test_a_rehearsal_from_end_to_end(tiny_runs, tmp_path, monkeypatch, capsys):
     assert found["memory"]["all weights, in bfloat16: training, by the plan"] > 0
     assert not [name for name in found["memory"] if "plan / peak" in name], "resident memory is no GPU memory"
     assert {Path(path).name for path in tiny_runs.glob("gpu-check/runs/*")}, "runs stay where they can be looked at"
+    assert sum(path.stat().st_size for path in tiny_runs.rglob("*") if path.is_file()) < 2**28

@@ -160,6 +160,19 @@ def test_guides_from_a_later_checkpoint(place):
     assert again["trainer"].state.global_step == 2 and len(again["trainer"].guidance) == len(found["cache"])
 
 
+def test_the_second_script_runs_as_it_is_printed_but_for_the_steps(tmp_path, monkeypatch, hub):
+    """With a policy of another's habits under the large one's name; steps are what a CPU has no time for."""
+    policy = hub("Qwen/Qwen3-0.6B")
+    foreign_place(tmp_path, monkeypatch, boxed_policy(byte_tokenizer()), [policy.relative_to(tmp_path)], 64)
+    _, code = examples("docs/own_run.md")
+    assert '"compute_steps": 400' in code
+    exec(compile(code.replace('"compute_steps": 400', '"compute_steps": 3'), "example", "exec"), found := {})
+    lines = found["run"].metrics()
+    assert [line["policy_step"] for line in lines] == [1, 2, 3]
+    assert all(0.2 < line["npo/pass_rate"] < 0.8 for line in lines)
+    assert (tmp_path / "final" / "model.safetensors").is_file()
+
+
 class AtSix(PlateauTrigger):
     def update(self, step, reward, entropy):
         super().update(step, reward, entropy)

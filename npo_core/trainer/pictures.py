@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -284,15 +285,35 @@ def left_out(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> Itera
         yield
         return
     inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        head = head.get_base_layer()
-    head = cast(torch.nn.Linear, head)
-    bias = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+    head = _computing(inner.get_output_embeddings())
+    wrapped = isinstance(head, AuxiliaryTrainingWrapper)
+    layer = cast(torch.nn.Linear, head.original_module if wrapped else head)
+    bias = torch.zeros(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device)
     bias[list(tokens)] = NO_CHANCE
     # before the module's parameters in the look-up of attributes, and none of them
-    head.__dict__["bias"] = bias if head.bias is None else head.bias + bias
+    head.__dict__["bias"] = bias if wrapped or layer.bias is None else layer.bias + bias
+    hook = head.register_forward_hook(lambda _, __, logits: logits + bias) if wrapped else None
     try:
         yield
     finally:
         del head.__dict__["bias"]
+        if hook is not None:
+            hook.remove()
+
+
+def _computing(head: torch.nn.Module) -> torch.nn.Module:
+    """The layer of a head whose bias counts, within what PEFT put around it: its trained copy, or an adapter's base.
+
+    A head that is tied to embeddings of which PEFT trains some rows (`trainable_token_indices`) is given with its
+    wrapper, whose product of matrices reads no bias.
+    """
+    while isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(head, BaseTunerLayer):
+            head = head.get_base_layer()
+        elif head.disable_adapters or not head.active_adapters:
+            head = head.original_module
+        elif isinstance(head, ModulesToSaveWrapper):
+            head = head.modules_to_save[head.active_adapters[0]]
+        else:
+            return head
+    return head

@@ -1,5 +1,6 @@
 """What sampling never draws has no part in loss and scores: both are those of the distribution that is sampled."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
+from trl.trainer.utils import add_fused_lm_head
 from worlds import VERIFIER, Gradients, Guides, SpyTrainer, log_probs, qwen3, trainer_of, world
 
 from npo_core.control.factory import Training
@@ -249,11 +251,40 @@ def test_nothing_of_it_stays_with_the_policy():
     assert torch.equal(inside[..., kept], before[..., kept])
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
-def test_adapters_are_seen_through(targets):
-    model = get_peft_model(world("words").build(), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    ids = torch.tensor([[20, 21]])
-    with left_out(model, [5]):
-        logits = model(input_ids=ids).logits
-    assert (logits.softmax(-1)[..., 5] == 0).all() and (logits[..., 6] > -100).all()
-    assert (model(input_ids=ids).logits[..., 5] > -100).all()
+ADAPTED = {
+    "layers": {},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "a copy of the head": {"modules_to_save": ["lm_head"]},
+    "rows of embeddings and of the head tied to them": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_adapters_are_seen_through(adapted):
+    """In a plain pass, which scores off line, as in TRL's own head; with adapters and, as TRL's reference, without."""
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **ADAPTED[adapted]})
+    model = get_peft_model(world("words").build(), config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:  # so that adapters change what the policy does
+                weight.add_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))
+    ids = torch.tensor([[20, 21, 22]])
+    plain = {}
+    for name, passes in {"adapted": nullcontext, "reference": model.disable_adapter}.items():
+        with passes(), torch.no_grad():
+            plain[name] = before = model(input_ids=ids).logits
+            with left_out(model, [5]):
+                logits = model(input_ids=ids).logits
+            assert torch.equal(model(input_ids=ids).logits, before)
+        assert (logits.softmax(-1)[..., 5] == 0).all()
+        kept = [token for token in range(logits.shape[-1]) if token != 5]
+        torch.testing.assert_close(logits[..., kept], before[..., kept])
+    assert not torch.equal(plain["adapted"], plain["reference"])
+    if adapted == "the head":
+        return  # TRL's own head refuses adapters on it
+    add_fused_lm_head(model.get_base_model())
+    for name, passes in {"adapted": nullcontext, "reference": model.disable_adapter}.items():
+        with passes(), torch.no_grad(), left_out(model, [5]):
+            found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        expected = plain[name].index_fill(-1, torch.tensor([5]), -torch.inf).log_softmax(-1)[:, :-1]
+        torch.testing.assert_close(found, expected.gather(-1, ids[:, 1:, None]).squeeze(-1), atol=2e-5, rtol=0)

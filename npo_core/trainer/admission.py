@@ -71,6 +71,19 @@ def _refuse(what: str, found: Sequence[str]) -> None:
         raise ValueError(f"{what}:{listed}")
 
 
+def require_columns(trainer: "NPOTrainer") -> None:
+    """Refuse arguments under which a verifier would not get the rows whole.
+
+    Raises:
+        ValueError: The trainer takes columns away that no argument of the model is called like.
+    """
+    if trainer.args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
+            "False, TRL's default for GRPO."
+        )
+
+
 def require_own_rollouts(trainer: "NPOTrainer", what: str) -> None:
     """Refuse ways of sampling in which a guide would not arrive, or not alone: TRL makes the group elsewhere.
 

@@ -5,12 +5,13 @@ What is put right, each with a test on two processes of the CPU:
 1. A pass without gradient leaves the last layers gathered, and TRL, which sends weights to vLLM, expects every one of
    them sharded.
 2. TRL's head reads its weight from outside of the head's own forward pass, as a plain gather, whose gradient is that of
-   each process alone: an untied head would be trained on a share of the batch by each of its rows.
+   each process alone: an untied head would be trained on a share of the batch by each of its rows. It expects a bias to
+   be sharded as well, and `pictures.left_out` gives the head one that is not. `NPOTrainer` gathers it by itself.
 3. accelerate lets gradients be added up, and outputs be rounded, in the type of the matrix products, 16 bits. Here
    they are reduced and added up in 32; the outputs of TRL's head stay as it computes them.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -46,13 +47,22 @@ def train_sharded(trainer: "NPOTrainer") -> None:
             "launcher shards the policy, but this process was not started for that, or has no GPU; start it with "
             "`accelerate launch --config_file` and that launcher's file."
         )
-    trainer.model.register_forward_pre_hook(_gather_head)
     plugin = trainer.accelerator.state.fsdp_plugin
     assert plugin is not None
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
         )
+
+
+def gather_heads(trainer: "NPOTrainer") -> None:
+    """Let every pass of a trainer's policy, and of its reference, find the head as FSDP gathers it for a layer.
+
+    A policy that FSDP has not sharded, or whose head is no part of its own, is left alone.
+    """
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            cast(PreTrainedModel, model).register_forward_pre_hook(_gather_head)
 
 
 def _gather_head(model: PreTrainedModel, _: Any) -> None:

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import launched
 import pytest
 import torch
+from launched_own_sharded import trained
 from safetensors.torch import load_file
 from transformers import GenerationMixin
 from triggers import calendar
+from worlds import world
 
 import npo_core.control.watch
 from npo_core.runs.config import resolve_config
@@ -23,8 +25,8 @@ from npo_core.world.policies import load_policy, load_processor, save_policy
 from npo_core.world.warmstart import base_policy_folder
 
 SCRIPT = Path(__file__).parents[1] / "launched_sharded.py"
+OWN_SCRIPT = SCRIPT.with_name("launched_own_sharded.py")
 LAYOUT = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 SETTINGS = {
     "micro_batch": 4,  # four passes of one process, two of each of two
     "freeze_vision": False,
@@ -59,6 +61,29 @@ def untied(folder: Path) -> Path:
     return folder
 
 
+def launch(processes: int, script: Path, *arguments: object, **changes: object) -> None:
+    """Run a script in processes over which accelerate shards, by its settings for layers with some changed."""
+    settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": "true", **changes}
+    settings |= {name.removeprefix("fsdp_"): str(value) for name, value in LAYOUT.items()}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*command, "--master_port", str(launched.free_port()), str(script), *map(str, arguments)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(SCRIPT.parents[1]),
+            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+            "ACCELERATE_USE_FSDP": "true",
+            **{f"FSDP_{name.upper()}": str(value) for name, value in settings.items()},
+        },
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The same AutoNPO run on a whole policy and on one that two processes share."""
@@ -71,31 +96,7 @@ def both(tmp_path_factory):
     whole = resolve_config("autonpo", "smoke", overrides={**SETTINGS, "policy": str(untied(folder / "policy"))})
     shared = whole.with_changes(launcher=str(layout))
     (folder / "config.json").write_text(shared.to_json())
-    settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": "true"}
-    settings |= {name.removeprefix("fsdp_"): str(value) for name, value in LAYOUT.items()}
-    done = subprocess.run(
-        [
-            *LAUNCH,
-            "--master_port",
-            str(launched.free_port()),
-            str(SCRIPT),
-            str(folder / "config.json"),
-            str(folder),
-            str(WARNS_EVERY),
-        ],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(SCRIPT.parents[1]),
-            "ACCELERATE_USE_CPU": "true",
-            "ACCELERATE_USE_FSDP": "true",
-            **{f"FSDP_{name.upper()}": value for name, value in settings.items()},
-        },
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, SCRIPT, folder / "config.json", folder, WARNS_EVERY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", launched.generate_by_name)
         patch.setattr(torch, "multinomial", launched.multinomial_by_name)
@@ -146,6 +147,19 @@ def test_products_in_16_bits_leave_gradients_and_log_probs_in_32(both):
 def test_the_weights_that_vllm_is_sent_after_a_scoring_pass_are_whole(both):
     found = json.loads((both[1].path.parent / "half.json").read_text())
     assert found["same"] and found["sent"] == len(load_file(both[0].path.parent / "policy" / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_shards_a_policy_from_which_tokens_are_left_out(tmp_path):
+    """TRL's head, which takes its bias to be sharded as its weight is, where the head is gathered apart from all else."""
+    world("text").build().save_pretrained(tmp_path / "policy")
+    launch(1, OWN_SCRIPT, tmp_path / "policy", tmp_path, transformer_cls_to_wrap="Qwen3DecoderLayer,Linear")
+    sharded = load_file(tmp_path / "sharded.safetensors")
+    whole, base = trained(tmp_path / "policy", tmp_path), world("text").build().state_dict()
+    assert sharded.keys() == whole.keys() == base.keys()
+    for name, weight in whole.items():
+        assert (weight - sharded[name]).abs().mean() < CLOSE, name
+    assert (whole["lm_head.weight"] - base["lm_head.weight"]).abs().mean() > 100 * CLOSE
 
 
 def test_a_model_that_is_not_sharded_is_left_alone():

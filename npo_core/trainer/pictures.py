@@ -152,10 +152,10 @@ def _part_as_seen(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rows_as_seen(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for TRL, whose pictures are as they are seen."""
+    """Rows for TRL, whose pictures are as they are seen; a row has no prompt where an environment gives it."""
     shown = []
     for row in rows:
-        seen = {"prompt": prompt_as_seen(row["prompt"])}
+        seen = {"prompt": prompt_as_seen(row["prompt"])} if "prompt" in row else {}
         if row.get("images"):
             seen["images"] = pictures_of(row)
         elif row.get("image") is not None:

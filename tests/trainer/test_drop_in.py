@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from foreign import TURNS, byte_tokenizer, tiny_model
 from transformers import HfArgumentParser, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
@@ -221,6 +221,37 @@ def test_a_rollout_function_without_guidance_trains_as_it_does_with_grpo(tmp_pat
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     assert trainer.state.log_history[0]["npo/pass_rate"] == 1.0
+
+
+class Asks:
+    """An environment that makes the prompt of a row, which has none itself."""
+
+    def reset(self, number, **row):
+        return f"say {number}"
+
+
+def test_environments_that_give_the_prompts_train_as_with_grpo(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setattr("trl.trainer.grpo_trainer.supports_tool_calling", lambda _: True)
+    rows, weights, asked = Dataset.from_list([{"number": number} for number in range(4)]), [], []
+
+    def noted(prompts, completions, **_):
+        asked.append([prompt[-1]["content"] for prompt in prompts])
+        return [float(place % 4) for place in range(len(completions))]
+
+    for kind in (GRPOTrainer, NPOTrainer):
+        tokenizer = byte_tokenizer()
+        args = GRPOConfig(
+            str(tmp_path), max_steps=2, num_generations=4, per_device_train_batch_size=8, max_completion_length=6,
+            **QUIET,
+        )  # fmt: skip
+        policy = tiny_model("Qwen3", tokenizer)
+        trainer = kind(policy, noted, args, rows, processing_class=tokenizer, environment_factory=Asks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert asked[:2] == asked[2:] and {text for texts in asked for text in texts} == {f"say {n}" for n in range(4)}
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.parametrize("template", [None, qwen3_template], ids=["plain", "response template"])

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
-from ..guidance.verdicts import AnswerVerifier
+from ..guidance.verdicts import AnswerVerifier, Verifier
 from .pictures import left_out_of_loss
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def _refuse(what: str, found: Sequence[str]) -> None:
         raise ValueError(f"{what}:{listed}")
 
 
-def require_columns(trainer: "NPOTrainer") -> None:
-    """Refuse arguments under which a verifier would not get the rows whole.
+def require_columns(trainer: "NPOTrainer", verifier: Verifier | None) -> None:
+    """Refuse arguments under which a verifier, if there is one, would not get the rows whole.
 
     Raises:
         ValueError: The trainer takes columns away that no argument of the model is called like.
     """
-    if trainer.args.remove_unused_columns:
+    if verifier is not None and trainer.args.remove_unused_columns:
         raise ValueError(
             "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
             "False, TRL's default for GRPO."

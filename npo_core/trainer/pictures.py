@@ -285,14 +285,15 @@ def left_out(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> Itera
         yield
         return
     inner = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-    head = _computing(inner.get_output_embeddings())
+    head = _computing(cast(torch.nn.Module, inner.get_output_embeddings()))
     wrapped = isinstance(head, AuxiliaryTrainingWrapper)
     layer = cast(torch.nn.Linear, head.original_module if wrapped else head)
     bias = torch.zeros(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device)
     bias[list(tokens)] = NO_CHANCE
     # before the module's parameters in the look-up of attributes, and none of them
-    head.__dict__["bias"] = bias if wrapped or layer.bias is None else layer.bias + bias
-    hook = head.register_forward_hook(lambda _, __, logits: logits + bias) if wrapped else None
+    own = None if wrapped else cast(torch.Tensor | None, layer.bias)
+    head.__dict__["bias"] = bias if own is None else own + bias
+    hook = head.register_forward_hook(lambda *passed: cast(torch.Tensor, passed[-1]) + bias) if wrapped else None
     try:
         yield
     finally:

@@ -38,7 +38,6 @@ from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_columns, require_own_rollouts
 from .config import PAPER, NPOConfig, own_arguments
-from .fsdp import gather_heads
 from .pictures import collapse_pictures, keep_pictures_out, left_out, left_out_of_loss, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
 
@@ -98,6 +97,8 @@ class NPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, own_arguments(args, model), *further, **kwargs)
         keep_pictures_out(self)
         if self.is_fsdp_enabled:
+            from .fsdp import gather_heads  # others need not load it
+
             gather_heads(self)
         self.verifier, self.rollout_sink = verifier, rollout_sink
         self.record_rollouts = False
@@ -106,8 +107,7 @@ class NPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: RolloutTable | None = None
         self._token_sums: torch.Tensor | None = None
-        if verifier is not None:
-            require_columns(self)
+        require_columns(self, verifier)
         if self.args.placement == "append":
             require_own_rollouts(self, "placement 'append'")
         self.guidance = guidance

@@ -151,7 +151,7 @@ def test_the_weights_that_vllm_is_sent_after_a_scoring_pass_are_whole(both):
 
 @pytest.mark.slow
 def test_a_script_of_ones_own_shards_a_policy_from_which_tokens_are_left_out(tmp_path):
-    """TRL's head, which takes its bias to be sharded as its weight is, where the head is gathered apart from all else."""
+    """TRL's head, which takes its bias to be sharded as its weight is, where FSDP gathers the head alone."""
     world("text").build().save_pretrained(tmp_path / "policy")
     launch(1, OWN_SCRIPT, tmp_path / "policy", tmp_path, transformer_cls_to_wrap="Qwen3DecoderLayer,Linear")
     sharded = load_file(tmp_path / "sharded.safetensors")

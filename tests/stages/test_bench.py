@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 from transformers import GenerationMixin
 
+from npo_core.guidance.verdicts import Verdict
 from npo_core.runs.config import resolve_config
 from npo_core.stages import bench, factory
 from npo_core.stages import run as stages
@@ -32,15 +34,33 @@ def world():
     return stages.prepare(CONFIG, quiet=True)
 
 
+RIGHT, OTHER = "0", "1"
+"""Words that a group's first response, and the others, begin with."""
+
+VERDICTS = {True: Verdict.CORRECT, False: Verdict.WRONG}
+
+
 @pytest.fixture
-def sampled(monkeypatch):
-    """Seeds every sampling alike, and keeps the model with a copy of what it sampled."""
-    calls = []
+def judged(world):
+    """The world with a verdict by the first word: whatever is sampled, one response of a group is right (`sampled`)."""
+    return replace(world, verifier=lambda text, row: VERDICTS[text.split()[0] == RIGHT])
+
+
+@pytest.fixture
+def sampled(world, monkeypatch):
+    """Seeds every sampling alike, gives it its first words, and keeps the model with a copy of what it sampled."""
+    calls, tokenizer = [], world.processor.tokenizer
     generate = GenerationMixin.generate
+    right, other = tokenizer.convert_tokens_to_ids([RIGHT, OTHER])
 
     def seeded(self, *args, **kwargs):
         torch.manual_seed(5)
         ids = generate(self, *args, **kwargs)
+        first = kwargs["input_ids"].shape[1]
+        at_once = ids[:, first] == tokenizer.eos_token_id
+        ids[at_once, first + 1] = tokenizer.eos_token_id
+        ids[:, first] = other
+        ids[:: CONFIG.num_generations, first] = right
         calls.append((self, ids.clone()))
         return ids
 
@@ -96,11 +116,11 @@ def _trained_and_written(world, sampled, folder):
     return trained, written, trainer.state.log_history, logs
 
 
-def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sampled, gradients, double, tmp_path):
+def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(judged, sampled, gradients, double, tmp_path):
     """In double precision: Adam moves a weight by lr · g / (|g| + 1e-8), which turns the rounding of single precision,
     2e-9 in a gradient as small as that, into 1e-4 in the weight."""
-    start = double(world.base).state_dict()
-    trained, written, _, _ = _trained_and_written(world, sampled, tmp_path)
+    start = double(judged.base).state_dict()
+    trained, written, _, _ = _trained_and_written(judged, sampled, tmp_path)
     assert {p.dtype for p in trained.parameters()} == {torch.float64}
     for one, other in zip(gradients[:2], gradients[2:], strict=True):
         assert_close(one, other, atol=1e-14, rtol=0)
@@ -110,12 +130,12 @@ def test_updates_of_the_hand_written_loop_are_those_of_the_trainer(world, sample
     assert len(moved) > 10
 
 
-def test_the_hand_written_loop_logs_what_the_trainer_logs(world, sampled, gradients, tmp_path):
-    _, _, history, logs = _trained_and_written(world, sampled, tmp_path)
+def test_the_hand_written_loop_logs_what_the_trainer_logs(judged, sampled, gradients, tmp_path):
+    _, _, history, logs = _trained_and_written(judged, sampled, tmp_path)
     for one, other in zip(gradients[:2], gradients[2:], strict=True):
         assert_close(one, other, atol=1e-7, rtol=0)
     for own, log in zip(logs, history, strict=False):
-        assert own["reward"] == pytest.approx(log["reward"])
+        assert own["reward"] == pytest.approx(log["reward"]) == 1 / CONFIG.num_generations
         assert own["entropy"] == pytest.approx(log["npo/entropy"], rel=1e-5)
         assert own["grad_norm"] == pytest.approx(log["grad_norm"], rel=1e-4)
         assert own["grad_norm"] > CONFIG.max_grad_norm

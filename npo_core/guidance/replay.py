@@ -13,7 +13,7 @@ import numpy as np
 from ..files import read_table, write_table
 from ..streams import OWN_PAST, POOL
 from .sources import Entropies
-from .trajectories import GuidanceCache, GuidanceRefused, Trajectory
+from .trajectories import GuidanceCache, Trajectory
 
 MEMORY_FILE = "own_past.parquet"
 """State of ExGRPO's memory beside a checkpoint."""
@@ -46,14 +46,9 @@ class ReplayPool(GuidanceCache):
 
     def fill(self, candidates: Iterable[Trajectory], rule: str = "first") -> int:
         """Keep every correct, usable trajectory, whatever the rule; return how many correct ones were not usable."""
-        refused = 0
-        for trajectory in candidates:
-            if trajectory.correct:
-                try:
-                    self.add(trajectory)
-                except GuidanceRefused:
-                    refused += 1
-        return refused
+        for trajectory in self._usable(candidates):
+            self._pool.setdefault(trajectory.uid, []).append(trajectory)
+        return self.filled.refused
 
     def guide(self, uid: str, policy_step: int) -> Trajectory | None:
         """One of the prompt's trajectories, or None."""

@@ -191,6 +191,14 @@ class GuidanceCache:
         if rule not in RULES:
             raise ValueError(f"Unknown cache rule {rule!r}. Allowed: {', '.join(RULES)}.")
         usable: dict[str, list[Trajectory]] = {}
+        for trajectory in self._usable(candidates):
+            usable.setdefault(trajectory.uid, []).append(trajectory)
+        for uid, choices in usable.items():
+            self._guides[uid] = _choose(choices, rule)
+        return self.filled.refused
+
+    def _usable(self, candidates: Iterable[Trajectory]) -> Iterator[Trajectory]:
+        """The candidates that are correct and can guide; `filled` counts what becomes of all of them."""
         self.filled = Filled()
         for trajectory in candidates:
             self.filled.candidates += 1
@@ -205,10 +213,7 @@ class GuidanceCache:
                 self.filled.refused += 1
                 self.filled.example = self.filled.example or str(refusal)
                 continue
-            usable.setdefault(trajectory.uid, []).append(trajectory)
-        for uid, choices in usable.items():
-            self._guides[uid] = _choose(choices, rule)
-        return self.filled.refused
+            yield trajectory
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a parquet file, its folder if need be; under another name first, then renamed."""

@@ -36,6 +36,7 @@ def test_a_pool_keeps_every_usable_correct_trajectory_of_a_prompt():
     refused = made.fill([*FIVE, of("p", 9, correct=False), endless, of("p", 1, 2, 3, 4), of("stranger", 1), of("q", 1)])
     assert refused == 3, "without an end, too long, of an unknown prompt; a wrong one is no surprise"
     assert list(made) == [*FIVE, of("q", 1)]
+    assert str(made.filled).startswith("of 10 responses 1 were wrong, 3 right but no guides (the first: Guide for 'p'")
     assert len(made) == 2 and "p" in made and "stranger" not in made
     with pytest.raises(GuidanceRefused, match="not verified correct"):
         made.add(of("p", 9, correct=False))

@@ -44,7 +44,7 @@ class MistakePool:
         ValueError: if an argument is out of its range.
     """
 
-    def __init__(self, cutoff: float = 0.125, capacity: int = 512, expiry: int = 200) -> None:
+    def __init__(self, cutoff: float = 0.125, capacity: int = 4096, expiry: int = 400) -> None:
         if not 0.0 <= cutoff <= 1.0:
             raise ValueError(f"cutoff is {cutoff}; a pass rate in [0, 1] is needed, such as 0.125 for one of eight.")
         if capacity < 1 or expiry < 1:
@@ -143,7 +143,7 @@ class TriggerSettings:
 
     ema: float = 0.9
     window: int = 20
-    reward_tolerance: float = 0.02
+    reward_tolerance: float = 0.01
     entropy_drop: float = 0.1
     warmup: int = 40
     cooldown: int = 40
@@ -158,7 +158,7 @@ class TriggerSettings:
             )
         if not 0.0 <= self.reward_tolerance < math.inf:
             raise ValueError(
-                f"reward_tolerance is {self.reward_tolerance}; a finite pass rate >= 0 is needed, such as 0.02."
+                f"reward_tolerance is {self.reward_tolerance}; a finite pass rate >= 0 is needed, such as 0.01."
             )
         if not 0.0 < self.entropy_drop <= 1.0:
             raise ValueError(

@@ -1,7 +1,9 @@
 """What a watched run makes of what its trainer logs: numbers of any kind, and a step that diverged."""
 
+import inspect
 import json
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,8 @@ import npo_core.control.watch
 from npo_core.control.controller import Controller
 from npo_core.control.watch import Segment, Watch, numbers
 from npo_core.figures.record import RunRecord
+from npo_core.method.trigger import MistakePool, TriggerSettings
+from npo_core.runs.config import RunConfig
 from npo_core.runs.folder import RunFolder
 
 DIVERGED = 2
@@ -166,3 +170,12 @@ def test_a_trainers_own_names_do_not_replace_the_clocks(tmp_path):
     assert (line["policy_step"], line["compute_step"], line["branch"], line["groups"]) == (1, 1, 0, {"a": 0.0})
     assert math.isnan(line["npo/reward"])
     assert watch.trigger.entropy_ema is None, "what is not finite is not averaged, now or after a resume"
+
+
+def test_the_trigger_and_the_pool_alone_are_set_as_those_of_a_run():
+    """Whoever calls them without a configuration gets what is documented for one."""
+    of_a_run = {setting.name: setting.default for setting in fields(RunConfig)}
+    trigger = {f"trigger_{each.name}": each.default for each in fields(TriggerSettings)}
+    pool = {f"pool_{name}": each.default for name, each in inspect.signature(MistakePool).parameters.items()}
+    assert len(trigger) == 6 and len(pool) == 3
+    assert trigger | pool == {name: of_a_run[name] for name in trigger | pool}

@@ -9,8 +9,8 @@ What is added to plain GRPO, and nothing else:
 
 The baselines are other settings of the same three: another source, another gate, guides appended instead of replacing.
 
-No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's. TRL calls the five hooks in
-this order, and each sets what later ones read:
+No method of TRL is copied. Without guidance the weights are bit-identical to GRPOTrainer's where sampling draws any
+token, or with `mask_unsampled=False`. TRL calls the five hooks in this order, and each sets what later ones read:
 
 1. `_generate_and_score_completions`, once a generation batch: sets `_rollouts`, with replayed prompts; at its end, the
    tensors is_guide, is_own and guide_logps of the batch, the group metrics, and the table to be filled.
@@ -47,7 +47,7 @@ class NPOTrainer(GRPOTrainer):
 
     Args:
         guidance (`GuidanceSource`, *optional*): Where guides come from, such as a `GuidanceCache`. Without one the
-            trainer trains exactly as `GRPOTrainer`. May be set between steps through the attribute of this name.
+            trainer trains as `GRPOTrainer`, but for `mask_unsampled`. May be set between steps by this name.
         verifier (`Callable`, *optional*): `verifier(response text, row) -> Verdict` or bool, in training only; the text
             is what rewards get (`rollouts.response_texts`). Needed with guidance: it gives the pass rate for the gate,
             and judges each guide again before it is injected; a wrong one is left out and counted

@@ -41,11 +41,13 @@ class AutoNPO(Controller):
         checkpoints = self._checkpoints(segments)
         farthest = min(left, config.max_distance or left)
         origins = {saved: folder for saved, folder in checkpoints.items() if saved < step <= saved + farthest}
-        mistakes = watch.pool.since(min(origins, default=step))
+        if config.roll_back:
+            mistakes = watch.pool.since(min(origins, default=step))
+            lacking = "no checkpoint that the budget allows to replay from, or no mistake since"
+        else:
+            mistakes, lacking = watch.pool.since(0) if left else [], "no budget left to guide in, or no mistake"
         if not mistakes:
-            run.event(
-                "dismissed", **clocks, reason="no checkpoint that the budget allows to replay from, or no mistake since"
-            )
+            run.event("dismissed", **clocks, reason=lacking)
             return None
         probed = self._probe(trainer, mistakes, step)
         pass_rate = float(np.mean([t.correct for group in probed for t in group]))

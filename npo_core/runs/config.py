@@ -135,6 +135,16 @@ class RunConfig(Settings):
             self.guide_from,
             f'"future" for method {self.method}, which has no replay',
         )
+        stays = (self.method == "autonpo" and not self.roll_back) or (
+            self.method == "npo" and self.repeat_every > 0 and not self.repeat_back
+        )
+        require(
+            not stays or self.guide_from == "future",
+            "guide_from",
+            self.guide_from,
+            '"future" without roll-back, where the policy itself guides and nothing is done twice: "own" would be the '
+            'same run, and "none" no intervention at all',
+        )
         require(
             self.method == "rlep" or self.placement == "replace",
             "placement",

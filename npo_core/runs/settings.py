@@ -197,14 +197,16 @@ class Settings:
     )
     cache_prompts: Literal["gated", "all"] = _guidance(
         "all",
-        "Prompts of a replayed window that get a guide: those gated when it first ran, or all.",
+        "Method npo: prompts of a replayed window that get a guide, those gated when it first ran, or all.",
         acts="guidance",
     )
     cache_stop: bool = _guidance(
-        False, "With cache_rule first: stop sampling a prompt at its first usable rollout.", acts="guidance"
+        False,
+        "Methods npo and autonpo, with cache_rule first: stop sampling a prompt at its first usable rollout.",
+        acts="guidance",
     )
     cache_rule: Literal["first", "shortest", "closest"] = _guidance(
-        "first", "Which correct rollout of a prompt is kept as its guide.", acts="guidance"
+        "first", "Methods npo and autonpo: which correct rollout of a prompt is kept as its guide.", acts="guidance"
     )
 
     # Baselines: RLEP's earlier run, ExGRPO's replay of own successes

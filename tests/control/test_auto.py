@@ -530,6 +530,13 @@ def test_without_roll_back_each_warning_has_one_intervention(base, roots):
     assert len(steps) > 1 and len(set(steps)) == len(steps)
 
 
+def test_without_roll_back_no_older_checkpoint_is_needed(base, roots):
+    settings = {"roll_back": False, "ahead_window": 4, "cache_stop": True, "checkpoint_keep": 1}
+    run = stages.run(_config(base, **settings), roots("ahead of one"), quiet=True)
+    [event, *_] = run.events("ahead")
+    assert event["policy_step"] == run.events("warning")[0]["policy_step"]
+
+
 def test_a_roll_back_goes_no_farther_than_max_distance(base, roots, autonpo):
     run = stages.run(_config(base, max_distance=2), roots("near"), quiet=True)
     [choice, *_] = run.events("choice")

@@ -3,7 +3,7 @@
 Differences are paired by seed (`differences.py`), at what `clocks.py` holds equal; docs/evidence.md has the plan.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 from ..method.stats import holm, interquartile_mean, mean_interval, stratified_bootstrap
 from ..runs.folder import moving_average
 from ..streams import TEST_ITEMS
-from .clocks import against_reference, compare, ends
+from .clocks import against_reference, at_equal, compare, ends
 from .differences import Difference, difference
 from .families import AT_CLOCK, CLOCKS, FAMILIES, REFERENCES
 from .results import Evidence
@@ -41,18 +41,20 @@ def primary(evidence: Evidence) -> pd.DataFrame:
         A row per arm and clock with the fields of `Difference`, and `p_holm` for the arms of the family "guidance
         pays". An arm that makes more steps than GRPO has no row at equal policy step or equal compute steps.
     """
+    rows = [{**asdict(found), "p_holm": p_holm} for found, p_holm in _against_references(evidence)]
+    return pd.DataFrame(rows, columns=[*(field for field in Difference.__dataclass_fields__), "p_holm"])
+
+
+def _against_references(evidence: Evidence) -> Iterator[tuple[Difference, float | None]]:
+    """What `primary` holds, with None where a table of numbers would make NaN of it."""
     guided = {clock: {one.pair.arm: one.p_holm for one in compare(evidence, FAMILIES[0], clock)} for clock in CLOCKS}
-    rows = []
     for arm in evidence.arms:
         for clock in CLOCKS:
             if arm in REFERENCES[clock] or not set(REFERENCES[clock]) & set(evidence.arms):
                 continue
             most = max(max(ends(evidence, name, clock).values(), default=0) for name in REFERENCES[clock])
-            if max(ends(evidence, arm, clock).values(), default=0) > most:
-                continue
-            found = asdict(against_reference(evidence, arm, clock))
-            rows.append({**found, "clock": clock, "p_holm": guided[clock].get(arm)})
-    return pd.DataFrame(rows, columns=[*(field for field in Difference.__dataclass_fields__), "p_holm"])
+            if max(ends(evidence, arm, clock).values(), default=0) <= most:
+                yield against_reference(evidence, arm, clock), guided[clock].get(arm)
 
 
 def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
@@ -62,7 +64,7 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
     reference in words, or None where there is none; see `primary`.
     """
     rows = []
-    found = {(row["arm"], row["clock"]): _words(row) for row in primary(evidence).to_dict("records")}
+    found = {(one.arm, one.clock): _words(one, p_holm) for one, p_holm in _against_references(evidence)}
     for arm in evidence.arms:
         finals = evidence.finals()[arm].dropna()
         plain = evidence.finals("plain")[arm].dropna()
@@ -101,57 +103,70 @@ def _mean(runs: Sequence[dict[str, Any]], name: str) -> float | None:
     return float(np.mean([run[name] for run in runs])) if runs else None
 
 
-def _words(row: dict[str, Any]) -> str:
-    """A difference as a table shows it: bold where it is sure; the reference is named where a clock has several."""
-    sure = row["low"] is not None and np.isfinite(row["low"]) and not row["low"] <= 0 <= row["high"]
-    sure = sure and (row["p_holm"] is None or not np.isfinite(row["p_holm"]) or row["p_holm"] < 0.05)
-    text = Difference(**{name: value for name, value in row.items() if name != "p_holm"}).text
-    return f"**{text}**" if sure else text
+def _words(one: Difference, p_holm: float | None) -> str:
+    """A difference as a table shows it: bold where it is sure."""
+    sure = one.low is not None and not one.low <= 0 <= one.high and (p_holm is None or p_holm < 0.05)
+    return f"**{one.text}**" if sure else one.text
 
 
 def arm_markdown(evidence: Evidence) -> str:
-    """The table of arms in Markdown.
+    """The table of arms in Markdown, with the seeds that each has finished of those planned, and what failed.
 
     Bold: the interval excludes 0 and, for the arms of the family "guidance pays", Holm's p on that clock is below 0.05.
     """
-    head = ("arm", "pass rate", *(f"at equal {AT_CLOCK[clock]}" for clock in CLOCKS))
+    head = ("arm", "seeds", "pass rate", *(f"at equal {AT_CLOCK[clock]}" for clock in CLOCKS))
     lines = _head(*head, "steps on the trajectory", "off-line rollouts", "all rollouts")
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         known = (row[f"equal {AT_CLOCK[clock]}"] for clock in CLOCKS)
         cells = [text if isinstance(text, str) else "" for text in known]
-        costs = [f"{row[name]:,.0f}" for name in ("policy steps", "offline rollouts", "rollouts")]
-        lines.append(_line(row["arm"], f"{row['pass rate']:.3f}", *cells, *costs))
+        costs = [_number(row[name], ",.0f") for name in ("policy steps", "offline rollouts", "rollouts")]
+        seeds = f"{row['seeds']} of {len(evidence.about['seeds'])}"
+        lines.append(_line(row["arm"], seeds, _number(row["pass rate"]), *cells, *costs))
     against = primary(evidence)
     chosen = against[against["clock"] == "rollouts"].groupby("against")["arm"].apply(list).to_dict()
     for other, arms in chosen.items():
         lines.append(f"\nAt equal total rollouts against {other}: {'; '.join(arms)}.")
+    if evidence.about["failed"]:
+        lost = [f"{one['arm']}, seed {one['seed']}: {one['reason']}" for one in evidence.about["failed"]]
+        lines.append(f"\nFailed, and left out of means: {'; '.join(lost)}.")
     return "\n".join(lines)
 
 
-def secondary_markdown(evidence: Evidence) -> str:
-    """The secondary endpoints in Markdown: each arm on its own, then minus GRPO, each at its own end, unadjusted.
+def _number(value: float | None, digits: str = ".3f") -> str:
+    """A number of a table; "–" where no seed of the arm gives one."""
+    return "–" if value is None or not np.isfinite(value) else f"{value:{digits}}"
 
-    Bold: the interval excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
+
+def secondary_markdown(evidence: Evidence) -> str:
+    """The secondary endpoints in Markdown: each arm on its own, then minus GRPO, unadjusted.
+
+    Entropy and all-wrong groups are compared at equal policy step, the others where each arm ends. Bold: the interval
+    excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
     """
     head = ("arm", "IQM over seeds and suites", "IQM over suites", "chance to beat a run of GRPO", "avg@8 at T = 1")
-    lines = _head(*head, "pass@8 at T = 1", "entropy", "all-wrong groups", "suites apart")
+    course = ("entropy", "all_wrong_groups")
+    lines = _head(
+        *head,
+        "pass@8 at T = 1",
+        *(f"{name.replace('_', '-', 1).replace('_', ' ')}, at equal policy step" for name in course),
+        "suites apart",
+    )
     robust = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
-    by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm")
-    finals = [("plain", "pass_rate"), ("plain", "pass_at_8"), ("paper", "entropy"), ("paper", "all_wrong_groups")]
+    by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm").reindex(columns=evidence.arms)
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
-        arm, own = row["arm"], f"{row['IQM']:.3f}"
-        if row["IQM low"] is not None:
+        arm, own = row["arm"], _number(row["IQM"])
+        if row["IQM low"] is not None and np.isfinite(row["IQM low"]):
             own += f" ({row['IQM low']:.3f} to {row['IQM high']:.3f})"
         if arm == "GRPO":
-            level = [f"{row[name]:.3f}" for name in ("pass rate at T = 1", "pass@8 at T = 1", "entropy")]
-            lines.append(_line(arm, own, "", "", *level, f"{row['all-wrong groups']:.3f}", ""))
+            names = ("pass rate at T = 1", "pass@8 at T = 1", "entropy", "all-wrong groups")
+            lines.append(_line(arm, own, "", "", *(_number(row[name]) for name in names), ""))
             continue
         found = [difference(by_seed[arm], by_seed["GRPO"], names=(arm, "GRPO"), measure="IQM over suites")]
-        found += [between(evidence, arm, "GRPO", column, sampling) for sampling, column in finals]
-        texts = [f"**{one.text}**" if one.low is not None and one.low * one.high > 0 else one.text for one in found]
+        found += [between(evidence, arm, "GRPO", column, "plain") for column in ("pass_rate", "pass_at_8")]
+        found += [at_equal(evidence, arm, "GRPO", "policy", column) for column in course]
         improvement = between(evidence, arm, "GRPO").improvement
-        chance = "–" if improvement is None else f"{improvement:.2f}"
-        lines.append(_line(arm, own, texts[0], chance, *texts[1:], _apart(evidence, arm)))
+        texts = [_words(one, None) for one in found]
+        lines.append(_line(arm, own, texts[0], _number(improvement, ".2f"), *texts[1:], _apart(evidence, arm)))
     return "\n".join(lines)
 
 
@@ -177,10 +192,13 @@ def _line(*cells: str) -> str:
 def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFrame:
     """Differences per suite at equal compute, Holm-adjusted over the suites."""
     chosen = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
-    grid = chosen.pivot_table(index="seed", columns=["arm", "suite"], values="pass_rate")
+    grid = chosen.pivot_table(index=["arm", "seed"], columns="suite", values="pass_rate")
     rows = []
     for suite in evidence.about["suites"]:
-        found = difference(grid[arm, suite], grid[against, suite], names=(arm, against), measure=suite)
+        scores = [
+            grid.loc[grid.index.get_level_values("arm") == name, suite].droplevel("arm") for name in (arm, against)
+        ]
+        found = difference(*scores, names=(arm, against), measure=suite)
         rows.append({"suite": suite, **asdict(found)})
     table = pd.DataFrame(rows)
     if table["p"].notna().all():

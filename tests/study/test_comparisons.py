@@ -79,10 +79,10 @@ def test_the_table_of_arms_in_words_is_bold_where_a_difference_is_sure():
     found = evidence({"LUFFY": up, "NPO": wide, "GRPO, longer": up, "NPO, own resample": up}, ends={"NPO": 20})
     rows = [row.strip("| ").split(" | ") for row in arm_markdown(found).splitlines() if row.startswith("| ")][1:]
     table = {row[0]: row[1:] for row in rows}
-    assert table["LUFFY"][2] == f"**{against_reference(found, 'LUFFY').text}**"
-    assert table["NPO"][2] == against_reference(found, "NPO").text and table["NPO"][4:] == ["20", "16", "656"]
-    assert table["NPO, own resample"][2].startswith("**+0.110")
-    assert table["LUFFY"][3] == f"**{against_reference(found, 'LUFFY', 'rollouts').text}**" != table["LUFFY"][2]
+    assert table["LUFFY"][3] == f"**{against_reference(found, 'LUFFY').text}**"
+    assert table["NPO"][3] == against_reference(found, "NPO").text and table["NPO"][5:] == ["20", "16", "656"]
+    assert table["NPO, own resample"][3].startswith("**+0.110") and table["NPO, own resample"][0] == "3 of 3"
+    assert table["LUFFY"][4] == f"**{against_reference(found, 'LUFFY', 'rollouts').text}**" != table["LUFFY"][3]
     assert "At equal total rollouts against GRPO, longer: GRPO; LUFFY; NPO; " in arm_markdown(found)
     # the second of six guided arms: sure by itself, not after Holm's adjustment
     close = evidence({arm: [0.10, 0.11, 0.16] for arm in GUIDED})
@@ -132,7 +132,28 @@ def test_an_arm_with_more_steps_than_grpo_has_no_equal_step():
     table = arm_table(found, np.random.default_rng(0)).set_index("arm")
     assert table.loc["GRPO, longer", ["equal policy step", "equal compute steps"]].tolist() == [None, None]
     (row,) = [row for row in arm_markdown(found).splitlines() if row.startswith("| GRPO, longer")]
-    assert row.split(" | ")[2:5] == ["", "", ""]
+    assert row.split(" | ")[3:6] == ["", "", ""]
+
+
+@pytest.mark.parametrize("lost", ["NPO", "GRPO", "GRPO, longer"])
+def test_an_arm_of_which_no_seed_is_finished_stands_in_the_tables_without_numbers(lost):
+    failed = [(lost, seed) for seed in range(3)] + [("LUFFY", 0)]
+    found = evidence({"NPO": GAINS, "LUFFY": GAINS, "GRPO, longer": GAINS}, ends={"NPO": 20}, failed=failed)
+    text = arm_markdown(found)
+    table = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in text.splitlines()}
+    assert table[lost][:2] == ["0 of 3", "–"] and table["LUFFY"][0] == "2 of 3"
+    assert text.endswith(f"{lost}, seed 2: exit status 1; LUFFY, seed 0: exit status 1.")
+    for shown in (text, secondary_markdown(found)):
+        assert "nan" not in shown and "None" not in shown
+
+
+def test_entropy_and_all_wrong_groups_are_compared_at_equal_policy_step():
+    """The arm ends at policy step 20 with what GRPO has there; GRPO's own end is elsewhere."""
+    found = evidence({"NPO": GAINS}, ends={"NPO": 20})
+    for name in ("entropy", "all_wrong_groups"):
+        found.scores[name] = found.scores["policy_step"] / 100
+    row = next(row for row in secondary_markdown(found).splitlines() if row.startswith("| NPO"))
+    assert row.strip("| ").split(" | ")[6:8] == ["+0.000 (+0.000 to +0.000)"] * 2
 
 
 def test_entropy_of_a_replay_over_that_of_the_first_pass():

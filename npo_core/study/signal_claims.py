@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..method.premise import LEVEL
 from ..method.quantities import Cost, Quality, Signal
 from .verdicts import FEW, NOT, PARTLY, REPRODUCED, SIGNAL, UNMEASURED, Claim
 
@@ -119,7 +120,7 @@ def predicts(signal: Mapping[str, Any] | None) -> Claim:
         return PREDICTION
     rows = signal["prediction"]
     of_s = [row for row in rows if row["predictor"] == "signal"]
-    sure = [row["low"] is not None and row["low"] > 0 for row in of_s]
+    sure = [row["n"] >= LEAST and row["low"] > 0 for row in of_s]
     words = [
         f"from {row['origin']}, ratio {row['mode']}: {row['predictor']} {_rho(row)}"
         for row in rows
@@ -129,7 +130,7 @@ def predicts(signal: Mapping[str, Any] | None) -> Claim:
     return replace(
         PREDICTION,
         ours="; ".join(words) or "undefined",
-        verdict=FEW if len(signal["seeds"]) < LEAST else word,
+        verdict=FEW if min((row["n"] for row in of_s), default=0) < LEAST else word,
         grounds="Spearman's ρ of S with the gain of a guided window over the sources, a value a seed; the 95 % t "
         "interval of the mean lies above 0, from every origin and in both ratio modes",
         numbers=rows,
@@ -137,12 +138,14 @@ def predicts(signal: Mapping[str, Any] | None) -> Claim:
 
 
 def _rho(row: Mapping[str, Any]) -> str:
+    """ρ with its interval, and in how many seeds it is defined where not in all: a side that ties has none."""
     inside = "" if row["low"] is None else f" ({row['low']:+.2f} to {row['high']:+.2f})"
-    return f"{row['mean']:+.2f}{inside}"
+    some = f", {row['n']} of {len(row['seeds'])} seeds" if row["n"] < len(row["seeds"]) else ""
+    return f"{row['mean']:+.2f}{inside}{some}"
 
 
 def premise_holds(signal: Mapping[str, Any] | None) -> Claim:
-    """A later policy solves more failed prompts than an own resample at some Δ: seeds whose interval excludes 0."""
+    """A later policy solves more failed prompts than an own resample at some Δ: seeds in which Holm's p says so."""
     if signal is None:
         return PREMISE
     seeds, rows = len(signal["seeds"]), []
@@ -150,7 +153,7 @@ def premise_holds(signal: Mapping[str, Any] | None) -> Claim:
         for at, distance in enumerate(one["distance"] for one in entry["premise"][0]):
             of_seeds = [seed[at] for seed in entry["premise"]]
             shown, own = (sum(one[name]["value"] for one in of_seeds) / seeds for name in ("shown", "own"))
-            held = sum(one["gain"]["low"] > 0 for one in of_seeds)
+            held = sum(one["holds"] for one in of_seeds)
             rows.append({"origin": origin, "distance": distance, "shown": shown, "own": own, "seeds": held})
     enough = [
         any(row["seeds"] >= MOST * seeds for row in rows if row["origin"] == origin) for origin in signal["origins"]
@@ -164,8 +167,9 @@ def premise_holds(signal: Mapping[str, Any] | None) -> Claim:
             ),
         ),
         verdict=REPRODUCED if all(enough) else PARTLY if any(enough) else NOT,
-        grounds="share of the failed prompts that is solved in 8 rollouts, less the own resample's: seeds whose 95 % "
-        f"interval over prompts lies above 0 at some Δ; {MOST:.0%} of them needed, from every origin",
+        grounds="share of the failed prompts that is solved in 8 rollouts, less the own resample's: seeds in which it "
+        f"is above 0 and McNemar's p below {LEVEL} after Holm's adjustment over Δ, at some Δ; {MOST:.0%} of them "
+        "needed, from every origin",
         numbers=rows,
     )
 

@@ -18,9 +18,10 @@ from ..method.curve import rank_correlation
 from ..method.quantities import Cost, Quality, Signal
 from ..method.stats import mean_interval
 from ..runs.config import RunConfig
-from ..runs.measurement import plain
-from ..runs.settings import GRADIENTS
+from ..runs.measurement import plain, read_pairs, read_premise, summarise
+from ..runs.settings import GRADIENTS, SignalSettings
 from ..runs.validation import WORLD
+from ..stages.signal import MeasuredSignal
 from ..stages.signal_run import measure_run, settings_for
 from .arms import arm_config
 from .findings import SCHEMA, results_folder
@@ -69,7 +70,16 @@ def measure_seed(
     measured = measure_run(config, origins, settings, distances=1, also=also, root=root, quiet=quiet)
     gain = GainStudy(config, plan, root, quiet).run()
     table = read_table(measured.folder / "table.parquet")
-    return {"seed": config.seed, "summary": measured.summary, "table": table, "gain": gain}
+    return {"seed": config.seed, "summary": near(measured, max(plan.distances)), "table": table, "gain": gain}
+
+
+def near(measured: MeasuredSignal, farthest: int) -> dict[str, Any]:
+    """Summary up to the plan's largest distance: the end of the run is a source of gains, and no part of the curves.
+
+    A later origin has the end nearer, so a curve up to there would be another curve from each origin.
+    """
+    pairs = [pair for pair in measured.pairs if pair.distance is None or pair.distance <= farthest]
+    return summarise(read_pairs(measured.folder, pairs), SignalSettings(**measured.summary["settings"]))
 
 
 def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[str, Any]:
@@ -77,9 +87,10 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
 
     Returns:
         `seeds`; `origins`: by origin `distances`, and lists over seeds of `optimum` (by S), `fit` (by Q and V) and
-        `premise` (a list by Δ); `table`: Q, V and S by seed, origin and distance; `gain`: test pass rate of each guided
-        window less the unguided one's; `prediction`: Spearman's ρ of each predictor with the gain over the sources, by
-        origin and mode, a value a seed with mean and t interval (None with one seed).
+        `premise` (a list by Δ; `holds` is Holm's over them), all up to the plan's largest distance; `table`: Q, V and
+        S by seed, origin and distance, the end of the run too; `gain`: test pass rate of each guided window less the
+        unguided one's; `prediction`: Spearman's ρ of each predictor with the gain over the sources, by origin and mode,
+        a value a seed, with mean and t interval over the `n` seeds that have one (no interval below two).
     """
     table = [{"seed": one["seed"], **row} for one in seeds for row in one["table"]]
     gains = [{"seed": one["seed"], **row} for one in seeds for row in gain_rows(one["gain"])]
@@ -89,7 +100,9 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
         rows = [
             row
             for row in table
-            if str(row["origin"]) == origin and row["distance"] is not None and row["distance"] >= 0
+            if str(row["origin"]) == origin
+            and row["distance"] is not None
+            and 0 <= row["distance"] <= max(plan.distances)
         ]
         origins[origin] = {
             "distances": sorted({row["distance"] for row in rows}),
@@ -98,7 +111,7 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
                 **{str(of): [entry["fit"][of][Cost.GRADIENT_CURRENT] for entry in entries] for of in Quality},
                 **{str(of): [entry["fit"][Quality.MANY][of] for entry in entries] for of in Cost},
             },
-            "premise": [entry["premise"] for entry in entries],
+            "premise": [[{**one, "holds": read_premise(one).holds} for one in entry["premise"]] for entry in entries],
         }
     return plain(
         {
@@ -144,7 +157,8 @@ def predictions(table: Sequence[Mapping[str, Any]], gains: Sequence[Mapping[str,
             out.append(
                 {
                     **{"origin": origin, "mode": mode, "predictor": predictor, "seeds": list(by_seed), "rho": rhos},
-                    **{"mean": float(np.mean(defined)) if defined else None, "sources": len(rows)},
+                    **{"mean": float(np.mean(defined)) if defined else None, "n": len(defined)},
+                    "sources": len(rows),
                     **{"low": spread and spread.low, "high": spread and spread.high},
                 }
             )

@@ -6,10 +6,16 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from npo_core.lock import Lock
+from npo_core.method.curve import SUMS
 from npo_core.runs.folder import RunFolder
+from npo_core.runs.measurement import RESAMPLE, Pair, read_pairs, summarise
+from npo_core.runs.settings import SignalSettings
+from npo_core.stages.signal import MeasuredSignal
 from npo_core.study import signal_study
 from npo_core.study.arms import arm_config
 from npo_core.study.gain import GainPlan
@@ -68,6 +74,10 @@ def test_seeds_are_ranked_by_themselves_and_a_flat_one_says_nothing():
     found = {row["predictor"]: row for row in signal_study.predictions(rows, several)}["quality"]
     assert found["rho"][:2] == [pytest.approx(1.0), pytest.approx(-1.0)] and math.isnan(found["rho"][2])
     assert found["mean"] == pytest.approx(0.0) and found["low"] < -1 and found["seeds"] == [0, 1, 2]
+    assert found["n"] == 2, "the flat one has no ρ, so two seeds decide: too few"
+    of_s = [row for row in signal_study.predictions(rows, several) if row["predictor"] == "signal"]
+    claim = predicts({"prediction": of_s, "seeds": [0, 1, 2]})
+    assert claim.verdict == FEW and claim.ours.endswith("2 of 3 seeds")
 
 
 def test_the_gain_is_that_over_the_same_steps_of_grpo():
@@ -87,6 +97,7 @@ def test_the_gain_is_that_over_the_same_steps_of_grpo():
 
 def prediction(low, high, predictor="signal", seeds=5):
     row = {"origin": 0, "mode": "current", "predictor": predictor, "seeds": list(range(seeds)), "sources": 8}
+    row["n"] = seeds
     return row | {"mean": (low + high) / 2, "low": low, "high": high, "rho": [low, high]}
 
 
@@ -104,21 +115,44 @@ def test_a_prediction_is_judged_by_its_interval_over_seeds(rows, word):
     assert predicts({"prediction": rows, "seeds": rows[0]["seeds"]}).verdict == word
 
 
-def premise(lows, shown=0.4):
+def premise(held, shown=0.4):
+    """Intervals above 0 on every seed; what Holm's p says of them is given."""
     one = [
-        [{"distance": 20.0, "gain": {"low": low, "value": low + 0.1}, "shown": {"value": shown}, "own": {"value": 0.1}}]
-        for low in lows
+        [{"distance": 20.0, "holds": holds, "gain": {"low": 0.1}, "shown": {"value": shown}, "own": {"value": 0.1}}]
+        for holds in held
     ]
-    return {"seeds": list(range(len(lows))), "origins": {"0": {"premise": one}, "100": {"premise": one}}}
+    return {"seeds": list(range(len(held))), "origins": {"0": {"premise": one}, "100": {"premise": one}}}
 
 
 def test_the_premise_is_judged_by_the_seeds_that_show_it():
-    assert premise_holds(premise([0.1] * 4 + [-0.1])).verdict == REPRODUCED
-    assert premise_holds(premise([0.1] * 3 + [-0.1] * 2)).verdict == NOT
-    mixed = premise([0.1] * 5)
-    mixed["origins"]["100"] = premise([-0.1] * 5)["origins"]["100"]
+    assert premise_holds(premise([True] * 4 + [False])).verdict == REPRODUCED
+    assert premise_holds(premise([True] * 3 + [False] * 2)).verdict == NOT
+    mixed = premise([True] * 5)
+    mixed["origins"]["100"] = premise([False] * 5)["origins"]["100"]
     assert premise_holds(mixed).verdict == PARTLY
     assert "Δ = 20: 0.40 against 0.10, 5/5" in premise_holds(mixed).ours
+
+
+def test_the_end_of_the_run_is_no_part_of_the_curves(tmp_path):
+    """S is largest at the end, 400 steps on; premise, Δ* and fits see the plan's distances alone, the table all."""
+    settings = SignalSettings(prompts=8, rollouts=4, scored=1, gradients=8, resamples=20)
+    grid = (0, 10, 20, 400)
+    pairs = [Pair(0, f"{d:06d}" if d else RESAMPLE, d) for d in grid] + [Pair(0, "teacher", None)]
+    (tmp_path / "pairs").mkdir()
+    for pair in pairs:
+        columns = pd.DataFrame(1.0, index=range(8), columns=list(SUMS))
+        columns["shown"] = np.arange(8.0) < 1 + 7 * (pair.distance or 0) / 400
+        columns.astype(float).to_parquet(tmp_path / "pairs" / pair.file)
+    whole = summarise(read_pairs(tmp_path, pairs), settings)
+    assert [one["distance"] for one in whole["origins"]["0"]["premise"]] == [10, 20, 400]
+    plan = GainPlan(origins=(0,), distances=(0, 10, 20), window=2)
+    summary = signal_study.near(MeasuredSignal(tmp_path, pairs, whole), max(plan.distances))
+    assert [one["distance"] for one in summary["origins"]["0"]["premise"]] == [10, 20]
+    seed = {"seed": 0, "summary": summary, "table": whole["table"], "gain": []}
+    found = signal_study.summarise_seeds([seed], plan)
+    assert found["origins"]["0"]["distances"] == [0, 10, 20]
+    assert {row["distance"] for row in found["table"]} == {0, 10, 20, 400, None}
+    assert [one["holds"] for one in found["origins"]["0"]["premise"][0]] == [False, False]
 
 
 @pytest.mark.parametrize("overrides", [None, SMALL])
@@ -162,7 +196,8 @@ def test_a_small_study_is_measured_trained_and_judged(alone, place):
     path = alone
     found = json.loads(path.read_text())
     assert found["seeds"] == [0, 1] and list(found["origins"]) == ["0", "2"]
-    assert found["origins"]["2"]["distances"][0] == 0 and found["origins"]["2"]["distances"][-1] == 6
+    assert found["origins"]["2"]["distances"][0] == 0 and found["origins"]["2"]["distances"][-1] == 4
+    assert {row["distance"] for row in found["table"] if row["origin"] == 2} >= {4, 6}
     assert [(row["seed"], row["distance"]) for row in found["gain"]] == [(s, d) for s in (0, 1) for d in (0, 2, 4, 6)]
     assert {row["sources"] for row in found["prediction"]} == {4}
     for claim in (interior_peak(found), shapes(found), predicts(found), premise_holds(found)):

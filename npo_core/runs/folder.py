@@ -92,7 +92,7 @@ class RunFolder:
         saved = self.path / "config.json"
         settings = json.loads(config.to_json())
         found = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else None
-        if found is not None and _deciding(found) != _deciding(settings):
+        if found is not None and deciding(found) != deciding(settings):
             raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
         if found is None or (found != settings and not finished):
             write_json(saved, settings)  # trackers and addresses may change between sittings
@@ -264,7 +264,7 @@ def effective(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides of the settings in a `config.json`; one from before a setting came has what runs had then."""
     later = {name: setting.had for name, setting in declarations(RunConfig).items() if setting.later}
     return {name: value for name, value in {**later, **settings}.items() if name not in NAMELESS}

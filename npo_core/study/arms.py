@@ -35,7 +35,10 @@ class Arm:
 
     def changes(self, checkpoint_every: int) -> dict[str, Any]:
         """All settings that differ from the preset's, at its distance between checkpoints."""
-        return {**self.settings, **{name: count * checkpoint_every for name, count in self.grid.items()}}
+        changes = {**self.settings, **{name: count * checkpoint_every for name, count in self.grid.items()}}
+        if self.rate_of:
+            changes["learning_rate"] = resolve_config("grpo", self.rate_of).learning_rate
+        return changes
 
 
 OWN_FORM = 0.0
@@ -101,11 +104,18 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
     row = _named(ARMS, arm, "arm")
     shared = {**SHARED, **(overrides or {})}
     every = resolve_config("grpo", preset, seed, shared).checkpoint_every
-    changes = row.changes(every)
-    if row.rate_of:
-        changes["learning_rate"] = resolve_config("grpo", row.rate_of).learning_rate
-    config = resolve_config(row.method, preset, seed, {**shared, **changes})
+    config = resolve_config(row.method, preset, seed, {**shared, **row.changes(every)})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
+
+
+def repeats_grpo(config: RunConfig) -> tuple[str, ...]:
+    """Arms that would be a GRPO run with these settings once more, as "best rate" is where the preset has that rate."""
+    return tuple(
+        name
+        for name, row in ARMS.items()
+        if name != "GRPO" and row.method == "grpo" and row.budget == 1
+        and all(getattr(config, each) == value for each, value in row.changes(config.checkpoint_every).items())
+    )  # fmt: skip
 
 
 def _named(known: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -22,22 +22,18 @@ from ..files import write_json, write_whole
 from ..lock import Lock
 from ..notebook import in_one_sentence
 from ..progress import progress
-from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder, offline_rollouts
+from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
 from ..stages import run as stages
-from ..world.policies import placed_policy
-from .arms import ARMS, arm_config
+from .arms import ARMS, arm_config, repeats_grpo
 from .families import AXES, CLOCKS, COUNTED, REFERENCES, compared_on
 from .findings import SCHEMA, results_folder
 from .results import ABOUT, SCORE_COLUMNS, SCORES, TRAINING, check_evidence
+from .scores import finished, saved_places, score, score_points
 
 ORDER = ("GRPO, longer", "GRPO", "NPO", *ARMS)
 """Arms whose beginnings others share go first."""
-
-POINTS = 4
-"""Scores on the way to the end of the budget."""
 
 RECENT = 20
 """Compute steps over which entropy and all-wrong groups are averaged for a score."""
@@ -74,7 +70,7 @@ class Cell:
         """Why the run cannot be used: it crashed, or a metric is not a number; None if it can or is not there yet."""
         run = self.folder(root)
         log = run.path / "failed.json"
-        if log.exists():
+        if log.exists() and not finished(run):  # another call may have finished it since
             return json.loads(log.read_text(encoding="utf-8"))["reason"]
         if run.result() is None:
             return None
@@ -90,6 +86,8 @@ def plan_cells(
 ) -> list[Cell]:
     """Cells of the study in the order they run: seed by seed, arms that others share beginnings with first.
 
+    An arm that is GRPO itself with these settings is left out beside it: a run is no control of itself.
+
     Raises:
         ValueError: No arm, no seed, or an unknown arm.
     """
@@ -97,6 +95,9 @@ def plan_cells(
         if given is not None and not len(given):
             raise ValueError(f"No {name} is named, so there is nothing to run; name at least one.")
     chosen = list(ARMS) if arms is None else list(arms)
+    if "GRPO" in chosen:
+        same = repeats_grpo(arm_config("GRPO", preset, seeds[0], overrides))
+        chosen = [arm for arm in chosen if arm not in same]
     order = [arm for arm in dict.fromkeys(ORDER) if arm in chosen] + [arm for arm in chosen if arm not in ARMS]
     return [Cell(arm, seed, arm_config(arm, preset, seed, overrides)) for seed in dict.fromkeys(seeds) for arm in order]
 
@@ -115,7 +116,7 @@ def run_cells(
         quiet: Without a progress bar.
     """
     waiting = [cell for cell in cells if not finished(cell.folder(root))]
-    for cell in waiting:
+    for cell in cells:
         (cell.folder(root).path / "failed.json").unlink(missing_ok=True)
     total = sum(cell.config.compute_steps for cell in cells)
     done = {cell: _steps(cell, root) for cell in cells}
@@ -170,56 +171,9 @@ def _end(cell: Cell, status: int, root: Path | None) -> str:
     return reason
 
 
-def finished(run: RunFolder) -> bool:
-    return run.result() is not None and all(_score_file(run, *point).exists() for point in score_points(run))
-
-
 def _steps(cell: Cell, root: Path | None) -> int:
     """Compute steps of a cell that are done, those that it paid for before its first line included."""
     return cell.folder(root).steps_done()
-
-
-# Scores
-
-
-def score_points(run: RunFolder) -> list[tuple[int, int, str]]:
-    """What a finished run is scored at: (branch, policy step, sampling), the end last and with both samplings."""
-    budget = run.config.compute_steps
-    every = max(1, budget // POINTS)
-    places = [newest_place(run, step) for step in range(every, budget + 1, every)]
-    end = newest_place(run, budget)
-    places = [place for place in dict.fromkeys(places) if place is not None and place != end]
-    return [*((*place, "paper") for place in places), (*end, "paper"), (*end, "plain")]
-
-
-def newest_place(run: RunFolder, compute_step: int) -> tuple[int, int] | None:
-    """Branch and policy step of the newest checkpoint at or before a compute step."""
-    saved: dict[int, set[int]] = {}
-    for line in reversed(run.metrics()):
-        if line["compute_step"] > compute_step:
-            continue
-        branch = line["branch"]
-        if branch not in saved:
-            saved[branch] = set(complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False))
-        if line["policy_step"] in saved[branch]:
-            return branch, line["policy_step"]
-    return None
-
-
-def _score_file(run: RunFolder, branch: int, step: int, sampling: str) -> Path:
-    return run.path / "scores" / f"b{branch:02d}-{step:06d}-{sampling}.json"
-
-
-def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.World | None = None) -> dict[str, Any]:
-    """Scores of a checkpoint on the test problems; made once and kept in the run folder."""
-    path = _score_file(run, branch, step, sampling)
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        world = stages.prepare(run.config, quiet=True) if world is None else world
-        policy = placed_policy(checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
-        label = f"{run.config.method} at {step}"
-        write_json(path, stages.evaluate_policy(run.config, policy, world, label, True, plain=sampling == "plain"))
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
@@ -272,6 +226,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         "seeds": sorted({cell.seed for cell in cells}),
         "suites": list(cells[0].config.suites),
         "failed": failed,
+        "same": sorted({arm for cell in cells if cell.arm == "GRPO" for arm in repeats_grpo(cell.config)}),
         "runs": [about_run(cell, cell.folder(root)) for cell in used],
     }
     check_evidence(scores, about)
@@ -289,7 +244,10 @@ def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
-    tokens = sum(line["completions/mean_length"] for line in run.metrics()) * cell.config.rollouts_per_step
+    lines = run.metrics()
+    if cell.config.method == "rlep":  # its steps begin with those of the run that its guides come from
+        lines = [*RunFolder(stages.source_config(cell.config), run.path.parent).metrics(), *lines]
+    tokens = sum(line["completions/mean_length"] for line in lines) * cell.config.rollouts_per_step
     return {
         "arm": cell.arm,
         "seed": cell.seed,
@@ -319,24 +277,11 @@ def _counts_to_score(cell: Cell, results: Mapping[tuple[str, int], Mapping[str, 
     return found
 
 
-def saved_places(run: RunFolder) -> list[dict[str, Any]]:
-    """Lines of training that have a checkpoint, with all rollouts spent by then."""
-    config, events, saved = run.config, run.effective_events(), {}
-    places = []
-    for line in run.metrics():
-        branch, step = line["branch"], line["compute_step"]
-        if branch not in saved:
-            saved[branch] = complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False)
-        if line["policy_step"] in saved[branch]:
-            spent = step * config.rollouts_per_step + offline_rollouts(events, before=step)
-            places.append(
-                {**{name: line[name] for name in ("branch", "policy_step", "compute_step")}, "rollouts": spent}
-            )
-    return places
-
-
 def score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """Rows of one run: its own points, and the newest checkpoint that has counted at most so much on each clock."""
+    """Rows of one run: its own points, and the newest checkpoint that has counted at most so much on each clock.
+
+    Of a reference at equal total rollouts the checkpoint after it too, so that a line can be drawn between the two.
+    """
     lines, result, places = run.metrics(), run.result(), saved_places(run)
     points = score_points(run)
     final = points[-1][:2]
@@ -346,6 +291,9 @@ def score_rows(cell: Cell, run: RunFolder, counts: Iterable[tuple[str, int]]) ->
         if there:
             newest = max(there, key=lambda place: (place[name], place["compute_step"]))
             points.insert(0, (newest["branch"], newest["policy_step"], "paper"))
+        after = [place for place in places if place[name] > count]
+        if after and clock == "rollouts" and cell.arm in REFERENCES[clock]:
+            points.insert(0, (after[0]["branch"], after[0]["policy_step"], "paper"))
     place_of = {(line["branch"], line["policy_step"]): index for index, line in enumerate(lines)}
     spent = {(place["branch"], place["policy_step"]): place["rollouts"] for place in places}
     for branch, step, sampling in dict.fromkeys(points):

@@ -26,8 +26,9 @@ from ..stages.measure import Measurement
 from ..streams import GATES
 from ..world.policies import load_policy
 from ..world.tasks import family_of
-from .cells import Cell, newest_place, run_cells, score
+from .cells import Cell, run_cells
 from .findings import SCHEMA, results_folder
+from .scores import newest_place, score
 
 RATES = (2.0e-4, 4.0e-4, 6.0e-4, 1.0e-3, 1.5e-3)
 """Learning rates of the sweep; that of preset `cpu` is one of them."""
@@ -176,6 +177,9 @@ def measure_premise(
 ) -> dict[str, list[dict]]:
     """Who solves what a policy fails, from each origin at each distance, along a finished GRPO run (resumable).
 
+    It is sampled with the run's own seed, so that runs of several seeds are several draws of failures and resample; the
+    gates are defined on seed 0.
+
     Args:
         config: Settings of the run.
         root: Folder of all runs; the project's `data/runs` if None.
@@ -194,7 +198,12 @@ def measure_premise(
     pairs += [Pair(origin, f"{origin + distance:06d}", distance) for origin in origins for distance in distances]
     count = min(PROMPTS, len(world.train))
     settings = SignalSettings(
-        prompts=count, rollouts=ROLLOUTS, scored=1, gradients=0, max_new_tokens=config.max_completion_length
+        prompts=count,
+        rollouts=ROLLOUTS,
+        scored=1,
+        gradients=0,
+        max_new_tokens=config.max_completion_length,
+        seed=config.seed,
     )
     rows = list(world.train.select(range(count)))
     policies = {f"{step:06d}": folder for step, folder in saved.items()}

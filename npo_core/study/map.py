@@ -21,10 +21,11 @@ from ..method.stats import Estimate, holm, mean_interval, paired_t_test
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
-from .cells import Cell, newest_place, score
+from .cells import Cell
 from .findings import SCHEMA, results_folder
 from .gates import RATES, measure_premise
 from .results import MAP, ResultsRefused, require_world
+from .scores import saved_places, score
 
 DISTANCES = (0, 20, 60, 160)
 """Distances of the guide, in policy steps; 0 is the base policy's own resample."""
@@ -91,10 +92,11 @@ def _guided(preset: str, seed: int, distance: int, chosen: Mapping[str, Any]) ->
 def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
     """Write `map.csv`, a row per rate, distance and seed, and `map.json`, what made it.
 
-    Columns: learning_rate, distance, seed; base, grpo and npo: test pass rates of the base policy, of GRPO at its last
-    checkpoint with at most as many rollouts as the guided run in all, and of the guided run at its end; difference; the
-    rollouts of both, off-line ones included; guide_solves and own_solves: shares of the prompts failed by the base
-    policy that guide and own resample solve in 8 rollouts; lead, the first minus the second.
+    Columns: learning_rate, distance, seed; base, grpo and npo: test pass rates of the base policy, of GRPO where it has
+    spent as many rollouts as the guided run in all (on a line between its checkpoints before and after), and of the
+    guided run at its end; difference; rollouts of the guided run, off-line ones included, and of GRPO's checkpoint
+    before; guide_solves and own_solves: shares of the prompts failed by the base policy that guide and own resample
+    solve in 8 rollouts; lead, the first minus the second. What a failed run would have given is NaN.
 
     Raises:
         ResultsRefused: A run is neither finished nor failed, or versions are mixed.
@@ -118,20 +120,18 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
         raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))
     whole = {key: run for key, run in runs.items() if key not in lost}
     distances = sorted(_distances(cells))
-    rows = [
-        {
-            "learning_rate": rate,
-            "distance": distance,
-            "seed": seed,
-            **_row(grpo, whole[GUIDED.format(distance), seed, rate]),
-            **records[distance],
-        }
-        for (arm, seed, rate), grpo in whole.items()
-        if arm == GRPO
-        for records in [_premise(grpo, distances, root)]
-        for distance in distances
-        if (GUIDED.format(distance), seed, rate) in whole
-    ]
+    nothing = dict.fromkeys(COLUMNS, float("nan"))
+    rows = []
+    for arm, seed, rate in runs:
+        grpo = whole.get((arm, seed, rate))
+        if arm != GRPO:
+            continue
+        records = {} if grpo is None else _premise(grpo, distances, root)
+        for distance in distances:
+            npo = whole.get((GUIDED.format(distance), seed, rate))
+            found = {} if grpo is None or npo is None else _row(grpo, npo)
+            place = {"learning_rate": rate, "distance": distance, "seed": seed}
+            rows.append({**nothing, **place, **found, **records.get(distance, {})})
     about = {
         "schema": SCHEMA,
         "world": WORLD,
@@ -152,11 +152,8 @@ def _distances(cells: Sequence[Cell]) -> set[int]:
 
 
 def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:
-    result, per_step = npo.result(), grpo.config.rollouts_per_step
-    place = newest_place(grpo, result["rollouts"] // per_step)
-    # with fewer rollouts than GRPO has spent at its first checkpoint there is nothing to compare with
-    level = float("nan") if place is None else score(grpo, *place, "paper")["average"]
-    spent = float("nan") if place is None else place[1] * per_step
+    result = npo.result()
+    level, spent = _at_rollouts(grpo, result["rollouts"])
     return {
         "base": result["base"]["average"],
         "grpo": level,
@@ -165,6 +162,25 @@ def _row(grpo: RunFolder, npo: RunFolder) -> dict[str, float]:
         "rollouts": result["rollouts"],
         "grpo_rollouts": spent,
     }
+
+
+def _at_rollouts(grpo: RunFolder, rollouts: int) -> tuple[float, int]:
+    """GRPO's score where it has spent so many rollouts, between two checkpoints, and the rollouts of the one before.
+
+    Taken at the one before alone, GRPO would be short of rollouts wherever the guided run ends between two.
+    """
+    per_step = grpo.config.rollouts_per_step
+    steps = rollouts / per_step
+    places = [(0, 0), *((place["compute_step"], place["branch"]) for place in saved_places(grpo))]
+    before = max(step for step, _ in places if step <= steps)
+    around = [before, *(step for step, _ in places if step > steps)][:2]
+    branches = dict(places)
+    levels = [
+        score(grpo, branches[step], step, "paper")["average"] if step else grpo.result()["base"]["average"]
+        for step in around
+    ]
+    inside = before == steps or len(around) == 2  # beyond its end there is nothing to compare with
+    return (float(np.interp(steps, around, levels)) if inside else float("nan")), before * per_step
 
 
 def _premise(grpo: RunFolder, distances: Sequence[int], root: Path | None) -> dict[int, dict[str, float]]:
@@ -227,11 +243,13 @@ def map_markdown(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for ((rate, distance), rows), values, alone in zip(groups, gains, p, strict=True):
         corrected = None if alone is None else float(next(adjusted))
-        text = _interval_text(values)
+        lost = int(rows["npo"].isna().sum())
+        text = _interval_text(values) if len(values) or not lost else "failed"
         shown = f"**{text}**" if corrected is not None and corrected < 0.05 else text
-        solves = [f"{rows[name].mean():.2f}" for name in ("guide_solves", "own_solves")]
+        solves = ["–" if np.isnan(m) else f"{m:.2f}" for m in (rows[n].mean() for n in ("guide_solves", "own_solves"))]
         cells = (f"{rate:g}", f"{distance:g}", *solves, shown, "" if corrected is None else f"{corrected:.3f}")
-        lines.append("| " + " | ".join((*cells, str(len(values)))) + " |")
+        seeds = f"{len(values)}, {lost} failed" if lost else str(len(values))
+        lines.append("| " + " | ".join((*cells, seeds)) + " |")
     found = premise_predicts(table)
     if found is not None:
         lines += ["", f"Does the premise predict the gain? {in_words(found)}"]
@@ -248,14 +266,17 @@ def _interval_text(values: np.ndarray) -> str:
 def premise_predicts(table: pd.DataFrame) -> Estimate | None:
     """Spearman's ρ over cells of the premise's lead with the gain, seed by seed; its mean and t interval over seeds.
 
+    A cell that failed with every seed is left out on both sides.
+
     Returns:
         None with fewer than two seeds that have all cells, or where a side does not vary.
     """
-    grids: dict[str, pd.DataFrame] = {
-        name: table.pivot_table(index="seed", columns=["learning_rate", "distance"], values=name).dropna()
-        for name in ("lead", "difference")
-    }
-    seeds = sorted(set(grids["lead"].index) & set(grids["difference"].index))
+    columns = ["learning_rate", "distance"]
+    grids = {name: table.pivot(index="seed", columns=columns, values=name) for name in ("lead", "difference")}
+    both = grids["lead"].notna() & grids["difference"].notna()
+    there = both.columns[both.any()]
+    seeds = sorted(both.index[both[there].all(axis=1)])
+    grids = {name: grid[there] for name, grid in grids.items()}
     if len(seeds) < 2:
         return None
     rho = rank_correlation(*(grids[name].loc[seeds].to_numpy(float) for name in ("lead", "difference")))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..runs.folder import deciding
 from ..runs.validation import SUITES, WORLD
 from .arms import ARMS
 from .findings import SCHEMA, results_folder
@@ -66,6 +67,11 @@ class Evidence:
         for entry in self.about["failed"]:
             found.setdefault(entry["arm"], []).append(entry["seed"])
         return found
+
+    @property
+    def same(self) -> list[str]:
+        """Arms that are GRPO itself with these settings, and that were not run once more."""
+        return list(self.about.get("same", ()))
 
     @property
     def revisions(self) -> dict[str, int]:
@@ -136,7 +142,7 @@ def check_evidence(scores: pd.DataFrame, about: Mapping[str, Any]) -> None:
     absent = [name for name in SCORE_COLUMNS if name not in scores.columns]
     if absent:
         raise ResultsRefused(f"{SCORES} lacks the columns {', '.join(absent)}.")
-    complaints = [*_cell_complaints(scores, about), *_mixture_complaints(about["runs"])]
+    complaints = [*_cell_complaints(scores, about), *mixture_complaints(about["runs"])]
     if complaints:
         raise ResultsRefused("The results do not belong together:\n" + "\n".join(f"- {line}" for line in complaints))
 
@@ -171,13 +177,14 @@ def _cell_complaints(scores: pd.DataFrame, about: Mapping[str, Any]) -> list[str
     return complaints
 
 
-def _mixture_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def mixture_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is mixed among runs: a run twice, an arm's settings, versions of Python, packages or device; a line each."""
     complaints = []
     by_arm: dict[str, dict[str, list[int]]] = {}
     versions: dict[str, list[str]] = {}
     seen: dict[tuple[str, int], int] = {}
     for run in runs:
-        settings = {name: value for name, value in run["config"].items() if name != "seed"}
+        settings = {name: value for name, value in deciding(run["config"]).items() if name != "seed"}
         by_arm.setdefault(run["arm"], {}).setdefault(json.dumps(settings, sort_keys=True), []).append(run["seed"])
         versions.setdefault(json.dumps(run["versions"], sort_keys=True), []).append(f"{run['arm']}/{run['seed']}")
         seen[run["arm"], run["seed"]] = seen.get((run["arm"], run["seed"]), 0) + 1

@@ -10,11 +10,13 @@ import time
 import pandas as pd
 import pytest
 
-from npo_core.stages.run import compare
+from npo_core.runs.folder import RunFolder
+from npo_core.stages.run import compare, source_config
 from npo_core.study import cells as study
 from npo_core.study.arms import arm_config
-from npo_core.study.cells import Cell, collect, plan_cells, run_cells, score_points
+from npo_core.study.cells import Cell, about_run, collect, plan_cells, run_cells, score_rows
 from npo_core.study.results import ABOUT, SCORES, ResultsRefused, read_evidence
+from npo_core.study.scores import saved_places, score_points
 
 SMALL = {"compute_steps": 12, "scout_steps": 4, "early_window": 4, "late_step": 6, "late_start": 4, "rollout_every": 0}
 ARMS = ["NPO", "GRPO"]
@@ -53,6 +55,50 @@ def test_what_is_named_twice_runs_once_and_nothing_at_all_is_refused():
             plan_cells("cpu", seeds, arms)
 
 
+def test_an_arm_that_is_grpo_itself_is_not_run_beside_it():
+    """The best rate is that of preset cpu_tuned, so there the arm is GRPO; alone it can be asked for all the same."""
+    names = {preset: {cell.arm for cell in plan_cells(preset, [0])} for preset in ("cpu", "cpu_tuned")}
+    assert names["cpu"] - names["cpu_tuned"] == {"GRPO, best rate"} and len(names["cpu"]) == 25
+    assert [cell.arm for cell in plan_cells("cpu_tuned", [0], ["GRPO, best rate"])] == ["GRPO, best rate"]
+
+
+def written(config, root, length, first=1):
+    """A finished run of which only the lines matter: every response has so many tokens."""
+    run = RunFolder(config, root)
+    steps = range(first, config.compute_steps + 1)
+    with run.writing():
+        for step in steps:
+            place = {"branch": 0, "policy_step": step, "compute_step": step}
+            run.append_metrics({**place, "completions/mean_length": float(length)})
+        names = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
+        run.finish({**dict.fromkeys(names, 0), "interventions": []})
+    return run
+
+
+def test_rlep_has_trained_on_the_tokens_of_the_run_that_its_guides_come_from(tmp_path):
+    config = arm_config("RLEP", "smoke", 0)
+    source = written(source_config(config), tmp_path, length=10)
+    spent = config.rlep_source_steps
+    run = written(config, tmp_path, length=3, first=spent + 1)
+    per_step = config.rollouts_per_step
+    assert about_run(Cell("GRPO", 0, source.config), source)["trained_tokens"] == 10 * spent * per_step
+    tokens = 10 * spent + 3 * (config.compute_steps - spent)
+    assert about_run(Cell("RLEP", 0, config), run)["trained_tokens"] == tokens * per_step
+
+
+def test_a_note_of_a_crash_is_forgotten_once_the_run_is_finished(tmp_path, monkeypatch):
+    """Another call, or the same arm of another study, may have finished it since."""
+    (cell,) = plan_cells("smoke", [0], ["GRPO"], SMALL)
+    run = written(cell.config, tmp_path, length=1)
+    note = run.path / "failed.json"
+    note.write_text(json.dumps({"reason": "exit status 137: killed"}))
+    assert cell.failure(tmp_path) == "exit status 137: killed", "not scored yet"
+    monkeypatch.setattr(study, "finished", lambda run: True)
+    assert cell.failure(tmp_path) is None
+    run_cells([cell], tmp_path, quiet=True)
+    assert not note.exists()
+
+
 def test_a_run_without_a_result_is_named_in_the_place_of_a_table(tmp_path):
     (cell,) = plan_cells("smoke", [0], ["GRPO"], SMALL)
     with pytest.raises(ValueError, match="GRPO has no result, as it crashed or was not run to its end"):
@@ -73,6 +119,23 @@ def test_every_cell_is_scored_on_the_way_and_at_its_end_with_both_samplings(foun
     assert set(found.scores[(found.scores["arm"] == "NPO") & found.scores["final"]]["policy_step"]) == {6}
     assert 6 in set(grpo["policy_step"])
     assert set(found.scores[found.scores["arm"] == "NPO"]["interventions"]) == {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_a_reference_is_scored_on_both_sides_of_the_rollouts_of_another_arm(cells, root, monkeypatch):
+    (cell,) = (one for one in cells if (one.arm, one.seed) == ("GRPO", 0))
+    run, asked = cell.folder(root), []
+    scored = study.score
+    monkeypatch.setattr(study, "score", lambda run, *point: asked.append(point) or scored(run, *point))
+    spent = [place["rollouts"] for place in saved_places(run)]
+    between = (spent[1] + spent[2]) // 2
+    for arm, more in (("GRPO", 0), ("GRPO, longer", 1)):
+        asked.clear()
+        list(score_rows(Cell(arm, 0, cell.config), run, {("rollouts", between)}))
+        steps = {step for _, step, _ in asked} - {step for _, step, _ in score_points(run)}
+        here = {place["policy_step"] for place in saved_places(run)[1 : 2 + more]}
+        assert steps == here - {step for _, step, _ in score_points(run)}
+        assert here <= {step for _, step, _ in asked}
 
 
 @pytest.mark.slow

@@ -159,3 +159,21 @@ def test_the_command_runs_what_is_missing_and_writes_after_each_run(tmp_path, mo
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")}
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")} == before
+
+
+def test_the_premise_is_sampled_with_the_seed_of_the_run(tmp_path, monkeypatch):
+    """Else base failures and own resample would be one draw for all seeds of the map."""
+    seeds = []
+
+    class Asked(Exception):
+        pass
+
+    def measurement(folder, policies, pairs, processor, rows, verifier, settings, *rest):
+        seeds.append(settings.seed)
+        raise Asked
+
+    monkeypatch.setattr(gates, "Measurement", measurement)
+    for seed in (0, 3):
+        with pytest.raises(Asked):
+            gates.measure_premise(resolve_config("grpo", "smoke", seed), tmp_path, quiet=True)
+    assert seeds == [0, 3]

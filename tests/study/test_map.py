@@ -1,6 +1,7 @@
 """When does guidance pay: the map's grid, its table from real runs of the smallest preset, and what it says."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from npo_core.study.map import (
     read_map,
 )
 from npo_core.study.results import MAP, ResultsRefused
+from npo_core.study.scores import score
 
 SMALL = {"rollout_every": 0, "checkpoint_every": 2}
 
@@ -74,6 +76,26 @@ def test_the_table_holds_grpo_at_as_many_rollouts_and_the_premise(tmp_path, monk
         assert row["difference"] == pytest.approx(row["npo"] - row["grpo"], abs=1e-5)
         assert row["grpo_rollouts"] % (2 * grpo.config.rollouts_per_step) == 0, "a checkpoint every other step"
     assert table["lead"][0] == 0 and table["guide_solves"][0] == table["own_solves"][0] == table["own_solves"][1]
+    # the guided run's rollouts lie between two of GRPO's checkpoints, of which GRPO's score is a mean by distance
+    per_step = grpo.config.rollouts_per_step
+    row = table.to_dict("records")[1]
+    first, step = (row["grpo_rollouts"] // per_step, row["rollouts"] / per_step)
+    levels = [score(grpo, 0, int(at), "paper")["average"] for at in (first, first + 2)]
+    share = (step - first) / 2
+    assert 0 < share < 1 and row["grpo"] == pytest.approx((1 - share) * levels[0] + share * levels[1], abs=1e-5)
+    # a failed run leaves its place in the table
+    for lost, names in ((chosen[2], ["grpo", "npo", "difference"]), (chosen[0], [*COLUMNS[3:]])):
+        folder = lost.folder(tmp_path).path
+        moved = folder.rename(folder.with_name("moved"))
+        lost.folder(tmp_path)
+        (folder / "failed.json").write_text(json.dumps({"reason": "exit status 1"}))
+        collect_map(chosen, tmp_path, tmp_path)
+        again = read_map(tmp_path)
+        assert again["distance"].tolist() == [0, 2] and again.loc[1, names].isna().all()
+        assert "failed |" in map_markdown(again)
+        shutil.rmtree(folder)
+        moved.rename(folder)
+    assert again["difference"].isna().all(), "no GRPO to compare with"
     with pytest.raises(ResultsRefused, match=r"runs of the map are missing: GRPO, seed 1, rate 0.0001; NPO at Δ = 0"):
         collect_map([*chosen, *plan_map("smoke", [1], [1.0e-4], (0, 2), SMALL)], tmp_path, tmp_path)
 
@@ -114,6 +136,10 @@ def test_the_premise_is_ranked_against_the_gain_seed_by_seed():
     assert mixed.value == pytest.approx(1 / 3) and mixed.low < 0
     assert "Yes: Spearman's ρ" in map_markdown(table([0.0, 0.1, 0.2, 0.3], [0.0, 0.2, 0.3, 0.4]))
     assert premise_predicts(table([0.0, 0.1, 0.2, 0.3], [0.2] * 4)) is None, "a premise that does not vary"
+    failed = table([0.0, 0.1, 0.3, 0.3], [0.0, 0.2, 0.3, 0.4])
+    failed.loc[(failed["learning_rate"] == 3e-4) & (failed["distance"] == 0), ["npo", "difference"]] = np.nan
+    assert premise_predicts(failed).value == pytest.approx(1), "a cell that failed with every seed is on neither side"
+    assert "| 0.0003 | 0 | 0.40 | 0.10 | failed |  | 0, 3 failed |" in map_markdown(failed)
     lost = table([0.0, 0.1, 0.2, 0.3], [0.0, 0.2, 0.3, 0.4], seeds=2)
     lost.loc[0, "difference"] = np.nan
     assert premise_predicts(lost) is None, "one whole seed"

@@ -8,6 +8,7 @@ neither, so every choice in this file is ours. rliable is left out: it ignores `
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.optimize
@@ -287,12 +288,15 @@ def probability_of_improvement(
     return (above + 0.5 * equal) / (first.size * second.size)
 
 
-def mcnemar_exact(b01: int | np.integer, b10: int | np.integer) -> float:
-    """Exact two-sided McNemar test of two methods on the same items: a binomial test of the discordant items.
+def mcnemar_exact(
+    b01: int | np.integer, b10: int | np.integer, alternative: Literal["two-sided", "greater"] = "two-sided"
+) -> float:
+    """Exact McNemar test of two methods on the same items: a binomial test of the discordant items.
 
     Args:
         b01: items that A fails and B solves.
         b10: items that A solves and B fails.
+        alternative: "greater" asks one-sided whether B solves more.
 
     Returns:
         p-value of "both are equally likely to be the one that is right"; 1 when the methods never disagree.
@@ -305,7 +309,7 @@ def mcnemar_exact(b01: int | np.integer, b10: int | np.integer) -> float:
         raise ValueError(f"discordant counts are >= 0; got b01={only_b}, b10={only_a}. Count items, not differences.")
     if only_b + only_a == 0:
         return 1.0
-    return float(scipy.stats.binomtest(only_b, only_b + only_a, 0.5, alternative="two-sided").pvalue)
+    return float(scipy.stats.binomtest(only_b, only_b + only_a, 0.5, alternative=alternative).pvalue)
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:

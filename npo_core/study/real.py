@@ -13,20 +13,27 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..files import write_json, write_whole
 from ..lock import Lock
+from ..method.premise import LEVEL
+from ..method.stats import holm, mcnemar_exact
 from ..runs.checkpoints import checkpoint_folder, slim
 from ..runs.config import resolve_config
 from ..runs.folder import RunFolder
+from ..runs.measurement import read_pairs
+from ..stages.signal import MeasuredSignal
 from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
 from ..world.policies import load_processor, placed_policy
 from ..world.warmstart import base_policy_folder
 from .arms import Arm
-from .cells import Cell, about_run, run_cells, saved_places, score_rows
+from .cells import Cell, about_run, run_cells, score_rows
 from .findings import SCHEMA, results_folder
+from .results import ResultsRefused, mixture_complaints
+from .scores import saved_places
 
 REAL_ARMS: Mapping[str, Arm] = {
     "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
@@ -107,7 +114,7 @@ def run_real(
         The files written.
     """
     at_a_time = processes or os.cpu_count() or 1
-    waiting = [cell for cell in cells if not _settled(cell, root).exists()]
+    waiting = [cell for cell in cells if not _is_settled(cell, root)]
     done = [cell for cell in cells if cell not in waiting]
     written = collect_real(done, root, out) if done else []
     while waiting:
@@ -125,6 +132,20 @@ def run_real(
 
 def _settled(cell: Cell, root: Path | None) -> Path:
     return cell.folder(root).path / SETTLED
+
+
+def _is_settled(cell: Cell, root: Path | None) -> bool:
+    """Whether all scores of the plan are here; GRPO's first run had none at temperature 1 on the way, and its weights.
+
+    A run that lacks them and its weights cannot be scored again, and stands as it is.
+    """
+    path = _settled(cell, root)
+    if not path.exists():
+        return False
+    scored: dict[int, set[str]] = {}
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        scored.setdefault(row["compute_step"], set()).add(row["sampling"])
+    return all("plain" in samplings for samplings in scored.values()) or cell.arm != "GRPO"
 
 
 def settle(cell: Cell, root: Path | None = None) -> None:
@@ -175,6 +196,9 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
         cells: Settled cells.
         root: Folder of all runs.
         out: Folder of the results.
+
+    Raises:
+        ResultsRefused: With what is there, settings of an arm, versions or learning rates are mixed.
     """
     folder = real_folder() if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +208,9 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
     with Lock(folder / "lock.json", f"The results {folder}").holding():
         rows = [*_others(_read_rows(folder, SCORES), made), *(row for one in found for row in one["rows"])]
         runs = [*_others(_read_runs(folder), made), *(one["about"] for one in found)]
+        if complaints := [*mixture_complaints(runs), *_rate_complaints(runs)]:
+            listed = "\n".join(f"- {line}" for line in complaints)
+            raise ResultsRefused(f"The runs do not belong with those in {folder}; give another folder.\n{listed}")
         table = pd.DataFrame(rows).sort_values(["seed", "arm", "compute_step", "sampling", "suite"])
         about = {
             "schema": SCHEMA,
@@ -198,6 +225,15 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
         write_whole(folder / EXACT, lambda path: exact.to_csv(path, index=False, float_format="%.5f"))
         write_json(folder / ABOUT, about)
     return [folder / SCORES, folder / EXACT, folder / ABOUT]
+
+
+def _rate_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rate was settled on GRPO once, for all arms."""
+    rates: dict[float, list[str]] = {}
+    for run in runs:
+        rates.setdefault(run["config"]["learning_rate"], []).append(f"{run['arm']}/{run['seed']}")
+    groups = "; ".join(f"{rate:g}: {', '.join(cells)}" for rate, cells in rates.items())
+    return [f"mixed learning rates: {groups}"] if len(rates) > 1 else []
 
 
 def _others(found: Sequence[dict[str, Any]], made: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
@@ -217,7 +253,7 @@ def _read_runs(folder: Path) -> list[dict[str, Any]]:
 def measure_real_premise(
     cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, quiet: bool = False
 ) -> Path:
-    """The premise and S along the first GRPO run among the cells, from the base and from mid-training.
+    """The premise and S along the first GRPO run among the cells, from the base and from mid-training, and the gate.
 
     Args:
         cells: Cells of the study; the run is made first if it is not there.
@@ -234,15 +270,48 @@ def measure_real_premise(
     every, last = config.checkpoint_every, config.compute_steps
     origins = [origin for origin in ORIGINS if origin < last and origin % every == 0]
     settings = settings_for(config, prompts=min(PROMPTS, config.train_problems), gradients=0)
-    measured = measure_run(config, origins, settings, distances=len(DISTANCES), also=DISTANCES, root=root, quiet=quiet)
+    # the grid of one distance is the nearest checkpoint, which is among the plan's: no other one takes part in Holm
+    measured = measure_run(config, origins, settings, distances=1, also=DISTANCES, root=root, quiet=quiet)
     folder = real_folder() if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PREMISE, {"run": config.run_name, **measured.summary})
+    write_json(folder / PREMISE, {"run": config.run_name, "gate": gate(measured), **measured.summary})
     return folder / PREMISE
 
 
+def gate(measured: MeasuredSignal) -> dict[str, Any]:
+    """The gate of docs/evidence.md: does a later policy solve more of what this one fails than its own resample?
+
+    Returns:
+        `origins`: by origin a record a distance with `shown` and `own` (shares of the failed prompts that the later
+        policy and the resample solve), `p` (exact McNemar, one-sided) and `p_holm` over the distances; `passed`:
+        whether some p_holm is below 0.05 from some origin. Without it the arms are no test of the method.
+    """
+    tables, origins = read_pairs(measured.folder, measured.pairs), {}
+    for origin in dict.fromkeys(pair.origin for pair in measured.pairs):
+        here = {pair.distance: sums for pair, sums in tables.items() if pair.origin == origin}
+        failed = here[0].failed > 0
+        own = here[0].shown[failed] > 0
+        later = {d: here[d].shown[failed] > 0 for d in sorted(d for d in here if d is not None and d > 0)}
+        p = [
+            mcnemar_exact(int((solved & ~own).sum()), int((own & ~solved).sum()), "greater")
+            for solved in later.values()
+        ]
+        origins[str(origin)] = [
+            {
+                "distance": distance,
+                "failed": int(failed.sum()),
+                "shown": float(solved.mean()) if len(solved) else None,
+                "own": float(own.mean()) if len(own) else None,
+                "p": alone,
+                "p_holm": float(adjusted),
+            }
+            for (distance, solved), alone, adjusted in zip(later.items(), p, holm(np.array(p)), strict=True)
+        ]
+    return {"origins": origins, "passed": any(one["p_holm"] < LEVEL for rows in origins.values() for one in rows)}
+
+
 def in_words(out: Path | None = None) -> str:
-    """Final pass rates by arm as a Markdown table: mean, seeds, and on which clocks they ended."""
+    """Final pass rates by arm as a Markdown table: mean, seeds, and on which clocks they ended; then the gate."""
     folder = real_folder() if out is None else Path(out)
     table = pd.read_csv(folder / SCORES)
     finals = table[table["final"] & (table["sampling"] == "plain")]
@@ -257,4 +326,13 @@ def in_words(out: Path | None = None) -> str:
             ends = [f"{rows[name].mean():,.0f}" for name in ("policy_step", "compute_step", "rollouts")]
             each = ", ".join(f"{rate:.3f}" for rate in rates)
             lines.append(f"| {arm} | {len(rates)} | {rates.mean():.3f} ({each}) | {' | '.join(ends)} |")
+    if (folder / PREMISE).is_file():
+        found = json.loads((folder / PREMISE).read_text(encoding="utf-8"))["gate"]
+        told = [
+            f"from {origin}, Δ = {one['distance']}: {one['shown']:.2f} against {one['own']:.2f}, p {one['p_holm']:.3f}"
+            for origin, rows in found["origins"].items()
+            for one in rows
+            if one["failed"]
+        ]
+        lines += ["", f"Gate {'passed' if found['passed'] else 'not passed'} (one-sided, Holm): {'; '.join(told)}."]
     return "\n".join(lines)

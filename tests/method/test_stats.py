@@ -141,6 +141,7 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact(7, 1) == pytest.approx(2 * 9 / 256)
     assert mcnemar_exact(1, 7) == pytest.approx(2 * 9 / 256)
     assert mcnemar_exact(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar_exact(5, 0, "greater") == pytest.approx(1 / 32) and mcnemar_exact(0, 5, "greater") == 1.0
     assert mcnemar_exact(4, 4) == 1.0
     assert mcnemar_exact(0, 0) == 1.0
     with pytest.raises(ValueError, match=">= 0"):

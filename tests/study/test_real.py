@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from foreign import byte_tokenizer, tiny_model
 
+from npo_core.method.curve import SUMS
 from npo_core.runs.checkpoints import complete_checkpoints
+from npo_core.runs.measurement import plan_pairs
+from npo_core.stages.signal import MeasuredSignal
 from npo_core.study import real
 from npo_core.study.cells import Cell
+from npo_core.study.results import ResultsRefused
 from npo_core.world import finetune, letters
 from npo_core.world.policies import load_policy, load_processor, save_policy
 
@@ -94,6 +99,75 @@ def test_the_right_response_is_as_probable_at_every_checkpoint_as_its_weights_sa
     assert first[[word.uid for word in words]].tolist() == pytest.approx(chances, abs=1e-5)
 
 
+def test_the_pass_rate_at_temperature_one_stands_at_every_point(study):
+    _, _, files = study
+    table = pd.read_csv(files[0])
+    for arm in ("GRPO", "NPO early"):
+        steps = table[(table["arm"] == arm) & (table["sampling"] == "plain")]["compute_step"].unique()
+        assert list(steps) == [2, 4, 6]
+
+
+def test_a_grpo_that_was_settled_without_those_on_the_way_is_scored_again(study):
+    """Its weights are kept, so nothing of it is trained again."""
+    cells, root, _ = study
+    path, lines = real._settled(cells[0], root), cells[0].folder(root).metrics_path.read_text()
+    settled = json.loads(path.read_text())
+    old = [row for row in settled["rows"] if row["final"] or row["sampling"] == "paper"]
+    path.write_text(json.dumps({**settled, "rows": old}))
+    for score in (cells[0].folder(root).path / "scores").glob("*-plain.json"):
+        if "000006" not in score.name:
+            score.unlink()
+    real.run_real(cells, root, root / "out", processes=1, quiet=True)
+    again = json.loads(path.read_text())
+    assert again["rows"] == settled["rows"] and cells[0].folder(root).metrics_path.read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"learning_rate": 3e-6}, r"mixed learning rates: 3e-06: AutoNPO/0; 1e-05: GRPO/0, NPO early/0"),
+        ({"arm": "GRPO", "seed": 4, "temperature": 0.9}, r"mixed configurations of GRPO: seeds \[4\]; seeds \[0\]"),
+        ({"versions": {"python": "4"}}, "mixed versions: "),
+    ],
+)
+def test_runs_that_were_made_otherwise_are_not_written_beside_them(study, tmp_path, changed, complaint):
+    cells, root, files = study
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    about = json.loads(files[-1].read_text())
+    run = json.loads(json.dumps(about["runs"][0])) | {"arm": "AutoNPO"}
+    for name, value in changed.items():
+        (run if name in run else run["config"])[name] = value
+    (tmp_path / real.ABOUT).write_text(json.dumps({**about, "runs": [*about["runs"], run]}))
+    before = (tmp_path / real.SCORES).read_text()
+    with pytest.raises(ResultsRefused, match=complaint):
+        real.collect_real(cells, root, tmp_path)
+    assert (tmp_path / real.SCORES).read_text() == before
+
+
+def test_the_gate_is_that_of_the_plan(tmp_path, monkeypatch):
+    """Distances 10 to 40 alone, one-sided: 7 prompts against none is p = 1/128, four times that is below 0.05."""
+    asked = []
+
+    def measure(config, origins, settings, *, distances, also, **rest):
+        asked.extend(plan_pairs(range(0, 61, 10), origins, distances, also=also))
+        (tmp_path / "pairs").mkdir()
+        for pair in asked:
+            columns = pd.DataFrame(1.0, index=range(20), columns=list(SUMS))
+            columns["shown"] = (np.arange(20) < 7 * (pair.distance == 30) * (pair.origin == 20)).astype(float)
+            columns.to_parquet(tmp_path / "pairs" / pair.file)
+        return MeasuredSignal(tmp_path, asked, {"origins": {}})
+
+    monkeypatch.setattr(real, "measure_run", measure)
+    found = json.loads(real.measure_real_premise(real.plan_real("real", [0]), out=tmp_path).read_text())["gate"]
+    assert {d: [one["distance"] for one in rows] for d, rows in found["origins"].items()} == {
+        "0": [10, 20, 30, 40],
+        "20": [10, 20, 30, 40],
+    }
+    assert [one["p_holm"] for one in found["origins"]["20"]] == pytest.approx([1, 1, 4 / 128, 1])
+    assert found["passed"] and {one["p_holm"] for one in found["origins"]["0"]} == {1.0}
+
+
 def test_weights_go_but_those_that_the_premise_needs(study):
     cells, root, _ = study
     grpo, early = (cell.folder(root).path / "branches" for cell in cells)
@@ -141,6 +215,8 @@ def test_the_premise_is_measured_along_grpo(study):
     cells, root, _ = study
     found = json.loads(real.measure_real_premise(cells, root, root / "out", quiet=True).read_text())
     assert found["run"] == cells[0].config.run_name and list(found["origins"]) == ["0"]
-    assert [entry["distance"] for entry in found["origins"]["0"]["premise"]] == [2, 4, 6]
+    assert [entry["distance"] for entry in found["origins"]["0"]["premise"]] == [2]
+    assert [one["distance"] for one in found["gate"]["origins"]["0"]] == [2]
+    assert "Gate not passed (one-sided, Holm): from 0, Δ = 2: " in real.in_words(root / "out")
     with pytest.raises(ValueError, match="no GRPO among the arms"):
         real.measure_real_premise(cells[1:], root, root / "out")

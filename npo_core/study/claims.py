@@ -16,7 +16,7 @@ import pandas as pd
 from ..files import write_json
 from ..method.stats import Estimate, mean_interval
 from ..runs.validation import WORLD
-from .clocks import compare
+from .clocks import compare, short_by
 from .comparisons import SPEED_UP_COUNTS, speed_up, speed_up_bound
 from .families import AT_CLOCK, FAMILIES, Family, needed_arms
 from .findings import SCHEMA, results_folder
@@ -46,8 +46,8 @@ def claims(evidence: Evidence, signal: Mapping[str, Any] | None = None) -> list[
 
 
 def lacking(evidence: Evidence) -> list[str]:
-    """Arms that a claim needs and that are not part of the results."""
-    return [arm for arm in needed_arms() if arm not in evidence.arms]
+    """Arms that a claim needs and that are not part of the results, but those that are GRPO itself."""
+    return [arm for arm in needed_arms() if arm not in [*evidence.arms, *evidence.same]]
 
 
 def _family(evidence: Evidence, family: Family, clock: str) -> Claim:
@@ -55,14 +55,21 @@ def _family(evidence: Evidence, family: Family, clock: str) -> Claim:
     found, several = [one.found for one in compared], len({one.found.against for one in compared}) > 1
     words = {f"{one.found.arm} − {one.found.against}" if several else one.found.arm: verdict(one) for one in compared}
     adjusted = ", ".join(f"{one.p_holm:.3f}" for one in compared if one.p_holm is not None)
+    grounds = f"{powers(found)}; Holm's p: {adjusted}" if adjusted else powers(found)
+    held = [pair.arm for pair in family.pairs if pair.against is None and pair.arm in evidence.arms]
+    if clock == "rollouts" and held and compared:
+        short = [by for arm in held if (by := short_by(evidence, arm)) is not None]
+        grounds += f"; references have spent {np.mean(short):,.0f} rollouts less on average" if short else ""
+    for arm in sorted({pair.against for pair in family.pairs} & set(evidence.same)):
+        grounds += f"; without {arm}, which is GRPO itself here"
     return Claim(
         family.name,
         family.claim,
         family.paper,
         clock,
-        in_words(found),
+        in_words(compared),
         summary(words),
-        f"{powers(found)}; Holm's p: {adjusted}" if adjusted else powers(found),
+        grounds,
         STUDY,
         [
             {**asdict(one.found), "p_holm": one.p_holm, "verdict": word}

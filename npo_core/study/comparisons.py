@@ -13,7 +13,7 @@ import pandas as pd
 from ..method.stats import holm, interquartile_mean, mean_interval, stratified_bootstrap
 from ..runs.folder import moving_average
 from ..streams import TEST_ITEMS
-from .clocks import against_reference, at_equal, compare, ends
+from .clocks import against_reference, at_equal, compare, ends, interpolated, short_by
 from .differences import Difference, difference
 from .families import AT_CLOCK, CLOCKS, FAMILIES, REFERENCES
 from .results import Evidence
@@ -22,6 +22,11 @@ LEVEL_SHARE = 0.8
 """Reference level of the speed-up: this share of the way from GRPO's first steps to the top of its rise."""
 RISE_FIRST, RISE_WINDOW = 10, 20
 """Steps that the rise starts from, and steps in a row whose largest mean is its top (as in docs/gates.md)."""
+COSTS = (
+    ("policy_steps", "policy steps"), ("compute_steps", "compute steps"), ("offline_rollouts", "off-line rollouts"),
+    ("rollouts", "all rollouts"), ("trained_tokens", "trained tokens"),
+)  # fmt: skip
+"""What a run has spent, by its name in the results and in words."""
 SPEED_UP_COUNTS = {"policy": "without scout", "compute": "with scout", "rollouts": "with scout and off-line"}
 """What the guided run's steps count on each clock: its trajectory, all optimiser steps, off-line rollouts too."""
 
@@ -75,7 +80,6 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
         runs = [run for run in evidence.about["runs"] if run["arm"] == arm]
         estimate = mean_interval(finals.to_numpy()) if len(finals) > 1 else None
         robust = stratified_bootstrap(grid, rng) if len(grid) > 1 else None
-        costs = ("policy_steps", "compute_steps", "offline_rollouts", "rollouts", "trained_tokens")
         rows.append(
             {
                 "arm": arm,
@@ -92,7 +96,7 @@ def arm_table(evidence: Evidence, rng: np.random.Generator) -> pd.DataFrame:
                 **{f"equal {AT_CLOCK[clock]}": found.get((arm, clock)) for clock in CLOCKS},
                 "entropy": float(chosen.groupby("seed")["entropy"].first().mean()),
                 "all-wrong groups": float(chosen.groupby("seed")["all_wrong_groups"].first().mean()),
-                **{name.replace("_", " "): _mean(runs, name) for name in costs},
+                **{name.replace("_", " "): _mean(runs, name) for name, _ in COSTS},
                 "interventions": float(np.mean([len(run["interventions"]) for run in runs])) if runs else None,
             }
         )
@@ -115,17 +119,24 @@ def arm_markdown(evidence: Evidence) -> str:
     Bold: the interval excludes 0 and, for the arms of the family "guidance pays", Holm's p on that clock is below 0.05.
     """
     head = ("arm", "seeds", "pass rate", *(f"at equal {AT_CLOCK[clock]}" for clock in CLOCKS))
-    lines = _head(*head, "steps on the trajectory", "off-line rollouts", "all rollouts")
+    lines = _head(*head, "rollouts that the reference is short", *(words for _, words in COSTS))
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         known = (row[f"equal {AT_CLOCK[clock]}"] for clock in CLOCKS)
         cells = [text if isinstance(text, str) else "" for text in known]
-        costs = [_number(row[name], ",.0f") for name in ("policy steps", "offline rollouts", "rollouts")]
+        cells.append(_number(short_by(evidence, row["arm"]), ",.0f") if cells[-1] else "")
+        costs = [_number(row[name.replace("_", " ")], ",.0f") for name, _ in COSTS]
         seeds = f"{row['seeds']} of {len(evidence.about['seeds'])}"
         lines.append(_line(row["arm"], seeds, _number(row["pass rate"]), *cells, *costs))
+    lines.append(
+        "\nTrained tokens: of all responses that take part in a step, guides among them. How long off-line rollouts "
+        "are is not recorded; they count in the rollouts. Short: the reference is taken at its newest checkpoint."
+    )
     against = primary(evidence)
     chosen = against[against["clock"] == "rollouts"].groupby("against")["arm"].apply(list).to_dict()
     for other, arms in chosen.items():
         lines.append(f"\nAt equal total rollouts against {other}: {'; '.join(arms)}.")
+    if evidence.same:
+        lines.append(f"\nNo arm of its own here, being GRPO itself: {'; '.join(evidence.same)}.")
     if evidence.about["failed"]:
         lost = [f"{one['arm']}, seed {one['seed']}: {one['reason']}" for one in evidence.about["failed"]]
         lines.append(f"\nFailed, and left out of means: {'; '.join(lost)}.")
@@ -140,8 +151,9 @@ def _number(value: float | None, digits: str = ".3f") -> str:
 def secondary_markdown(evidence: Evidence) -> str:
     """The secondary endpoints in Markdown: each arm on its own, then minus GRPO, unadjusted.
 
-    Entropy and all-wrong groups are compared at equal policy step, the others where each arm ends. Bold: the interval
-    excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
+    Entropy and all-wrong groups are compared at equal policy step, the others where each arm ends; the last column is
+    that of `arm_markdown` with the reference on a line between its checkpoints before and after the arm's end. Bold:
+    the interval excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
     """
     head = ("arm", "IQM over seeds and suites", "IQM over suites", "chance to beat a run of GRPO", "avg@8 at T = 1")
     course = ("entropy", "all_wrong_groups")
@@ -150,23 +162,39 @@ def secondary_markdown(evidence: Evidence) -> str:
         "pass@8 at T = 1",
         *(f"{name.replace('_', '-', 1).replace('_', ' ')}, at equal policy step" for name in course),
         "suites apart",
+        "at equal total rollouts, reference interpolated",
     )
     robust = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
     by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm").reindex(columns=evidence.arms)
+    known = {one.arm for one, _ in _against_references(evidence) if one.clock == "rollouts"}
+
+    def between_checkpoints(arm: str) -> str:
+        return _words(interpolated(evidence, arm), None) if arm in known else ""
+
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         arm, own = row["arm"], _number(row["IQM"])
         if row["IQM low"] is not None and np.isfinite(row["IQM low"]):
             own += f" ({row['IQM low']:.3f} to {row['IQM high']:.3f})"
         if arm == "GRPO":
             names = ("pass rate at T = 1", "pass@8 at T = 1", "entropy", "all-wrong groups")
-            lines.append(_line(arm, own, "", "", *(_number(row[name]) for name in names), ""))
+            lines.append(_line(arm, own, "", "", *(_number(row[name]) for name in names), "", between_checkpoints(arm)))
             continue
         found = [difference(by_seed[arm], by_seed["GRPO"], names=(arm, "GRPO"), measure="IQM over suites")]
         found += [between(evidence, arm, "GRPO", column, "plain") for column in ("pass_rate", "pass_at_8")]
         found += [at_equal(evidence, arm, "GRPO", "policy", column) for column in course]
         improvement = between(evidence, arm, "GRPO").improvement
         texts = [_words(one, None) for one in found]
-        lines.append(_line(arm, own, texts[0], _number(improvement, ".2f"), *texts[1:], _apart(evidence, arm)))
+        lines.append(
+            _line(
+                arm,
+                own,
+                texts[0],
+                _number(improvement, ".2f"),
+                *texts[1:],
+                _apart(evidence, arm),
+                between_checkpoints(arm),
+            )
+        )
     return "\n".join(lines)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from .clocks import Compared
 from .differences import Difference
-from .families import EQUAL
+from .families import AT_CLOCK, EQUAL
 
 REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN = "reproduced", "the other way", "about equal", "not shown"
 PARTLY, NOT, FEW, UNMEASURED = "partly", "not reproduced", "too few seeds", "not measured"
+NOT_COMPARABLE = "not comparable"
 
-ORDER = (REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN, FEW)
+ORDER = (REPRODUCED, OTHER_WAY, ABOUT_EQUAL, NOT_SHOWN, NOT_COMPARABLE, FEW)
 """Verdicts in the order in which a summary names them."""
 
 STUDY, SIGNAL = "make study", "python -m npo_core signal-study"
@@ -66,7 +67,9 @@ def verdict_of(low: float | None, high: float | None, p_holm: float | None, marg
 
 
 def verdict(one: Compared) -> str:
-    """`verdict_of` a compared pair; "about equal" is said of test pass rates alone."""
+    """`verdict_of` a compared pair; "about equal" is said of test pass rates alone, and of no policy nothing at all."""
+    if one.too_early:
+        return NOT_COMPARABLE
     word = verdict_of(one.found.low, one.found.high, one.p_holm, one.pair.margin)
     return NOT_SHOWN if word == ABOUT_EQUAL and one.found.measure != "pass_rate" else word
 
@@ -83,11 +86,17 @@ def summary(words: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def in_words(found: Sequence[Difference]) -> str:
+def in_words(compared: Sequence[Compared]) -> str:
     """Differences with their intervals, and the number of seeds where it is not that of the first."""
-    seeds = max((entry.seeds for entry in found), default=0)
-    few = {entry: f", {entry.seeds} seeds" if entry.seeds < seeds else "" for entry in found}
-    return "; ".join(f"{entry.arm} − {entry.against}: {entry.text}{few[entry]}" for entry in found)
+    seeds, told = max((one.found.seeds for one in compared), default=0), []
+    for one in compared:
+        found, text = one.found, one.found.text
+        if one.too_early:
+            text = f"{one.too_early} has no policy yet at that many {AT_CLOCK[found.clock]}"
+        elif found.seeds < seeds:
+            text += f", {found.seeds} seeds"
+        told.append(f"{found.arm} − {found.against}: {text}")
+    return "; ".join(told)
 
 
 def powers(found: Sequence[Difference]) -> str:

@@ -6,12 +6,13 @@ import pytest
 from evidences import evidence
 
 from npo_core.study.claims import _early_speed_up, claims, decide, markdown, signal_results, write
-from npo_core.study.comparisons import speed_up_bound
+from npo_core.study.comparisons import arm_markdown, speed_up_bound
 from npo_core.study.families import CLOCKS, FAMILIES, GUIDED, needed_arms
 from npo_core.study.verdicts import (
     ABOUT_EQUAL,
     FEW,
     NOT,
+    NOT_COMPARABLE,
     NOT_SHOWN,
     OTHER_WAY,
     PARTLY,
@@ -80,6 +81,9 @@ def test_no_verdict_is_carried_from_one_clock_to_another():
     gains = dict.fromkeys(GUIDED, UP)
     found = study(**gains, **{"GRPO, groups of 16": NONE, "GRPO, longer": NONE})
     assert verdict(found, "guidance pays") == verdict(found, "guidance pays", "policy") == REPRODUCED
+    # four of the six arms end at 656 rollouts, 16 after the checkpoint of the reference, two on it
+    grounds = rows(found)["guidance pays", "rollouts"].grounds
+    assert grounds.endswith("; references have spent 11 rollouts less on average")
     # GRPO's groups of 16 have spent as much at half their steps, where they are at 3/4 of their end: ahead of nothing
     assert verdict(found, "guidance pays", "rollouts") == REPRODUCED
     # with half of its rollouts the other one is as good as the guided arms, which win nothing at equal rollouts
@@ -88,6 +92,33 @@ def test_no_verdict_is_carried_from_one_clock_to_another():
     assert verdict(found, "guidance pays", "rollouts") == ABOUT_EQUAL
     assert verdict(study(**dict.fromkeys(GUIDED, DOWN)), "guidance pays") == OTHER_WAY
     assert verdict(study(), "guidance pays") == NOT_SHOWN
+
+
+def test_an_arm_that_is_grpo_itself_has_no_pairs_and_that_is_said():
+    gains = {arm: FLAT for arm in needed_arms() if arm not in ("GRPO", "GRPO, best rate")}
+    found = evidence(gains, ends=ENDS)
+    with pytest.raises(ValueError, match="lack the arms GRPO, best rate"):
+        claims(found)
+    found.about["same"] = ["GRPO, best rate"]
+    row = rows(found)["better than what one tries first", "compute"]
+    assert "best rate" not in row.ours and len(row.numbers) == 4
+    assert row.grounds.endswith("without GRPO, best rate, which is GRPO itself here")
+    assert "No arm of its own here, being GRPO itself: GRPO, best rate." in arm_markdown(found)
+
+
+def test_an_arm_without_a_policy_at_so_many_rollouts_is_not_comparable_and_counts_in_its_family():
+    """RLEP has sampled more before its first step than NPO in all; Holm's family has four pairs all the same."""
+    found = study(NPO=[0.05, 0.051, 0.06], AutoNPO=[0.05, 0.06, 0.051], ExGRPO=NONE, LUFFY=NONE)
+    found.scores.loc[found.scores["arm"] == "RLEP", "rollouts"] += 1000
+    for run in found.about["runs"]:
+        run["rollouts"] += 1000 * (run["arm"] == "RLEP")
+    row = rows(found)["ordering", "rollouts"]
+    assert "not comparable: NPO − RLEP" in row.verdict and FEW not in row.verdict
+    assert "NPO − RLEP: RLEP has no policy yet at that many total rollouts" in row.ours
+    by_arm = {entry["against"]: entry for entry in row.numbers}
+    p = {arm: by_arm[arm]["p"] for arm in ("NPO", "ExGRPO", "LUFFY")}
+    assert min(by_arm[arm]["p_holm"] for arm in p) == pytest.approx(4 * min(p.values()))
+    assert NOT_COMPARABLE not in rows(found)["ordering", "compute"].verdict
 
 
 def test_each_guided_arm_has_its_own_verdict():

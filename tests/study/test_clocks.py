@@ -8,7 +8,17 @@ from evidences import STEPS, evidence
 
 from npo_core.method.stats import holm
 from npo_core.study.arms import ARMS
-from npo_core.study.clocks import against_reference, at_equal, compare, ends, reference, score_at
+from npo_core.study.clocks import (
+    against_reference,
+    at_equal,
+    compare,
+    ends,
+    interpolated,
+    reference,
+    score_at,
+    score_between,
+    short_by,
+)
 from npo_core.study.families import FAMILIES, GUIDED, compared_on, needed_arms
 
 GAINS = [0.01, 0.03, 0.05]
@@ -50,6 +60,23 @@ def test_the_one_that_has_counted_more_is_taken_where_the_other_ends():
     found = evidence({"NPO": GAINS, "GRPO, entropy bonus": [0.0, 0.0, 0.0]}, ends={"NPO": 20})
     early = base / 2 + (base + GAINS - base / 2) * 30 / STEPS
     assert at_equal(found, "NPO", "GRPO, entropy bonus", "rollouts").value == pytest.approx(np.mean(early - base))
+
+
+def test_the_reference_is_short_of_rollouts_and_between_checkpoints_it_is_not():
+    """NPO spent 656; groups of 16 have checkpoints at 640 and 960, and NPO itself none in between."""
+    found = evidence({"GRPO, groups of 16": [0.1, 0.1, 0.1], "NPO": GAINS}, ends={"NPO": 20})
+    base = np.array([0.40, 0.50, 0.45])
+    steps = 656 / 32
+    line = base / 2 + (base + 0.1 - base / 2) * steps / STEPS
+    one = interpolated(found, "NPO")
+    assert one.value == pytest.approx(np.mean(base + GAINS - line)) and one.against == "GRPO, groups of 16"
+    assert one.value < against_reference(found, "NPO", "rollouts").value and short_by(found, "NPO") == 16
+    assert score_between(found, "GRPO, groups of 16", {0: 640})[0] == pytest.approx(
+        score_at(found, "GRPO, groups of 16", "rollouts", {0: 640})[0]
+    )
+    assert score_between(found, "GRPO, groups of 16", {0: 10, 1: 5000}).empty, "no checkpoint on one side"
+    assert interpolated(found, "GRPO").value == against_reference(found, "GRPO", "rollouts").value
+    assert short_by(found, "GRPO") == 0
 
 
 def test_of_two_references_the_better_one_counts():

@@ -1,10 +1,13 @@
 """Estimates over seeds as the figures of the evidence study write them."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..method.stats import mean_interval
+from ..study.clocks import reference
+from ..study.families import REFERENCES
 from ..study.results import Evidence
 
 
@@ -41,3 +44,16 @@ def difference_text(values: np.ndarray, digits: int, between: str = " ") -> str:
         return "no seed"
     ends = "" if np.isnan(low) else f"{between}[{signed(low, digits)}, {signed(high, digits)}]"
     return signed(mean, digits) + ends
+
+
+def reference_note(evidence: Evidence, arms: Sequence[str], width: int = 90) -> str:
+    """What arms are held against at equal total rollouts, the most frequent first; "" where nothing is there for it."""
+    there = set(REFERENCES["rollouts"]) & set(evidence.arms)
+    held: dict[str, list[str]] = {}
+    for arm in arms if there else ():
+        held.setdefault(reference(evidence, arm, "rollouts"), []).append(arm)
+    if not held:
+        return ""
+    most, *others = sorted(held, key=lambda name: -len(held[name]))
+    told = [f"at equal total rollouts: minus “{most}”", *(f"{quoted(held[name])}: minus “{name}”" for name in others)]
+    return "\n" + textwrap.fill("; ".join(told), width, break_on_hyphens=False)

@@ -20,7 +20,7 @@ from ..study.clocks import ends, paired, reference, score_at
 from ..study.families import REFERENCES
 from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
-from .estimates import difference_text, interval, quoted, require_arms
+from .estimates import difference_text, interval, quoted, reference_note, require_arms
 from .record import AVERAGE_WEIGHT, RunRecord
 from .style import ARM_LOOKS, COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, style
 
@@ -84,7 +84,8 @@ def arm_differences(evidence: Evidence) -> Figure:
             axes.axvline(0, color=GREY, lw=1.0, ls="--", zorder=1)
             _rows(axes, [_row_label(arm, [len(v) for v in found[arm].values()], evidence) for arm in members])
             axes.set_title(GROUPS[kind], loc="left", fontweight="bold")
-        grid[-1, 0].set_xlabel("test pass rate minus the reference's, paired by seed (fraction, mean over suites)")
+        measured = "test pass rate minus the reference's, paired by seed (fraction, mean over suites)"
+        grid[-1, 0].set_xlabel(measured + reference_note(evidence, arms))
         marks = [
             Line2D([], [], color=color, marker=marker, ms=6, label=name, **MEAN)
             for marker, color, name in map(AT_EQUAL.get, clocks)
@@ -143,7 +144,7 @@ def training_with_interventions(evidence: Evidence, arms: Sequence[str] = ("GRPO
         _legend_of_curves(figure, evidence, records)
         marks = _curve_marks(records)
         if apart:
-            single = f"{', '.join(apart)}: single seeds; left, one in place of the mean"
+            single = f"{', '.join(apart)}: single seeds; left, thick: one seed of n"
             marks.append(Line2D([], [], color=GREY, lw=0.6, alpha=PALE, label=single))
         if alike:
             marks.append(Line2D([], [], color=GREY, ls="--", lw=1.0, label="roll-back of all seeds of the arm"))

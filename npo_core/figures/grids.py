@@ -51,7 +51,8 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
     ours = np.array([[interval(cell) for cell in row] for row in values])
     theirs = paper.to_numpy(float) - np.where(paper.index == "GRPO", 0, 1)[:, None] * paper.loc["GRPO"].to_numpy(float)
     excludes = (ours[..., 1] > 0) | (ours[..., 2] < 0)
-    excludes &= ours[..., 1] < ours[..., 2]  # seeds alike in a few problems: the spread is unknown
+    alike = ours[..., 2] - ours[..., 1] < 1e-6  # seeds alike in a few problems: the spread is unknown
+    excludes &= ~alike
     excludes[0] = False
     theirs_coloured = np.ones_like(excludes)
     theirs_coloured[0] = False
@@ -79,6 +80,8 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
             axes.set_title(title, loc="left")
             figure.colorbar(shades, ax=axes, label="gain over GRPO (points)", aspect=16, pad=0.01)
         measure = _measure("± half of the 95 % t interval over n seeds", counts)
+        if alike.any():
+            measure += "; ±0.0: all seeds equal, no interval"
         _legend_of_cells(figure, f"{measure}; the two colour scales differ", counts)
     return settle(figure)
 
@@ -108,8 +111,10 @@ def gain_map(cells: pd.DataFrame) -> Figure:
         marked[y, x] = low > 0 or high < 0
         means[y, x] = mean if marked[y, x] else np.nan
         counts.append(len(values))
-        solves = f"{rows['guide_solves'].mean():.2f} / {rows['own_solves'].mean():.2f}"
-        texts[y][x] = f"{difference_text(values, 3, chr(10))}\n{solves}"
+        told = [difference_text(values, 3, "\n") if len(values) else "failed"]
+        if rows["guide_solves"].notna().any():  # a premise along a GRPO run that is there
+            told.append(f"{rows['guide_solves'].mean():.2f} / {rows['own_solves'].mean():.2f}")
+        texts[y][x] = "\n".join(told)
     limit = cells.groupby(["distance", "learning_rate"])["difference"].mean().abs().max()
     with style():
         size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 0.85 * len(distances))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from evidences import evidence as made_up
 from legible import assert_legible
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
@@ -23,7 +24,7 @@ from npo_core.figures import (
     suite_table,
     training_with_interventions,
 )
-from npo_core.figures.estimates import signed
+from npo_core.figures.estimates import reference_note, signed
 from npo_core.runs.folder import project_folder
 from npo_core.runs.validation import SUITES, WORLD
 from npo_core.study.arms import ARMS as EVERY
@@ -308,7 +309,7 @@ def test_seeds_that_roll_back_at_different_steps_are_drawn_one_by_one(evidence, 
     single = np.array([line.get_ydata() for line in lines_of(figure.axes[1], "AutoNPO, single seeds")])
     assert single.shape == (3, 32)
     assert line_of(figure.axes[1], "AutoNPO").get_ydata() == pytest.approx(single.mean(axis=0))
-    assert "AutoNPO: single seeds; left, one in place of the mean" in legends_of(figure)
+    assert "AutoNPO: single seeds; left, thick: one seed of n" in legends_of(figure)
 
 
 def test_an_arm_whose_seeds_all_failed_has_no_curve():
@@ -378,6 +379,31 @@ def test_cells_whose_interval_excludes_zero_are_framed(evidence, paper):
     assert ours.collections[0].norm.vcenter == theirs.collections[0].norm.vcenter == 0
 
 
+def test_a_cell_whose_seeds_are_all_alike_has_no_interval_and_the_legend_says_so(evidence, drawn, paper):
+    note = "±0.0: all seeds equal, no interval"
+    assert not any(note in text for text in legends_of(drawn["suites"]))
+    scores = evidence.scores.copy()
+    for arm, rate in (("GRPO", 1.0), ("LUFFY", 0.0)):
+        scores.loc[(scores["arm"] == arm) & (scores["suite"] == SUITES[0]), "pass_rate"] = rate
+    figure = suite_table(Evidence(scores, evidence.training, evidence.about), paper)
+    assert any(note in text for text in legends_of(figure))
+    assert "−100.0\n±0.0" in texts_of(figure.axes[0]).values()
+
+
+def test_the_reference_at_equal_total_rollouts_is_named(drawn):
+    (axis,) = (axes for axes in drawn["differences"].axes if axes.get_xlabel())
+    assert axis.get_xlabel().endswith("\nat equal total rollouts: minus “GRPO, longer”")
+    both = {"GRPO, longer": [0.1] * 3, "GRPO, groups of 16": [0.1] * 3, "NPO": [0.0] * 3, "RLEP": [0.0] * 3}
+    found = made_up({**both, "AutoNPO": [0.0] * 3})
+    for run in found.about["runs"]:
+        run["rollouts"] *= 1 + 3 * (run["arm"] == "RLEP")  # past the end of both
+    found.scores.loc[found.scores["arm"] == "GRPO, longer", "pass_rate"] -= 0.01
+    found.scores.loc[(found.scores["arm"] == "GRPO, longer") & found.scores["final"], "pass_rate"] += 0.05
+    note = reference_note(found, ["NPO", "RLEP", "AutoNPO"])
+    assert note == '\nat equal total rollouts: minus “GRPO, groups of 16”; "RLEP": minus “GRPO, longer”'
+    assert reference_note(made_up({"NPO": [0.0] * 3}), ["NPO"]) == ""
+
+
 def test_arms_that_were_not_run_leave_their_row_empty(paper):
     figure = suite_table(fabricate(["GRPO", "NPO"]), paper)
     shown = texts_of(figure.axes[0])
@@ -440,7 +466,9 @@ def test_the_map_says_what_was_not_run_and_what_failed():
     table = table[(table["learning_rate"] != 1e-4) | (table["distance"] != 20)]
     shown = texts_of(gain_map(table).axes[0])
     assert shown[1.5, 1.5] == "not run"
-    assert shown[2.5, 0.5].startswith("no seed\n")
+    assert shown[2.5, 0.5] == "failed\n0.10 / 0.10"
+    table.loc[table["learning_rate"] == 3e-4, ["guide_solves", "own_solves"]] = np.nan
+    assert texts_of(gain_map(table).axes[0])[2.5, 0.5] == "failed"
 
 
 # All

@@ -92,7 +92,8 @@ def test_a_note_of_a_crash_is_forgotten_once_the_run_is_finished(tmp_path, monke
     run = written(cell.config, tmp_path, length=1)
     note = run.path / "failed.json"
     note.write_text(json.dumps({"reason": "exit status 137: killed"}))
-    assert cell.failure(tmp_path) == "exit status 137: killed", "not scored yet"
+    monkeypatch.setattr(study, "finished", lambda run: False)  # trained, and not scored
+    assert cell.failure(tmp_path) == "exit status 137: killed"
     monkeypatch.setattr(study, "finished", lambda run: True)
     assert cell.failure(tmp_path) is None
     run_cells([cell], tmp_path, quiet=True)

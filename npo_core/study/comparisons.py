@@ -22,6 +22,8 @@ LEVEL_SHARE = 0.8
 """Reference level of the speed-up: this share of the way from GRPO's first steps to the top of its rise."""
 RISE_FIRST, RISE_WINDOW = 10, 20
 """Steps that the rise starts from, and steps in a row whose largest mean is its top (as in docs/gates.md)."""
+END_STEPS, BROKEN = 20, 0.01
+"""A run whose pass rate over its last compute steps is below this share ended broken, whatever broke it."""
 COSTS = (
     ("policy_steps", "policy steps"), ("compute_steps", "compute steps"), ("offline_rollouts", "off-line rollouts"),
     ("rollouts", "all rollouts"), ("trained_tokens", "trained tokens"),
@@ -140,6 +142,11 @@ def arm_markdown(evidence: Evidence) -> str:
     if evidence.about["failed"]:
         lost = [f"{one['arm']}, seed {one['seed']}: {one['reason']}" for one in evidence.about["failed"]]
         lines.append(f"\nFailed, and left out of means: {'; '.join(lost)}.")
+    if broke := broken(evidence):
+        ones = [f"{arm}, seed {', '.join(map(str, seeds))}" for arm, seeds in broke.items()]
+        lines.append(
+            f"\nHardly anything right in the last {END_STEPS} steps, and counted in the means: {'; '.join(ones)}."
+        )
     return "\n".join(lines)
 
 
@@ -235,6 +242,15 @@ def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFram
 
 
 # Course of training
+
+
+def broken(evidence: Evidence) -> dict[str, list[int]]:
+    """Seeds of each arm whose mean on-policy pass rate over the last `END_STEPS` steps is below `BROKEN`; ours."""
+    found: dict[str, list[int]] = {}
+    for (arm, seed), lines in evidence.training.groupby(["arm", "seed"], sort=False):
+        if lines.sort_values("compute_step")["pass_rate"].tail(END_STEPS).mean() < BROKEN:
+            found.setdefault(arm, []).append(int(seed))
+    return {arm: sorted(found[arm]) for arm in evidence.arms if arm in found}
 
 
 def entropy_widening(evidence: Evidence, arm: str, steps: int = 20) -> pd.Series:

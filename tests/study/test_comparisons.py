@@ -8,9 +8,11 @@ from evidences import STEPS, SUITES, evidence
 
 from npo_core.study.clocks import against_reference, interpolated
 from npo_core.study.comparisons import (
+    END_STEPS,
     arm_markdown,
     arm_table,
     between,
+    broken,
     by_suite,
     entropy_widening,
     primary,
@@ -149,6 +151,21 @@ def test_an_arm_of_which_no_seed_is_finished_stands_in_the_tables_without_number
     assert text.endswith(f"{lost}, seed 2: exit status 1; LUFFY, seed 0: exit status 1.")
     for shown in (text, secondary_markdown(found)):
         assert "nan" not in shown and "None" not in shown
+
+
+def test_runs_that_broke_are_named_and_stay_in_the_means():
+    found = evidence({"NPO": GAINS})
+    whole = arm_markdown(found)
+    training = found.training
+    ended = (training["arm"] == "NPO") & (training["seed"] == 1) & (training["compute_step"] > STEPS - END_STEPS)
+    assert broken(found) == {} and "Hardly anything right" not in whole
+    training.loc[ended, "pass_rate"] = 0.0
+    training.loc[ended & (training["compute_step"] == STEPS), "pass_rate"] = 0.19  # 0.0095 on average
+    assert broken(found) == {"NPO": [1]}
+    table, said = arm_markdown(found).split(
+        "\n\nHardly anything right in the last 20 steps, and counted in the means: "
+    )
+    assert said == "NPO, seed 1." and table == whole
 
 
 def test_entropy_and_all_wrong_groups_are_compared_at_equal_policy_step():

@@ -140,9 +140,8 @@ class Watch(TrainerCallback):
             self.pool.add(uid, step, rate)
         replay_end = next((s.guide_until for s in self.segments if s.branch == line["branch"]), 0)
         replayed = step <= replay_end
-        if (
-            not replayed or not line["branch"]
-        ):  # a baseline is guided from its first step to its last, and can collapse too
+        # a baseline is guided from its first step to its last, on the one branch that it has, and can collapse too
+        if not replayed or line["branch"] == 0:
             self.complaints = self.alarm.update(step, {key: line.get(name, math.nan) for key, name in ALARMED.items()})
         if replayed:
             # the guided replay is judged when it is over: until then the averages hold the intervention itself

@@ -30,11 +30,14 @@ from worlds import (
 import npo_core.control.baselines
 import npo_core.control.offline
 import npo_core.control.watch
+import npo_core.stages.factory
 from npo_core.control.baselines import WHOLE_RUN, GuidedByOwnPast, GuidedByPolicy
 from npo_core.files import append_line, read_table
 from npo_core.guidance.fingerprints import tokenizer_digest, tokenizer_of
 from npo_core.guidance.replay import MEMORY_FILE, OwnPast, ReplayPool
 from npo_core.guidance.trajectories import GuidanceCache, Trajectory
+from npo_core.guidance.verdicts import Verdict
+from npo_core.guidance.verifiers import BoxedVerifier, extract_answer
 from npo_core.runs.checkpoints import checkpoint_folder
 from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
@@ -562,9 +565,22 @@ RLEP = resolve_config(
 LUFFY = resolve_config("luffy", "smoke", overrides={"compute_steps": 4, "train_problems": 16})
 
 
+class HalfRight(BoxedVerifier):
+    """Right is every second response, by what is boxed, to every second prompt, whatever a tiny policy knows."""
+
+    def __call__(self, completion, row):
+        boxed = extract_answer(completion)
+        if not boxed:
+            return Verdict.UNPARSEABLE
+        odd = [sum(map(ord, text)) % 2 for text in (boxed, row["uid"])]
+        return Verdict.WRONG if any(odd) else Verdict.CORRECT
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npo_core.stages.factory, "PathVerifier", HalfRight)
+        yield tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")

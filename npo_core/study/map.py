@@ -8,6 +8,7 @@ what is missing and writes `data/results/map.csv`. Ours.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,6 @@ DISTANCES = (0, 20, 60, 160)
 
 WINDOW, AFTER = 30, 30
 """Guided steps, and plain steps after them before the run is scored."""
-
-SPARE = 60
-"""Steps that GRPO runs on beyond the longest guided run, for what that has sampled off line."""
 
 ABOUT = "map.json"
 """What made the map, beside it in the folder of results."""
@@ -62,7 +60,8 @@ def plan_map(
         seeds: Seeds of sampling during training.
         rates: Learning rates, rising.
         distances: Distances of the guide in policy steps, rising, multiples of the steps between checkpoints. At 0
-            the guide is the base policy itself; the scout is then as short as one can be, and charged.
+            the guide is the base policy itself; the scout is then the one step that a run must make before it can
+            go back, and charged.
         overrides: Settings of every run that are not the preset's.
 
     Raises:
@@ -75,15 +74,22 @@ def plan_map(
     for seed in seeds:
         for rate in rates:
             chosen = {"checkpoint_keep": 0, **(overrides or {}), "learning_rate": rate}
-            longest = max(distances) + WINDOW + AFTER + SPARE
+            guided = {distance: _guided(preset, seed, distance, chosen) for distance in distances}
+            longest = max(_grpo_steps(config) for config in guided.values())
             cells.append(Cell(GRPO, seed, resolve_config("grpo", preset, seed, {**chosen, "compute_steps": longest})))
-            for distance in distances:
-                cells.append(Cell(GUIDED.format(distance), seed, _guided(preset, seed, distance, chosen)))
+            cells += [Cell(GUIDED.format(distance), seed, config) for distance, config in guided.items()]
     return cells
 
 
+def _grpo_steps(guided: RunConfig) -> int:
+    """Steps to a checkpoint of GRPO that has spent what a guided run can at most, its guides included."""
+    offline = WINDOW * guided.prompts_per_step * guided.cache_rollouts
+    steps = guided.compute_steps + math.ceil(offline / guided.rollouts_per_step)
+    return math.ceil(steps / guided.checkpoint_every) * guided.checkpoint_every
+
+
 def _guided(preset: str, seed: int, distance: int, chosen: Mapping[str, Any]) -> RunConfig:
-    scout = distance or resolve_config("grpo", preset, seed, chosen).checkpoint_every
+    scout = distance or 1
     early = {"scout_steps": scout, "early_window": WINDOW, "late_step": 0}
     early |= {"compute_steps": scout + WINDOW + AFTER, "guide_from": "future" if distance else "own"}
     return resolve_config("npo", preset, seed, {**chosen, **early})
@@ -230,7 +236,8 @@ def map_markdown(table: pd.DataFrame) -> str:
     groups = list(table.groupby(["learning_rate", "distance"]))
     gains = [rows["difference"].dropna().to_numpy(float) for _, rows in groups]
     p = [paired_t_test(values) if len(values) > 1 else None for values in gains]
-    adjusted = iter(holm(np.array([value for value in p if value is not None]))) if any(p) else iter(())
+    known = np.array([value for value in p if value is not None])
+    adjusted = iter(holm(known)) if known.size else iter(())
     head = (
         "learning rate",
         "Δ",

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..files import write_json, write_whole
 from ..lock import Lock
 from ..method.premise import LEVEL
 from ..method.stats import holm, mcnemar_exact
-from ..runs.checkpoints import checkpoint_folder, slim
+from ..runs.checkpoints import checkpoint_folder, complete_checkpoints, slim
 from ..runs.config import resolve_config
 from ..runs.folder import RunFolder
 from ..runs.measurement import read_pairs
@@ -33,7 +34,7 @@ from .arms import Arm
 from .cells import Cell, about_run, run_cells, score_rows
 from .findings import SCHEMA, results_folder
 from .results import ResultsRefused, mixture_complaints
-from .scores import saved_places
+from .scores import SETTLED, saved_places
 
 REAL_ARMS: Mapping[str, Arm] = {
     "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
@@ -52,6 +53,9 @@ SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
 ORIGINS, DISTANCES = (0, 20), (10, 20, 30, 40)
 """Policy steps that the premise is measured from, and its distances."""
 
+PREMISE_SEED = 0
+"""Seed of the GRPO run that it is measured along; a call with other seeds alone leaves what was measured as it is."""
+
 PROMPTS = 64
 """Prompts of the premise, the first of the training set."""
 
@@ -60,9 +64,6 @@ EXACT_WORDS, EXACT_SEED = 120, 1
 
 SCORES, EXACT, ABOUT, PREMISE = "scores.csv", "exact.csv", "about.json", "premise.json"
 """Files of the results."""
-
-SETTLED = "settled.json"
-"""File of a run whose scores are all here, and whose weights may be gone."""
 
 
 def real_folder() -> Path:
@@ -73,7 +74,7 @@ def real_folder() -> Path:
 def plan_real(
     preset: str, seeds: Sequence[int], arms: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> list[Cell]:
-    """Cells of the study in the order they run: seed by seed, GRPO first, whose beginning AutoNPO shares.
+    """Cells of the study in the order they run: seed by seed, GRPO first, which the others are held against.
 
     Args:
         preset: Name of a preset, `real` or smaller.
@@ -103,6 +104,8 @@ def run_real(
 ) -> list[Path]:  # fmt: skip
     """Run and score what is missing, as many runs at a time as there are processes, and write the results.
 
+    Another call with the same runs may go on beside this one: a run has one writer, and one of the two scores it.
+
     Args:
         cells: What to run.
         root: Folder of all runs; the project's `data/runs` if None.
@@ -116,10 +119,14 @@ def run_real(
     at_a_time = processes or os.cpu_count() or 1
     waiting = [cell for cell in cells if not _is_settled(cell, root)]
     done = [cell for cell in cells if cell not in waiting]
+    for cell in done:
+        _free(cell, cell.folder(root))  # a call that was cut off may have left the weights
     written = collect_real(done, root, out) if done else []
     while waiting:
         now, waiting = waiting[:at_a_time], waiting[at_a_time:]
-        run_cells(now, root, at_a_time, quiet)
+        # what another call has settled by now may have no weights that could be looked for
+        if missing := [cell for cell in now if not _is_settled(cell, root)]:
+            run_cells(missing, root, at_a_time, quiet)
         for cell in now:
             if (reason := cell.failure(root)) is not None:
                 print(f"failed: {cell.arm}, seed {cell.seed}: {reason}")
@@ -151,20 +158,37 @@ def _is_settled(cell: Cell, root: Path | None) -> bool:
 def settle(cell: Cell, root: Path | None = None) -> None:
     """Note the scores of a run that is finished and scored, and give its disk free: what is left loads no run.
 
-    GRPO keeps its weights, since the premise is measured on them.
+    GRPO keeps its weights, since the premise is measured on them. What another call has settled meanwhile is left.
     """
     run = cell.folder(root)
-    found = {
-        "rows": list(score_rows(cell, run, ())),
-        "exact": list(exact_rows(cell, run)),
-        "about": about_run(cell, run),
-    }
-    write_json(_settled(cell, root), found)
-    for checkpoint in (run.path / "branches").glob("*/checkpoint-*"):
-        if cell.arm == "GRPO":
-            slim(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
+    with run.writing(quiet=True):
+        if not _is_settled(cell, root):
+            write_json(_settled(cell, root), _found(cell, run))
+        _free(cell, run)
+
+
+def _found(cell: Cell, run: RunFolder) -> dict[str, Any]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(cell.config.threads)  # as in training; other numbers of threads add up in another order
+    try:
+        exact = list(exact_rows(cell, run))
+    finally:
+        torch.set_num_threads(before)
+    return {"rows": list(score_rows(cell, run, ())), "exact": exact, "about": about_run(cell, run)}
+
+
+def _free(cell: Cell, run: RunFolder) -> None:
+    """Delete the weights of a settled run, or of GRPO what is more than weights; again after a kill in between."""
+    if not list((run.path / "branches").glob("*/checkpoint-*")):
+        return
+    with run.writing(quiet=True):
+        for branch in (run.path / "branches").iterdir():
+            if cell.arm == "GRPO":
+                for checkpoint in complete_checkpoints(branch, resumable=False).values():
+                    slim(checkpoint)
+            else:
+                for checkpoint in branch.glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
 
 
 def exact_rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
@@ -250,10 +274,15 @@ def _read_runs(folder: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
 
 
+def premise_cell(cells: Sequence[Cell]) -> Cell | None:
+    """The run that the premise is measured along, if it is among the cells."""
+    return next((cell for cell in cells if (cell.arm, cell.seed) == ("GRPO", PREMISE_SEED)), None)
+
+
 def measure_real_premise(
     cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, quiet: bool = False
 ) -> Path:
-    """The premise and S along the first GRPO run among the cells, from the base and from mid-training, and the gate.
+    """The premise and S along GRPO of seed 0, from the base policy and from mid-training, and the gate.
 
     Args:
         cells: Cells of the study; the run is made first if it is not there.
@@ -262,11 +291,12 @@ def measure_real_premise(
         quiet: Without progress bars.
 
     Raises:
-        ValueError: No GRPO among the cells.
+        ValueError: That run is not among the cells.
     """
-    config = next((cell.config for cell in cells if cell.arm == "GRPO"), None)
-    if config is None:
-        raise ValueError("There is no GRPO among the arms, along which the premise is measured; add it.")
+    cell = premise_cell(cells)
+    if cell is None:
+        raise ValueError(f"There is no GRPO of seed {PREMISE_SEED}, along which the premise is measured; add it.")
+    config = cell.config
     every, last = config.checkpoint_every, config.compute_steps
     origins = [origin for origin in ORIGINS if origin < last and origin % every == 0]
     settings = settings_for(config, prompts=min(PROMPTS, config.train_problems), gradients=0)
@@ -313,6 +343,8 @@ def gate(measured: MeasuredSignal) -> dict[str, Any]:
 def in_words(out: Path | None = None) -> str:
     """Final pass rates by arm as a Markdown table: mean, seeds, and on which clocks they ended; then the gate."""
     folder = real_folder() if out is None else Path(out)
+    if not (folder / SCORES).is_file():
+        return f"No run is scored in {folder}."
     table = pd.read_csv(folder / SCORES)
     finals = table[table["final"] & (table["sampling"] == "plain")]
     lines = [

@@ -27,6 +27,10 @@ def _study(options: argparse.Namespace) -> int:
     cells = real.plan_real(options.preset, options.seeds, options.arms, given_overrides(options.set))
     written = real.run_real(cells, options.root, options.out, options.processes, options.quiet)
     if not options.no_premise:
-        written.append(real.measure_real_premise(cells, options.root, options.out, options.quiet))
+        along = real.premise_cell(cells)
+        if along is None or along.failure(options.root) is not None:
+            print(f"GRPO of seed {real.PREMISE_SEED} is not among the runs or failed: the premise is left as it is.")
+        else:
+            written.append(real.measure_real_premise(cells, options.root, options.out, options.quiet))
     print(*written, real.in_words(options.out), sep="\n")
     return 1 if any(cell.failure(options.root) for cell in cells) else 0

@@ -20,8 +20,17 @@ PLAIN_ON_THE_WAY = ("real", "real-smoke")
 """Presets that are scored on the way as in training too, at temperature 1: the first endpoint of the real model."""
 
 
+SETTLED = "settled.json"
+"""File of a run whose scores are all in it, and whose weights may be gone."""
+
+
 def finished(run: RunFolder) -> bool:
-    return run.result() is not None and all(_score_file(run, *point).exists() for point in score_points(run))
+    """Whether a run is at its end and scored; one without weights can be scored no more, and is if it is settled."""
+    if run.result() is None:
+        return False
+    if newest_place(run, run.config.compute_steps) is None:
+        return (run.path / SETTLED).exists()
+    return all(_score_file(run, *point).exists() for point in score_points(run))
 
 
 def score_points(run: RunFolder) -> list[tuple[int, int, str]]:

@@ -1,12 +1,14 @@
 """The study of the real model: its plan, equal rollouts, and what a small run of every arm leaves, on a tiny policy."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 from foreign import byte_tokenizer, tiny_model
 
+from npo_core.__main__ import main
 from npo_core.method.curve import SUMS
 from npo_core.runs.checkpoints import complete_checkpoints
 from npo_core.runs.measurement import plan_pairs
@@ -14,6 +16,7 @@ from npo_core.stages.signal import MeasuredSignal
 from npo_core.study import real
 from npo_core.study.cells import Cell
 from npo_core.study.results import ResultsRefused
+from npo_core.study.scores import finished
 from npo_core.world import finetune, letters
 from npo_core.world.policies import load_policy, load_processor, save_policy
 
@@ -218,5 +221,69 @@ def test_the_premise_is_measured_along_grpo(study):
     assert [entry["distance"] for entry in found["origins"]["0"]["premise"]] == [2]
     assert [one["distance"] for one in found["gate"]["origins"]["0"]] == [2]
     assert "Gate not passed (one-sided, Holm): from 0, Δ = 2: " in real.in_words(root / "out")
-    with pytest.raises(ValueError, match="no GRPO among the arms"):
+    with pytest.raises(ValueError, match="no GRPO of seed 0, along which"):
         real.measure_real_premise(cells[1:], root, root / "out")
+
+
+def test_weights_that_a_kill_left_behind_go_at_the_next_call(study):
+    cells, root, _ = study
+    grpo, early = (cell.folder(root).path / "branches" / "00" for cell in cells)
+    moments, left = grpo / "checkpoint-6" / "optimizer.pt", early / "checkpoint-6"
+    moments.write_bytes(b"left")
+    left.mkdir()
+    real.run_real(cells, root, root / "out", quiet=True)
+    assert not left.exists() and not moments.exists()
+    assert list(complete_checkpoints(grpo, resumable=False)) == [2, 4, 6]
+
+
+def test_what_another_call_has_settled_is_neither_run_nor_scored_again(study, policy, tmp_path, monkeypatch):
+    """Seen first when both calls had the run before them, so that neither knew it to be done when it began."""
+    cells, root, _ = study
+    done = cells[1]
+    first = real.plan_real("real-smoke", [5], ["GRPO"], {**TINY, "policy": policy})[0]
+    settled = json.loads(real._settled(done, root).read_text())
+    ran = []
+
+    def run(now, *_):
+        ran.extend(now)
+        source, target = done.folder(root).path, done.folder(tmp_path).path
+        shutil.copytree(source, target, dirs_exist_ok=True)  # while this call runs another cell
+
+    def settle(cell, root):
+        if cell == done:
+            return was(cell, root)
+        rows = {name: [{**row, "arm": "GRPO", "seed": 5} for row in settled[name]] for name in ("rows", "exact")}
+        about = {**settled["about"], "arm": "GRPO", "seed": 5}
+        real._settled(cell, root).write_text(json.dumps({**rows, "about": about}))
+
+    was = real.settle
+    monkeypatch.setattr(real, "run_cells", run)
+    monkeypatch.setattr(real, "settle", settle)
+    monkeypatch.setattr(real, "_found", lambda *_: pytest.fail("what is settled is scored again"))
+    real.run_real([first, done], tmp_path, tmp_path / "out", processes=1, quiet=True)
+    assert ran == [first]
+    assert {(arm, seed) for arm, seed in pd.read_csv(tmp_path / "out" / "scores.csv")[["arm", "seed"]].to_numpy()} == {
+        ("GRPO", 5),
+        ("NPO early", 0),
+    }
+
+
+def test_a_settled_run_is_finished_without_its_weights_and_another_is_not(study, tmp_path):
+    early = study[0][1]
+    shutil.copytree(early.folder(study[1]).path, early.folder(tmp_path).path, dirs_exist_ok=True)
+    assert finished(early.folder(tmp_path)) and early.failure(tmp_path) is None
+    real._settled(early, tmp_path).unlink()
+    assert not finished(early.folder(tmp_path))
+
+
+def test_the_premise_of_seed_0_stays_when_other_seeds_are_run(study, tmp_path, monkeypatch, capsys):
+    premise = tmp_path / real.PREMISE
+    premise.write_text('{"gate": {"origins": {}, "passed": true}}')
+    monkeypatch.setattr(real, "run_real", lambda *_: [])
+    monkeypatch.setattr(real, "measure_real_premise", lambda *_: pytest.fail("another seed's premise is measured"))
+    rest = ["--preset", "real-smoke", "--root", str(tmp_path / "runs"), "--out", str(tmp_path), "--quiet"]
+    assert main(["real-study", "--seeds", "1", "2", *rest]) == 0
+    assert main(["real-study", "--seeds", "0", "--arms", "NPO early", *rest]) == 0
+    said = capsys.readouterr().out
+    assert said.count("GRPO of seed 0 is not among the runs") == 2 and f"No run is scored in {tmp_path}." in said
+    assert json.loads(premise.read_text())["gate"]["passed"]

@@ -9,6 +9,7 @@ from .committed import draw_study
 from .curves import plateau, training_curves
 from .distance import signal_over_distance
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
+from .findings import findings
 from .grids import gain_map, suite_table
 from .idea import guided_group
 from .rollouts import group_before_after, sample_gallery
@@ -23,6 +24,7 @@ __all__ = [
     "controls",
     "correction_ablation",
     "draw_study",
+    "findings",
     "gain_map",
     "group_before_after",
     "guided_group",

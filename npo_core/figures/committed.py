@@ -8,11 +8,13 @@ from matplotlib.figure import Figure
 from ..study.findings import paper_table
 from ..study.results import MAP, has_evidence, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
+from .findings import findings
 from .grids import gain_map, suite_table
 from .idea import guided_group
 from .style import save_figure
 
 FROM_EVIDENCE = {
+    "findings": findings,
     "evidence_differences": arm_differences,
     "evidence_training": training_with_interventions,
     "evidence_correction": correction_ablation,

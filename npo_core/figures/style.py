@@ -1,6 +1,6 @@
 """Look of all figures, in a context of its own, and how a figure is written to disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ FONT = 8.0
 """Smallest font size in points."""
 COLORS = seaborn.color_palette("colorblind").as_hex()
 GREY = "0.35"
-ARM_LOOKS = {
+Look = tuple[str, str | tuple[int, tuple[int, ...]]]
+"""Colour and line, the latter by name or as lengths of dashes and gaps."""
+ARM_LOOKS: Mapping[str, Look] = {
     "GRPO": (COLORS[0], "-"),
     "GRPO, longer": (COLORS[0], "--"),
     "LUFFY": (COLORS[9], "-"),
@@ -38,6 +40,7 @@ ARM_LOOKS = {
     "NPO, random": (COLORS[4], "--"),
     "GRPO, groups of 16": (COLORS[0], ":"),
     "GRPO, entropy bonus": (COLORS[0], "-."),
+    "GRPO, best rate": (COLORS[0], (0, (6, 1, 1, 1, 1, 1))),
     "NPO, first steps": (COLORS[1], ":"),
     "NPO, repeated": (COLORS[2], ":"),
     "NPO, prefix": (COLORS[3], ":"),
@@ -55,7 +58,7 @@ LAYOUT_PASSES = 2
 """Layouts of a figure until it is fixed; the second knows the sizes that the first gave."""
 
 
-def arm_looks(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+def arm_looks(labels: Sequence[str]) -> dict[str, Look]:
     """Colour and line of some runs: an arm's own, and for other labels the colours that none of the arms has here."""
     known = {label: ARM_LOOKS[label] for label in labels if label in ARM_LOOKS}
     free = [color for color in COLORS if color not in {color for color, _ in known.values()}]

@@ -10,6 +10,7 @@ from legible import assert_legible
 from npo_core import figures
 from npo_core.figures.estimates import signed
 from npo_core.figures.style import ARM_LOOKS, arm_looks
+from npo_core.study.arms import ARMS
 from npo_core.study.results import ABOUT
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,11 @@ def test_nothing_is_drawn_from_half_a_study(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks .*; `python -m npo_core study`"):
         figures.draw_study(tmp_path, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
+
+
+def test_every_arm_has_a_look_of_its_own():
+    assert set(ARM_LOOKS) == set(ARMS)
+    assert len(set(ARM_LOOKS.values())) == len(ARM_LOOKS)
 
 
 def test_an_arm_has_one_look_and_other_labels_take_what_is_free():

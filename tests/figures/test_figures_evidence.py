@@ -530,5 +530,5 @@ def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is
     cells().to_csv(tmp_path / "map.csv", index=False)
     drawn = figures.draw_study(tmp_path, tmp_path / "figures")
     names = ["differences", "training", "correction", "controls", "suites", "map"]
-    assert [path.name for path in drawn] == ["idea.png", *(f"evidence_{name}.png" for name in names)]
+    assert [path.name for path in drawn] == ["idea.png", "findings.png", *(f"evidence_{name}.png" for name in names)]
     assert all(path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file() for path in drawn)

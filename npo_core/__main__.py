@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     _evidence_parser(stages)
     add_map(stages)
-    decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the paper's claims.")
+    decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the claims of the plans.")
     decide.set_defaults(stage=_claims)
     decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
     add_gates(stages)
@@ -241,15 +241,23 @@ def _evidence(options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from .study import claims, comparisons
+    from .study import claims, comparisons, real_claims, real_results
     from .study import map as map_of_gain
-    from .study.results import read_evidence
+    from .study.findings import results_folder
+    from .study.results import has_evidence, read_evidence
 
-    found = read_evidence(options.results)
+    folder = options.results or results_folder()
+    real = real_results.find_real(folder)
+    if real is not None and not has_evidence(folder):
+        print(real_claims.write(real))
+        return 0
+    found = read_evidence(folder)
     made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
     tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
     print(*tables, f"Runs by revision of the code: {made}.", claims.decide(found, options.results), sep="\n\n")
     print("\n" + map_of_gain.markdown(options.results))
+    if real is not None:
+        print("\nThe real model:\n\n" + real_claims.write(real))
     return 0
 
 

@@ -64,7 +64,7 @@ def _newest(evidence: Evidence, arm: str, clock: str, seed: int, count: int) -> 
 
 def _scored(evidence: Evidence, arm: str, seed: int) -> pd.DataFrame:
     scores = evidence.scores
-    return scores[(scores["arm"] == arm) & (scores["seed"] == seed) & (scores["sampling"] == "paper")]
+    return scores[(scores["arm"] == arm) & (scores["seed"] == seed) & (scores["sampling"] == evidence.compared)]
 
 
 def score_between(evidence: Evidence, arm: str, at: Mapping[int, int], measure: str = "pass_rate") -> pd.Series:

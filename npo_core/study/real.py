@@ -30,22 +30,11 @@ from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
 from ..world.policies import load_processor, placed_policy
 from ..world.warmstart import base_policy_folder
-from .arms import Arm
 from .cells import Cell, about_run, run_cells, score_rows
-from .findings import SCHEMA, results_folder
+from .findings import SCHEMA
+from .real_results import ABOUT, EXACT, PREMISE, REAL_ARMS, SCORES, real_folder
 from .results import ResultsRefused, mixture_complaints
 from .scores import SETTLED, saved_places
-
-REAL_ARMS: Mapping[str, Arm] = {
-    "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
-    "GRPO, groups of 16": Arm("grpo", "twice the rollouts of each prompt, and as many in all as NPO early", "baseline",
-                              {"num_generations": 16}, budget=2 / 3),
-    "NPO early": Arm("npo", "scout, restart and guided window", "npo", {"late_step": 0, "late_start": 0}),
-    "AutoNPO": Arm("autonpo", "interventions chosen by the run", "npo", {"checkpoint_keep": 5}),
-    "NPO early, own resample": Arm("npo", "as NPO early, guide from the base policy itself", "control",
-                                   {"late_step": 0, "late_start": 0, "guide_from": "own"}),
-}  # fmt: skip
-"""Arms in the order of tables. NPO early spends 60 steps of 64 rollouts and 1,280 off line: 40 steps of 128."""
 
 SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
 """Settings of every arm that are not the preset's; AutoNPO alone rolls back to what it has kept."""
@@ -61,14 +50,6 @@ PROMPTS = 64
 
 EXACT_WORDS, EXACT_SEED = 120, 1
 """Test words whose right response's probability is computed at every checkpoint, and the seed that draws them."""
-
-SCORES, EXACT, ABOUT, PREMISE = "scores.csv", "exact.csv", "about.json", "premise.json"
-"""Files of the results."""
-
-
-def real_folder() -> Path:
-    """Where committed results are kept."""
-    return results_folder() / "real"
 
 
 def plan_real(
@@ -338,33 +319,3 @@ def gate(measured: MeasuredSignal) -> dict[str, Any]:
             for (distance, solved), alone, adjusted in zip(later.items(), p, holm(np.array(p)), strict=True)
         ]
     return {"origins": origins, "passed": any(one["p_holm"] < LEVEL for rows in origins.values() for one in rows)}
-
-
-def in_words(out: Path | None = None) -> str:
-    """Final pass rates by arm as a Markdown table: mean, seeds, and on which clocks they ended; then the gate."""
-    folder = real_folder() if out is None else Path(out)
-    if not (folder / SCORES).is_file():
-        return f"No run is scored in {folder}."
-    table = pd.read_csv(folder / SCORES)
-    finals = table[table["final"] & (table["sampling"] == "plain")]
-    lines = [
-        "| arm | seeds | pass rate at temperature 1 | policy steps | executed steps | rollouts |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in REAL_ARMS:
-        rows = finals[finals["arm"] == arm]
-        if len(rows):
-            rates = rows.groupby("seed")["pass_rate"].mean()
-            ends = [f"{rows[name].mean():,.0f}" for name in ("policy_step", "compute_step", "rollouts")]
-            each = ", ".join(f"{rate:.3f}" for rate in rates)
-            lines.append(f"| {arm} | {len(rates)} | {rates.mean():.3f} ({each}) | {' | '.join(ends)} |")
-    if (folder / PREMISE).is_file():
-        found = json.loads((folder / PREMISE).read_text(encoding="utf-8"))["gate"]
-        told = [
-            f"from {origin}, Δ = {one['distance']}: {one['shown']:.2f} against {one['own']:.2f}, p {one['p_holm']:.3f}"
-            for origin, rows in found["origins"].items()
-            for one in rows
-            if one["failed"]
-        ]
-        lines += ["", f"Gate {'passed' if found['passed'] else 'not passed'} (one-sided, Holm): {'; '.join(told)}."]
-    return "\n".join(lines)

@@ -10,8 +10,8 @@ def add_stage(stages) -> None:
     """Add the stage to a parser's subparsers."""
     text = (
         "The evidence on SmolLM2-135M-Instruct, docs/evidence.md: five arms with each seed, one single-thread process "
-        "a run, then the premise along GRPO. Writes data/results/real/; a second call goes on where the first stopped. "
-        "Two runs at a time take about 20 GB of disk and 12 GB of memory."
+        "a run, then the premise along GRPO and the verdicts of the plan. Writes data/results/real/; a second call "
+        "goes on where the first stopped. Two runs at a time take about 20 GB of disk and 12 GB of memory."
     )
     stage = stages.add_parser("real-study", help="Run the arms of the real model over seeds.", description=text)
     stage.set_defaults(stage=_study)
@@ -22,7 +22,7 @@ def add_stage(stages) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from . import real
+    from . import real, real_claims, real_results
 
     cells = real.plan_real(options.preset, options.seeds, options.arms, given_overrides(options.set))
     written = real.run_real(cells, options.root, options.out, options.processes, options.quiet)
@@ -32,5 +32,9 @@ def _study(options: argparse.Namespace) -> int:
             print(f"GRPO of seed {real.PREMISE_SEED} is not among the runs or failed: the premise is left as it is.")
         else:
             written.append(real.measure_real_premise(cells, options.root, options.out, options.quiet))
-    print(*written, real.in_words(options.out), sep="\n")
+    folder = options.out or real_results.real_folder()
+    if not (folder / real_results.ABOUT).is_file():
+        print(f"No run is scored in {folder}.")
+    else:
+        print(*written, folder / real_results.CLAIMS, "", real_claims.write(folder), sep="\n")
     return 1 if any(cell.failure(options.root) for cell in cells) else 0

@@ -49,11 +49,13 @@ class Evidence:
         scores: Test scores, columns `SCORE_COLUMNS`.
         training: Lines of training: arm, seed, branch, both clocks, on-policy metrics.
         about: Configurations, versions, failures, seeds and arms.
+        compared: Of the scores, the sampling that clocks compare: the paper's, but with the real model.
     """
 
     scores: pd.DataFrame
     training: pd.DataFrame
     about: Mapping[str, Any]
+    compared: str = SAMPLINGS[0]
 
     @property
     def arms(self) -> list[str]:

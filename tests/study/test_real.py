@@ -13,7 +13,7 @@ from npo_core.method.curve import SUMS
 from npo_core.runs.checkpoints import complete_checkpoints
 from npo_core.runs.measurement import plan_pairs
 from npo_core.stages.signal import MeasuredSignal
-from npo_core.study import real
+from npo_core.study import real, real_claims
 from npo_core.study.cells import Cell
 from npo_core.study.results import ResultsRefused
 from npo_core.study.scores import finished
@@ -86,7 +86,7 @@ def test_scores_stand_on_three_clocks(study):
     assert ends.loc["NPO early"].tolist() == [6, 6, 6 * early.rollouts_per_step + offline]
     about = json.loads(files[-1].read_text())
     assert [run["arm"] for run in about["runs"]] == ["GRPO", "NPO early"]
-    assert "| GRPO | 1 | 0.000 (0.000) | 6 | 6 | 192 |" in real.in_words(root / "out")
+    assert "| GRPO | 1 | 0.000 (0.000) | 6 | 6 | 192 |" in real_claims.write(root / "out")
 
 
 def test_the_right_response_is_as_probable_at_every_checkpoint_as_its_weights_say(study, policy):
@@ -220,7 +220,7 @@ def test_the_premise_is_measured_along_grpo(study):
     assert found["run"] == cells[0].config.run_name and list(found["origins"]) == ["0"]
     assert [entry["distance"] for entry in found["origins"]["0"]["premise"]] == [2]
     assert [one["distance"] for one in found["gate"]["origins"]["0"]] == [2]
-    assert "Gate not passed (one-sided, Holm): from 0, Δ = 2: " in real.in_words(root / "out")
+    assert "Gate not passed (one-sided, Holm): from 0, Δ = 2: " in real_claims.write(root / "out")
     with pytest.raises(ValueError, match="no GRPO of seed 0, along which"):
         real.measure_real_premise(cells[1:], root, root / "out")
 

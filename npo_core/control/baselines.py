@@ -75,21 +75,22 @@ class GuidedByPolicy(Controller):
         """Correct rollouts of the guide; log-probs are computed for those that are kept, not for all."""
         config, training = self.config, self.training
         policy = self._learner(self.guide_folder)
-        sampled = shared_rollouts(
-            policy,
-            self.processor,
-            Lazily(self.rows.__getitem__, self.prompts),
-            config.cache_rollouts,
-            self.verifier,
-            seed=config.seed,
-            max_new_tokens=training.max_completion_length,
-            source_step=source_step,
-            **asdict(training.sampling),
-            score=False,
-            batch=config.rollout_batch,
-            chat_template_kwargs=training.chat_template_kwargs,
-            score_temperature=training.sampling.temperature,
-        )
+        with self._precision():
+            sampled = shared_rollouts(
+                policy,
+                self.processor,
+                Lazily(self.rows.__getitem__, self.prompts),
+                config.cache_rollouts,
+                self.verifier,
+                seed=config.seed,
+                max_new_tokens=training.max_completion_length,
+                source_step=source_step,
+                **asdict(training.sampling),
+                score=False,
+                batch=config.rollout_batch,
+                chat_template_kwargs=training.chat_template_kwargs,
+                score_temperature=training.sampling.temperature,
+            )
         cache = self._empty_cache(policy, self._cache_type)
         kept = [trajectory for group in sampled for trajectory in self._chosen(group, cache.eos_token_ids)]
         logps = self._score(policy, kept)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..guidance.sources import GuidanceSource
@@ -38,7 +39,7 @@ class Training:
         sampling: How responses are drawn; what will guide is scored at its temperature.
         tau_gate: Largest pass rate of a guided group.
         prompts_per_step: Prompts of an optimiser step, over all processes.
-        bf16: Matrix products are computed in 16 bits.
+        half: Type of 16 bits in which matrix products are computed; None where they have 32.
         chat_template_kwargs: Template arguments of the prompts.
     """
 
@@ -46,7 +47,7 @@ class Training:
     sampling: Sampling
     tau_gate: float
     prompts_per_step: int
-    bf16: bool
+    half: torch.dtype | None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -59,7 +60,7 @@ class Training:
             Sampling.of(trainer),
             args.tau_gate,
             args.generation_batch_size // trainer.num_generations,
-            bool(args.bf16),
+            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             trainer.chat_template_kwargs,
         )
 
@@ -80,5 +81,5 @@ class Training:
             ),
             config.tau_gate,
             config.prompts_per_step,
-            config.mixed_precision == "bf16",
+            torch.bfloat16 if config.mixed_precision == "bf16" else None,
         )

@@ -46,6 +46,11 @@ class Offline:
         self.verifier = verifier
         self.training = Training.planned(config, processor)
 
+    def _precision(self) -> torch.autocast:
+        """Matrix products as the trainer's policy computes them: one that is compared with it must too."""
+        half = self.training.half
+        return torch.autocast(own_device().type, half or torch.bfloat16, enabled=half is not None)
+
     def _sample(
         self,
         policy: PreTrainedModel,
@@ -57,8 +62,7 @@ class Offline:
         generate: Generate | None = None,
     ) -> list[list[Trajectory]]:
         training = self.training
-        # as the trainer's policy computes; and weights are then made 16 bits once, not for every token
-        with torch.autocast(own_device().type, torch.bfloat16, enabled=training.bf16):
+        with self._precision():  # weights are then made 16 bits once, not for every token
             return shared_rollouts(
                 policy,
                 self.processor,
@@ -80,8 +84,7 @@ class Offline:
         """Log-probs of trajectories under another policy, in nats, at the training's temperature."""
         rows = Lazily(self.rows.__getitem__, [trajectory.uid for trajectory in trajectories])
         tokens = [trajectory.token_ids for trajectory in trajectories]
-        # a trainer's policy computes in its mixed precision; one that is compared with it must too
-        with torch.autocast(own_device().type, torch.bfloat16, enabled=self.training.bf16):
+        with self._precision():
             return shared_logps(
                 policy,
                 self.processor,

@@ -8,11 +8,13 @@ GPU, where `gpu-check` measures the same, those of the wall.
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..control.factory import Training
 from ..guidance.sources import GuidanceSource
 from ..guidance.trajectories import GuidanceCache, Trajectory
 from ..processes import own_device
@@ -20,8 +22,8 @@ from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import runs_folder
 from ..trainer.inputs import Sampling, encode_prompts
 from ..trainer.sampling import completion_logps, sample_rollouts
+from ..world.computing import precision, run_policy
 from ..world.finetune import real_folder, right_tokens
-from ..world.policies import placed_policy
 from . import run as stages
 from .bench import timed
 from .clocks import work_clock, work_unit
@@ -59,7 +61,7 @@ def speed_rows(base: Path, **settings: Any) -> list[dict[str, Any]]:
 
 def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
     """Off-line sampling, verdicts and all, against `generate` alone: the same prompts, seed, and so the same tokens."""
-    model = placed_policy(world.base).eval()
+    model = run_policy(config, world.base).eval()
     device = model.device
     now = work_clock(device)
     rows, k = list(world.train.select(range(config.prompts_per_step))), config.num_generations
@@ -83,7 +85,7 @@ def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
         work()
         return now() - begin
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with precision(config):
         plain()  # kernels are chosen and weights are cast
         turns = [seconds(offline) / seconds(plain) for _ in range(TURNS)]
     name = f"{MODEL}, off-line sampling / plain generate"
@@ -98,7 +100,7 @@ def step_rows(config: RunConfig, world: stages.World) -> list[dict[str, Any]]:
 def step_turns(config: RunConfig, world: stages.World) -> Iterator[dict[str, float]]:
     """Median seconds of a GRPO and of an NPO step, a turn after the other."""
     maker = stages.TrainerMaker(config, world)
-    guides = right_guides(world, maker.schedule["uid"][: 8 * config.prompts_per_step])
+    guides = right_guides(config, world, maker.schedule["uid"][: 8 * config.prompts_per_step])
     for _ in range(TURNS):
         turn = {}
         for name, guidance in (("GRPO", None), ("NPO", guides)):
@@ -118,13 +120,17 @@ def rows_of_turns(config: RunConfig, turns: Sequence[Mapping[str, float]]) -> li
     ]
 
 
-def right_guides(world: stages.World, uids: list[str]) -> GuidanceSource:
-    """The right response as a guide for each prompt."""
+def right_guides(config: RunConfig, world: stages.World, uids: list[str]) -> GuidanceSource:
+    """The right response as a guide for each prompt, its log-probs as those that a run samples have them."""
     cache = GuidanceCache.empty(world.processor, [world.processor.eos_token_id], 1 << 10)
     rows = [world.rows[uid] for uid in dict.fromkeys(uids)]
     tokens = right_tokens(world.processor, [row["answer"] for row in rows])
-    policy = placed_policy(world.base).eval()
-    logps = completion_logps(policy, world.processor, rows, tokens)
+    policy, about = run_policy(config, world.base).eval(), Training.planned(config, world.processor).sampling
+    with precision(config):
+        logps = completion_logps(
+            policy, world.processor, rows, tokens, temperature=about.temperature, unsampled=about.unsampled
+        )
     for row, ids, scores in zip(rows, tokens, logps, strict=True):
-        cache.add(Trajectory(row["uid"], tuple(ids), tuple(scores), 0, True, row["answer"]))
+        guide = Trajectory(row["uid"], tuple(ids), tuple(scores), 0, True, row["answer"])
+        cache.add(replace(guide, temperature=about.temperature))
     return cache

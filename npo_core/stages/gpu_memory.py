@@ -25,14 +25,8 @@ from ..runs.config import RunConfig, resolve_config
 from ..runs.launchers import Launcher
 from ..trainer.inputs import encode_prompts
 from ..trainer.sampling import completion_logps
-from ..world.policies import (
-    CHAT_TEMPLATE,
-    TinyQwen3VLProcessor,
-    build_tokenizer,
-    placed_policy,
-    quiet_transformers,
-    save_policy,
-)
+from ..world.computing import precision, run_policy
+from ..world.policies import CHAT_TEMPLATE, TinyQwen3VLProcessor, build_tokenizer, quiet_transformers, save_policy
 from ..world.pretrained import policy_config, policy_size
 from ..world.tasks import make_dataset, sample_problems, vocabulary
 from . import run as stages
@@ -140,13 +134,13 @@ def _layout(report: "Report", name: str, config: RunConfig, world: stages.World)
     _compare(report, f"{name}: sampling", plan.sampling, max(peaks.sampling))
     _compare(report, f"{name}: training", plan.training, peaks.training[-1])
     report.add(f"{name}: a step", statistics.fmean(peaks.seconds), "s")
-    learner = placed_policy(world.base, config.freeze_vision, config.dtype, config.attention)
+    learner = run_policy(config, world.base)
     learner.requires_grad_(False)  # as `Offline` holds it
-    rows, place = list(world.train)[: config.score_batch], trainer.accelerator.device
+    rows = list(world.train)[: config.score_batch]
     word = world.processor.tokenizer.convert_tokens_to_ids("user")  # any that stands for no picture
     responses = [[word] * config.max_completion_length] * len(rows)
     _reset()
-    with torch.autocast(place.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with precision(config):
         completion_logps(learner, world.processor, rows, responses, config.score_batch)
     _compare(report, f"{name}: a decision (second policy, scoring)", decided.deciding, _peak())
 

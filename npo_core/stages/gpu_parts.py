@@ -33,6 +33,7 @@ from ..runs.folder import RunFolder
 from ..runs.measurement import RESAMPLE
 from ..trainer.sampling import completion_logps
 from ..world import finetune
+from ..world.computing import run_policy
 from ..world.finetune import real_policy_folder, right_tokens
 from ..world.policies import keep_freed_memory, placed_policy
 from ..world.smollm import smollm_folder
@@ -159,7 +160,7 @@ def cache(visit: Visit) -> None:
     with tempfile.TemporaryDirectory() as folder:
         step = statistics.median(timed(maker(Path(folder))))
     uids = list(dict.fromkeys(maker.schedule["uid"][: count * config.prompts_per_step]))
-    policy = placed_policy(world.base).eval()
+    policy = run_policy(config, world.base).eval()
     offline = Offline(maker, config, world.rows, world.processor, world.verifier)
     begin = now()
     filled, rollouts = offline._fill_cache(policy, uids, 0, None)
@@ -181,7 +182,7 @@ def rollback(visit: Visit) -> None:
     world = stages.prepare(config, quiet=True)
     report.take([row for row in checkpoint_ratios(config, world) if row["name"] != "CPU threads"])
     maker = stages.TrainerMaker(config, world)
-    guides = right_guides(world, maker.schedule["uid"][: 4 * config.prompts_per_step])
+    guides = right_guides(config, world, maker.schedule["uid"][: 4 * config.prompts_per_step])
     with tempfile.TemporaryDirectory() as folder:
         origin, clock = Path(folder) / "00", StepClock(now)
         first = maker(origin, None, [clock])
@@ -218,7 +219,7 @@ def precision(visit: Visit) -> None:
         config = visit.config(**changes)
         world = stages.prepare(visit.config(), quiet=True)  # the same base policy for all
         maker = stages.TrainerMaker(config, world)
-        guides = right_guides(world, maker.schedule["uid"][: 8 * config.prompts_per_step])
+        guides = right_guides(config, world, maker.schedule["uid"][: 8 * config.prompts_per_step])
         with tempfile.TemporaryDirectory() as folder:
             trainer = maker(Path(folder), guides)
             median[name] = statistics.median(timed(trainer))

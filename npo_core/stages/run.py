@@ -26,7 +26,8 @@ from ..runs.folder import RunFolder, offline_rollouts
 from ..runs.shared import open_run
 from ..trainer.sampling import Generate, sample_rollouts
 from ..trainer.vllm import place, trainer_generate
-from ..world.policies import keep_freed_memory, placed_policy, quiet_transformers
+from ..world.computing import precision, run_policy
+from ..world.policies import keep_freed_memory, quiet_transformers
 from ..world.pretrained import policy_folder
 from ..world.warmstart import teacher_folder
 from .cost import amount, plan, require_room
@@ -261,8 +262,8 @@ def sample_responses(config: RunConfig, count: int = 8, k: int = 4, world: World
     """
     world = prepare(config) if world is None else world
     rows = [world.test[index] for index in range(count)]
-    policy = placed_policy(world.base, dtype=config.dtype, attention=config.attention)
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    policy = run_policy(config, world.base)
+    with precision(config):
         groups = sample_rollouts(
             policy,
             world.processor,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
 from ..runs.measurement import plan_pairs
 from ..runs.settings import SignalSettings
-from ..world.policies import placed_policy
+from ..world.computing import run_policy
 from ..world.warmstart import teacher_folder
 from . import run as stages
 from .measure import COMPARED, Measurement
@@ -69,7 +70,7 @@ def measure_run(
         list(world.train.select(range(min(settings.prompts, len(world.train))))),
         world.verifier,
         settings,
-        load=lambda folder: placed_policy(folder, config.freeze_vision, config.dtype, config.attention),
+        load=partial(run_policy, config),
         quiet=quiet,
         bf16=config.mixed_precision == "bf16",
         unsampled=None if config.mask_unsampled else (),

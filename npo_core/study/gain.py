@@ -35,7 +35,8 @@ from ..stages import run as stages
 from ..streams import GAIN
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import sample_rollouts
-from ..world.policies import placed_policy, quiet_transformers
+from ..world.computing import precision, run_policy
+from ..world.policies import quiet_transformers
 from ..world.warmstart import teacher_folder
 
 TEACHER = "teacher"
@@ -162,7 +163,7 @@ class GainStudy:
     def _unguided(self, origin: int) -> dict[str, Any]:
         stop = origin + self.plan.window
         lines = [line for line in self.run_folder.metrics() if origin < line["policy_step"] <= stop]
-        final = self._scores(placed_policy(self._checkpoint(stop)))
+        final = self._scores(run_policy(self.config, self._checkpoint(stop)))
         return {"origin": origin, "source": "unguided", "distance": None, "mode": None, **_means(lines), "final": final}
 
     def _guided(self, pair: Pair, mode: str) -> dict[str, Any]:
@@ -195,20 +196,21 @@ class GainStudy:
             rows = {row["uid"]: row for row in self.world.train}
             step = pair.origin if pair.source == RESAMPLE else int(pair.source) if pair.source.isdecimal() else -1
             folder = self.sources[pair.source] if step < 0 else self._checkpoint(step) if step else self.world.base
-            guide = placed_policy(folder)
-            groups = sample_rollouts(
-                guide,
-                processor,
-                [rows[uid] for uid in uids],
-                config.cache_rollouts,
-                self.world.verifier,
-                seed=GAIN.seed(config.seed, pair.origin, pair.source),
-                max_new_tokens=config.max_completion_length,
-                source_step=step,
-                temperature=config.temperature,
-                score_temperature=config.temperature,
-                unsampled=None if config.mask_unsampled else (),
-            )
+            guide = run_policy(config, folder)
+            with precision(config):
+                groups = sample_rollouts(
+                    guide,
+                    processor,
+                    [rows[uid] for uid in uids],
+                    config.cache_rollouts,
+                    self.world.verifier,
+                    seed=GAIN.seed(config.seed, pair.origin, pair.source),
+                    max_new_tokens=config.max_completion_length,
+                    source_step=step,
+                    temperature=config.temperature,
+                    score_temperature=config.temperature,
+                    unsampled=None if config.mask_unsampled else (),
+                )
             ends = end_tokens(guide, processor)
             cache = GuidanceCache.empty(processor, ends, config.max_completion_length, rows)
             cache.fill((trajectory for group in groups for trajectory in group), "first")

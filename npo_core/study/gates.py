@@ -8,6 +8,7 @@ here trains with a guide.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..runs.validation import WORLD
 from ..stages import run as stages
 from ..stages.measure import Measurement
 from ..streams import GATES
-from ..world.policies import load_policy
+from ..world.computing import run_policy
 from ..world.tasks import family_of
 from .cells import Cell, run_cells
 from .findings import SCHEMA, results_folder
@@ -208,7 +209,17 @@ def measure_premise(
     rows = list(world.train.select(range(count)))
     policies = {f"{step:06d}": folder for step, folder in saved.items()}
     measurement = Measurement(
-        run.path / "premise", policies, pairs, world.processor, rows, world.verifier, settings, load_policy, quiet
+        run.path / "premise",
+        policies,
+        pairs,
+        world.processor,
+        rows,
+        world.verifier,
+        settings,
+        load=partial(run_policy, config),
+        quiet=quiet,
+        bf16=config.mixed_precision == "bf16",
+        unsampled=None if config.mask_unsampled else (),
     )
     measurement.run()
     tables = read_pairs(measurement.folder, pairs)

@@ -28,7 +28,8 @@ from ..runs.measurement import read_pairs
 from ..stages.signal import MeasuredSignal
 from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
-from ..world.policies import load_processor, placed_policy
+from ..world.computing import precision, run_policy
+from ..world.policies import load_processor
 from ..world.warmstart import base_policy_folder
 from .cells import Cell, about_run, run_cells, score_rows
 from .findings import SCHEMA
@@ -185,9 +186,9 @@ def exact_rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
     for place in [*([start] if cell.arm == "GRPO" else []), *saved_places(run)]:
         step = place["policy_step"]
         folder = checkpoint_folder(run.path / "branches" / f"{place['branch']:02d}", step)
-        model = placed_policy(folder if step else base_policy_folder(config, quiet=True)).eval()
+        model = run_policy(config, folder if step else base_policy_folder(config, quiet=True)).eval()
         processor = load_processor(base_policy_folder(config, quiet=True))
-        with finetune.precision(config):
+        with precision(config):
             chances = finetune.right_probabilities(model, processor, rows)
         for word, chance in zip(words, chances, strict=True):
             named = {name: value for name, value in place.items() if name != "branch"}

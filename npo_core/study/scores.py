@@ -11,7 +11,7 @@ from ..files import write_json
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.folder import RunFolder, offline_rollouts
 from ..stages import run as stages
-from ..world.policies import placed_policy
+from ..world.computing import run_policy
 
 POINTS = 4
 """Scores on the way to the end of the budget."""
@@ -72,7 +72,7 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         world = stages.prepare(run.config, quiet=True) if world is None else world
-        policy = placed_policy(checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
+        policy = run_policy(run.config, checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
         label = f"{run.config.method} at {step}"
         write_json(path, stages.evaluate_policy(run.config, policy, world, label, True, plain=sampling == "plain"))
     return json.loads(path.read_text(encoding="utf-8"))

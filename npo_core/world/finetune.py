@@ -21,12 +21,12 @@ from datasets import Dataset
 
 from ..files import unfinished_name, write_json
 from ..lock import Lock, remove_unfinished
-from ..processes import own_device
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..trainer.sampling import completion_logps, forced_logps
 from . import letters
+from .computing import precision
 from .policies import load_processor, placed_policy, save_policy
 from .smollm import FORMAT as CONVERSION
 from .smollm import WHEEL_SHA256, smollm_folder
@@ -180,10 +180,6 @@ def right_probabilities(model, processor, rows: Dataset) -> list[float]:
 def right_tokens(processor, answers: Iterable[str]) -> list[Sequence[int]]:
     """Token ids of right responses, end of sequence included."""
     return [processor(answer + processor.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
-
-
-def precision(config: RunConfig) -> torch.autocast:
-    return torch.autocast(own_device().type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
 
 @contextmanager

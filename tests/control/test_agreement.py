@@ -15,6 +15,7 @@ import npo_core.control.watch
 from npo_core import GuidanceCache, training_schedule
 from npo_core.control.agreement import FIXED, keep_order, prompt_order, require_agreement, require_same_prompts
 from npo_core.control.auto import AutoNPO
+from npo_core.control.factory import Training
 from npo_core.control.scheduled import ScheduledNPO
 from npo_core.guidance.verdicts import verifier_reward
 from npo_core.guidance.verifiers import BoxedVerifier
@@ -57,6 +58,12 @@ def test_what_does_no_harm_is_the_factorys_own(trainer, monkeypatch, changes):
     for name, value in changes.items():
         monkeypatch.setattr(trainer.args, name, value)
     require(trainer)
+
+
+@pytest.mark.parametrize(("name", "half"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("seed", None)])
+def test_off_line_work_has_the_products_of_the_trainer(trainer, monkeypatch, name, half):
+    monkeypatch.setattr(trainer.args, name, True)
+    assert Training.of(trainer).half is half
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Guides that cost no more rollouts than they need: turns, what a probe knows, and what is counted."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,16 @@ def test_nothing_is_sampled_when_a_probe_knows_all():
     work = Scripted(8)
     cache, spent = work._fill_cache(None, ["a"], 7, None, known=[rollout("a", 1, True)])
     assert (work.asked, spent, len(cache)) == ([], 0, 1)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+def test_off_line_products_have_the_type_of_training(half):
+    work = Scripted(1)
+    assert work.training.half is None
+    work.training = replace(work.training, half=half)
+    with work._precision():
+        assert torch.is_autocast_enabled("cpu") is (half is not None)
+        assert half is None or torch.get_autocast_dtype("cpu") is half
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("meta", False)])

@@ -561,7 +561,7 @@ def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_i
     monkeypatch.setattr(stages, "prepare", lambda *_: prepared)
     monkeypatch.setattr(signal_run, "complete_checkpoints", lambda *_, **__: {10: folders["000010"]})
     monkeypatch.setattr(signal_run, "teacher_folder", lambda *_: folders["teacher"])
-    monkeypatch.setattr(signal_run, "placed_policy", load)
+    monkeypatch.setattr("npo_core.world.policies.load_policy", load)
     changes = {"mixed_precision": "bf16" if half else "no", "mask_unsampled": masked}
     settings = replace(SETTINGS, rollouts=2, scored=1, gradients=2)
     made = signal_run.measure_run(resolve_config("grpo", "smoke", 0, changes), [0], settings, quiet=True)

@@ -168,7 +168,7 @@ def test_the_premise_is_sampled_with_the_seed_of_the_run(tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
-    def measurement(folder, policies, pairs, processor, rows, verifier, settings, *rest):
+    def measurement(folder, policies, pairs, processor, rows, verifier, settings, **rest):
         seeds.append(settings.seed)
         raise Asked
 

@@ -244,10 +244,9 @@ def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
-    lines = run.metrics()
+    tokens = _trained_tokens(run)
     if cell.config.method == "rlep":  # its steps begin with those of the run that its guides come from
-        lines = [*RunFolder(stages.source_config(cell.config), run.path.parent).metrics(), *lines]
-    tokens = sum(line["completions/mean_length"] for line in lines) * cell.config.rollouts_per_step
+        tokens += _trained_tokens(RunFolder(stages.source_config(cell.config), run.path.parent))
     return {
         "arm": cell.arm,
         "seed": cell.seed,
@@ -264,6 +263,19 @@ def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
             for entry in result["interventions"]
         ],
     }
+
+
+def _trained_tokens(run: RunFolder) -> float:
+    """Tokens of the responses in a run's steps; a place kept for a guide that there was not holds one, and none counts.
+
+    TRL's mean length is over all rows of a group, those kept for guides and those that stayed empty among them.
+    """
+    config, empty = run.config, 0.0
+    kept = config.prompts_per_step * (config.group_rows - config.num_generations)
+    lines = run.metrics()
+    if kept:
+        empty = sum(kept - line["npo/replaced_slots"] for line in lines)
+    return sum(line["completions/mean_length"] for line in lines) * config.prompts_per_step * config.group_rows - empty
 
 
 def _counts_to_score(cell: Cell, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> set[tuple[str, int]]:

@@ -62,14 +62,14 @@ def test_an_arm_that_is_grpo_itself_is_not_run_beside_it():
     assert [cell.arm for cell in plan_cells("cpu_tuned", [0], ["GRPO, best rate"])] == ["GRPO, best rate"]
 
 
-def written(config, root, length, first=1):
-    """A finished run of which only the lines matter: every response has so many tokens."""
+def written(config, root, length, first=1, guides=0):
+    """A finished run of which only the lines matter: rows have so many tokens on average, and so many are guides."""
     run = RunFolder(config, root)
     steps = range(first, config.compute_steps + 1)
     with run.writing():
         for step in steps:
             place = {"branch": 0, "policy_step": step, "compute_step": step}
-            run.append_metrics({**place, "completions/mean_length": float(length)})
+            run.append_metrics({**place, "completions/mean_length": float(length), "npo/replaced_slots": float(guides)})
         names = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
         run.finish({**dict.fromkeys(names, 0), "interventions": []})
     return run
@@ -79,11 +79,15 @@ def test_rlep_has_trained_on_the_tokens_of_the_run_that_its_guides_come_from(tmp
     config = arm_config("RLEP", "smoke", 0)
     source = written(source_config(config), tmp_path, length=10)
     spent = config.rlep_source_steps
-    run = written(config, tmp_path, length=3, first=spent + 1)
-    per_step = config.rollouts_per_step
-    assert about_run(Cell("GRPO", 0, source.config), source)["trained_tokens"] == 10 * spent * per_step
-    tokens = 10 * spent + 3 * (config.compute_steps - spent)
-    assert about_run(Cell("RLEP", 0, config), run)["trained_tokens"] == tokens * per_step
+    prompts, n, places = config.prompts_per_step, config.num_generations, config.guides_per_group
+    assert places == 2 and config.placement == "append"
+    assert about_run(Cell("GRPO", 0, source.config), source)["trained_tokens"] == 10 * spent * prompts * n
+    # all responses have 5 tokens; one prompt has its guides, and of the others both places hold one end of sequence
+    mean = 5 - 4 * places * (prompts - 1) / (prompts * (n + places))
+    run = written(config, tmp_path, length=mean, first=spent + 1, guides=places)
+    step = 5 * (prompts * n + places)
+    expected = 10 * spent * prompts * n + (config.compute_steps - spent) * step
+    assert about_run(Cell("RLEP", 0, config), run)["trained_tokens"] == expected
 
 
 def test_a_note_of_a_crash_is_forgotten_once_the_run_is_finished(tmp_path, monkeypatch):

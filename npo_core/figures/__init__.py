@@ -12,6 +12,7 @@ from .evidence import arm_differences, controls, correction_ablation, training_w
 from .findings import findings
 from .grids import gain_map, suite_table
 from .idea import guided_group
+from .real import real_arms
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
@@ -32,6 +33,7 @@ __all__ = [
     "plateau",
     "proxy_agreement",
     "quality_stability",
+    "real_arms",
     "rollout_curves",
     "sample_gallery",
     "save_figure",

@@ -6,11 +6,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
+from ..study.real_results import find_real, read_real
 from ..study.results import MAP, has_evidence, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table
 from .idea import guided_group
+from .real import real_arms
 from .style import save_figure
 
 FROM_EVIDENCE = {
@@ -28,7 +30,7 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
 
     Args:
         results: Folder that `python -m npo_core study` made, or one without a study; where the map of the gain lies
-            beside the study, its figure is drawn too.
+            beside the study, or that of the real model in it, its figure is drawn too. That of `real-study --out` too.
         target: Folder of the figures.
 
     Returns:
@@ -42,6 +44,8 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
     figures = {"idea": guided_group()}
     if has_evidence(results):
         figures |= _of_study(results)
+    if (real := find_real(results)) is not None:
+        figures["real_arms"] = real_arms(read_real(real))
     return [save_figure(figure, target, name)[0] for name, figure in figures.items()]
 
 

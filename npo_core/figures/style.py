@@ -45,6 +45,7 @@ ARM_LOOKS: Mapping[str, Look] = {
     "NPO, repeated": (COLORS[2], ":"),
     "NPO, prefix": (COLORS[3], ":"),
     "NPO, repeated, own": (COLORS[7], ":"),
+    "NPO early, own resample": (COLORS[7], "-."),
     "NPO, no roll-back": (COLORS[9], ":"),
     "AutoNPO, own resample": (COLORS[4], ":"),
     "AutoNPO, no guide": (COLORS[4], "-."),

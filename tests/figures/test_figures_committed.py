@@ -11,6 +11,7 @@ from npo_core import figures
 from npo_core.figures.estimates import signed
 from npo_core.figures.style import ARM_LOOKS, arm_looks
 from npo_core.study.arms import ARMS
+from npo_core.study.real_results import REAL_ARMS
 from npo_core.study.results import ABOUT
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_nothing_is_drawn_from_half_a_study(tmp_path):
 
 
 def test_every_arm_has_a_look_of_its_own():
-    assert set(ARM_LOOKS) == set(ARMS)
+    assert set(ARM_LOOKS) == {*ARMS, *REAL_ARMS}
     assert len(set(ARM_LOOKS.values())) == len(ARM_LOOKS)
 
 

@@ -274,6 +274,8 @@ def left_out_of_loss(trainer: "NPOTrainer") -> list[int]:
 def left_out(model: PreTrainedModel | PeftModel, tokens: Sequence[int]) -> Iterator[None]:
     """While it lasts, the head of the policy gives `tokens` a probability of 0, and to their logits no gradient.
 
+    Where logits are capped behind the head, the probability is e^-cap of that of a logit of 0 (e^-30 for Gemma).
+
     The head has a bias for the time, which TRL's fused head, that reads the weights, and a plain forward pass both see;
     nothing is saved with the policy. Without tokens nothing is done.
 

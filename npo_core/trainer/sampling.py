@@ -87,7 +87,7 @@ def sample_rollouts(
     """Sample k verified responses per row. Training state and the global random state are left as they were.
 
     A response is drawn and ends as it would be in training: by the settings that TRL gives to `generate`, up to any end
-    of sequence of tokenizer or model (`inputs`).
+    of sequence of tokenizer or model (`inputs`). The precision is the caller's: `torch.autocast` as training has it.
 
     Args:
         model: Policy; put into evaluation mode while sampling.

@@ -73,6 +73,13 @@ LOSS = {
 }  # fmt: skip
 """Settings of the loss, of advantages and of batches."""
 
+OF_RATIOS = (
+    "beta", "beta, KL without correction", "epsilon", "epsilon_high", "delta", "grpo by sequence", "dapo", "cispo",
+    "sapo", "luspo", "vespo", "far sequences left out", "high entropies only", "temperature", "four passes",
+    "padded to a multiple",
+)  # fmt: skip
+"""Settings that a ratio of the guide's own log-probs may meet in another way than one of 1."""
+
 SAMPLED = {
     "temperature": {"temperature": 0.7},
     "nucleus": {"top_p": 0.5},
@@ -146,20 +153,28 @@ def by_prompt(tiny: TinyWorld) -> dict[tuple[int, ...], str]:
     return dict(zip(map(tuple, ids), tiny.dataset["uid"], strict=True))
 
 
+def _solved(tiny: TinyWorld, uid: str) -> bool:
+    return sorted(tiny.dataset["uid"]).index(uid) % 3 == 1
+
+
+def has_guide(tiny: TinyWorld, guides: Guides, uid: str, slot: int, n: int) -> bool:
+    """Whether a place is a guide's: the last one of a group that is gated and has one."""
+    return slot == n - 1 and uid in guides and not _solved(tiny, uid)
+
+
 def scripted(tiny: TinyWorld, guides: Guides):
     """What stands in for sampling: by prompt, right in some places, cut off in one, and for TRL with the guide."""
 
     def write(uid: str, slot: int, n: int, of_trl: bool) -> list[int]:
-        kind = sorted(tiny.dataset["uid"]).index(uid) % 3
-        if of_trl and slot == n - 1 and uid in guides and kind != 1:
+        if of_trl and has_guide(tiny, guides, uid, slot, n):
             return list(guides[uid].token_ids)
-        if kind == 1 and slot < n - 1:  # solved by 3 of 4, or 7 of 8
+        if _solved(tiny, uid) and slot < n - 1:  # by 3 of 4, or 7 of 8
             return tiny.solution(uid)
         wrong = tiny.mistake(uid)
         return (wrong * WIDTH)[:WIDTH] if slot == 1 else [wrong[slot % (len(wrong) - 1)], *wrong]
 
     def single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        of_trl = type(self) is GRPOTrainer
+        of_trl = not isinstance(self, SpyTrainer)
         uids = [by_prompt(tiny)[tuple(ids)] for ids in prompt_ids]
         return [write(uid, row % num_generations, num_generations, of_trl) for row, uid in enumerate(uids)], None
 
@@ -212,6 +227,29 @@ def test_a_guided_step_is_grpos_on_the_same_responses_bit_for_bit(guided, name):
     trl, ours = guided(name)
     assert not different(trl, ours)
     assert different(trl, guided(None)[0]) or name in IDLE, "a setting that changes nothing is not tested"
+
+
+@pytest.mark.parametrize("name", OF_RATIOS)
+def test_an_exact_ratio_is_grpos_with_the_guides_log_probs_bit_for_bit(saved, guided, tmp_path, monkeypatch, name):
+    """GRPOTrainer that is told another sampler of these rows."""
+    heat = LOSS[name].get("temperature", 1.0)
+    guides = Guides({uid: saved.guide(uid, temperature=heat) for uid in sorted(saved.dataset["uid"])[::2]})
+
+    class Told(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output, n = super()._generate_and_score_completions(inputs), self.num_generations
+            for place, row in enumerate(inputs):
+                if has_guide(saved, guides, row["uid"], place % n, n):
+                    logps = torch.tensor(guides[row["uid"]].logps)
+                    output["old_per_token_logps"][place, : len(logps)] = logps
+            return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted(saved, guides))
+    told, ours = (
+        ends(saved, tmp_path, kind, guides, {**LOSS[name], **mode})
+        for kind, mode in ((Told, {}), (SpyTrainer, {"ratio_mode": "exact"}))
+    )
+    assert not different(told, ours) and different(told, guided(name)[0])
 
 
 @pytest.mark.parametrize("name", SAMPLED)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
+from ..study.map_results import has_map, read_map
 from ..study.real_results import find_real, read_real
-from ..study.results import MAP, has_evidence, read_evidence
+from ..study.results import has_evidence, read_evidence
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table
@@ -53,6 +53,6 @@ def _of_study(results: Path) -> dict[str, Figure]:
     evidence = read_evidence(results)
     figures = {name: draw(evidence) for name, draw in FROM_EVIDENCE.items()}
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
-    if (results / MAP).is_file():
-        figures["evidence_map"] = gain_map(pd.read_csv(results / MAP))
+    if has_map(results):
+        figures["evidence_map"] = gain_map(read_map(results))
     return figures

@@ -20,7 +20,7 @@ from .clocks import compare, short_by
 from .comparisons import SPEED_UP_COUNTS, speed_up, speed_up_bound
 from .families import AT_CLOCK, FAMILIES, Family, needed_arms
 from .findings import SCHEMA, results_folder
-from .results import Evidence
+from .results import Evidence, require_world
 from .signal_claims import interior_peak, predicts, premise_holds, shapes
 from .verdicts import FEW, NOT_SHOWN, OTHER_WAY, REPRODUCED, STUDY, Claim, in_words, powers, summary, verdict
 
@@ -140,9 +140,17 @@ def _overhead(evidence: Evidence) -> list[Claim]:
 
 
 def signal_results(folder: Path | None = None) -> dict[str, Any] | None:
-    """Content of `signal.json` in a folder of results (the project's `data/results` if None), or None without one."""
+    """Content of `signal.json` in a folder of results (the project's `data/results` if None), or None without one.
+
+    Raises:
+        ResultsRefused: It was measured in another small world.
+    """
     path = (results_folder() if folder is None else Path(folder)) / "signal.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    require_world(found, path)
+    return found
 
 
 def write(evidence: Evidence, folder: Path | None = None) -> str:

@@ -25,7 +25,8 @@ from ..runs.validation import WORLD
 from .cells import Cell
 from .findings import SCHEMA, results_folder
 from .gates import RATES, measure_premise
-from .results import MAP, ResultsRefused, require_world
+from .map_results import ABOUT, COLUMNS, has_map, read_map
+from .results import MAP, ResultsRefused
 from .scores import saved_places, score
 
 DISTANCES = (0, 20, 60, 160)
@@ -33,15 +34,6 @@ DISTANCES = (0, 20, 60, 160)
 
 WINDOW, AFTER = 30, 30
 """Guided steps, and plain steps after them before the run is scored."""
-
-ABOUT = "map.json"
-"""What made the map, beside it in the folder of results."""
-
-COLUMNS = (
-    *("learning_rate", "distance", "seed", "base", "grpo", "npo", "difference", "rollouts", "grpo_rollouts"),
-    *("guide_solves", "own_solves", "lead"),
-)
-"""Columns of the map's table."""
 
 GRPO, GUIDED = "GRPO", "NPO at Δ = {}"
 
@@ -202,33 +194,6 @@ def _premise(grpo: RunFolder, distances: Sequence[int], root: Path | None) -> di
 
 
 # Results
-
-
-def has_map(out: Path | None = None) -> bool:
-    """Whether the folder of results has a map."""
-    return ((results_folder() if out is None else Path(out)) / MAP).is_file()
-
-
-def read_map(out: Path | None = None) -> pd.DataFrame:
-    """Rows of the map.
-
-    Raises:
-        FileNotFoundError: There is no map.
-        ResultsRefused: Another small world, missing columns, or a cell that is there twice.
-    """
-    path = (results_folder() if out is None else Path(out)) / MAP
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; `python -m npo_core map` makes it.")
-    made = path.with_name(ABOUT)
-    require_world(json.loads(made.read_text("utf-8")) if made.is_file() else {}, path)
-    table = pd.read_csv(path)
-    if absent := [name for name in COLUMNS if name not in table.columns]:
-        raise ResultsRefused(f"{path} lacks the columns {', '.join(absent)}; `python -m npo_core map` makes it again.")
-    repeated = table[table.duplicated(["learning_rate", "distance", "seed"])]
-    if len(repeated):
-        cells = "; ".join(f"rate {r.learning_rate:g}, Δ = {r.distance:g}, seed {r.seed}" for r in repeated.itertuples())
-        raise ResultsRefused(f"{path} has cells twice: {cells}. Remove it and run `make map`.")
-    return table
 
 
 def map_markdown(table: pd.DataFrame) -> str:

@@ -14,7 +14,7 @@ MOST = 0.8
 CLOSE_FIT = 0.2
 """Largest error of a fitted curve, as a share of its rise over the distances, that counts as that shape."""
 LEAST = 3
-"""Seeds below which a mean over seeds decides nothing."""
+"""Seeds below which neither their mean nor a share of them decides anything."""
 GROWTH = math.log(2)
 """Least rise of ln V over the distances that counts as growth, nats."""
 
@@ -79,7 +79,7 @@ def interior_peak(signal: Mapping[str, Any] | None) -> Claim:
                 f"{names[row['signal']]} {row['interval inside']}/{seeds} (maximum alone {row['interior']}/{seeds})"
             ),
         ),
-        verdict=REPRODUCED if everywhere else PARTLY if any(enough.values()) else NOT,
+        verdict=_of_seeds(seeds, bool(everywhere), any(enough.values())),
         grounds=f"seeds whose Δ* is interior with its 95 % interval over prompts; {MOST:.0%} of them needed, from "
         "every origin for one definition of S",
         numbers=rows,
@@ -106,7 +106,7 @@ def shapes(signal: Mapping[str, Any] | None) -> Claim:
         ours=_by_origin(
             rows, lambda row: f"{'Q' if row['curve'] in QUALITIES else 'V'} of {row['words']} {row['seeds']}/{seeds}"
         ),
-        verdict=REPRODUCED if all(whole) else PARTLY if any(enough.values()) else NOT,
+        verdict=_of_seeds(seeds, all(whole), any(enough.values())),
         grounds="seeds whose fit of Q∞(1 − e^(−Δ/τ)) has τ within the distances, or whose fit of e^(βΔ) at least "
         f"doubles, with an error of at most {CLOSE_FIT:.0%} of the rise (of ln V); {MOST:.0%} of them needed; V as "
         "measured",
@@ -166,12 +166,17 @@ def premise_holds(signal: Mapping[str, Any] | None) -> Claim:
                 f"Δ = {row['distance']:g}: {row['shown']:.2f} against {row['own']:.2f}, {row['seeds']}/{seeds} seeds"
             ),
         ),
-        verdict=REPRODUCED if all(enough) else PARTLY if any(enough) else NOT,
+        verdict=_of_seeds(seeds, all(enough), any(enough)),
         grounds="share of the failed prompts that is solved in 8 rollouts, less the own resample's: seeds in which it "
         f"is above 0 and McNemar's p below {LEVEL} after Holm's adjustment over Δ, at some Δ; {MOST:.0%} of them "
         "needed, from every origin",
         numbers=rows,
     )
+
+
+def _of_seeds(seeds: int, whole: bool, some: bool) -> str:
+    """The word for what enough of the seeds show everywhere, or somewhere."""
+    return FEW if seeds < LEAST else REPRODUCED if whole else PARTLY if some else NOT
 
 
 def _by_origin(rows: Sequence[Mapping[str, Any]], words: Callable[[Mapping[str, Any]], str]) -> str:

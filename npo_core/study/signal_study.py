@@ -7,6 +7,7 @@ first stopped. The plan is in docs/evidence.md; what one seed does is `stages.si
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def measure_seed(
     measured = measure_run(config, origins, settings, distances=1, also=also, root=root, quiet=quiet)
     gain = GainStudy(config, plan, root, quiet).run()
     table = read_table(measured.folder / "table.parquet")
-    return {"seed": config.seed, "summary": near(measured, max(plan.distances)), "table": table, "gain": gain}
+    summary = near(measured, max(plan.distances))
+    return {"seed": config.seed, "config": asdict(config), "summary": summary, "table": table, "gain": gain}
 
 
 def near(measured: MeasuredSignal, farthest: int) -> dict[str, Any]:
@@ -86,11 +88,12 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
     """What `signal.json` holds, from what `measure_seed` gave.
 
     Returns:
-        `seeds`; `origins`: by origin `distances`, and lists over seeds of `optimum` (by S), `fit` (by Q and V) and
-        `premise` (a list by Δ; `holds` is Holm's over them), all up to the plan's largest distance; `table`: Q, V and
-        S by seed, origin and distance, the end of the run too; `gain`: test pass rate of each guided window less the
-        unguided one's; `prediction`: Spearman's ρ of each predictor with the gain over the sources, by origin and mode,
-        a value a seed, with mean and t interval over the `n` seeds that have one (no interval below two).
+        `seeds`; `configuration`: the settings of GRPO, its seed left out; `origins`: by origin `distances`, and lists
+        over seeds of `optimum` (by S), `fit` (by Q and V) and `premise` (a list by Δ; `holds` is Holm's over them), all
+        up to the plan's largest distance; `table`: Q, V and S by seed, origin and distance, the end of the run too;
+        `gain`: test pass rate of each guided window less the unguided one's; `prediction`: Spearman's ρ of each
+        predictor with the gain over the sources, by origin and mode, a value a seed, with mean and t interval over the
+        `n` seeds that have one (no interval below two).
     """
     table = [{"seed": one["seed"], **row} for one in seeds for row in one["table"]]
     gains = [{"seed": one["seed"], **row} for one in seeds for row in gain_rows(one["gain"])]
@@ -118,6 +121,7 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
             "schema": SCHEMA,
             "world": WORLD,
             "seeds": [one["seed"] for one in seeds],
+            "configuration": {name: value for name, value in seeds[0]["config"].items() if name != "seed"},
             "window": plan.window,
             "origins": origins,
             "table": table,

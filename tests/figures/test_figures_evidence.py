@@ -28,7 +28,8 @@ from npo_core.figures.estimates import reference_note, signed
 from npo_core.runs.folder import project_folder
 from npo_core.runs.validation import SUITES, WORLD
 from npo_core.study.arms import ARMS as EVERY
-from npo_core.study.results import SCORE_COLUMNS, Evidence
+from npo_core.study.map_results import COLUMNS
+from npo_core.study.results import SCORE_COLUMNS, Evidence, ResultsRefused
 
 BUDGET = 40
 SEEDS = (0, 1, 2)
@@ -527,7 +528,11 @@ def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is
     evidence.scores.to_csv(tmp_path / "evidence.csv", index=False)
     evidence.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
     (tmp_path / "evidence.json").write_text(json.dumps(evidence.about))
-    cells().to_csv(tmp_path / "map.csv", index=False)
+    cells().reindex(columns=list(COLUMNS)).to_csv(tmp_path / "map.csv", index=False)
+    (tmp_path / "map.json").write_text(json.dumps({"world": "another"}))
+    with pytest.raises(ResultsRefused, match=r"map\.csv is of another small world"):
+        figures.draw_study(tmp_path, tmp_path / "figures")
+    (tmp_path / "map.json").write_text(json.dumps({"world": WORLD}))
     drawn = figures.draw_study(tmp_path, tmp_path / "figures")
     names = ["differences", "training", "correction", "controls", "suites", "map"]
     assert [path.name for path in drawn] == ["idea.png", "findings.png", *(f"evidence_{name}.png" for name in names)]

@@ -5,9 +5,11 @@ import json
 import pytest
 from evidences import evidence
 
+from npo_core.runs.validation import WORLD
 from npo_core.study.claims import _early_speed_up, claims, decide, markdown, signal_results, write
 from npo_core.study.comparisons import arm_markdown, speed_up_bound
 from npo_core.study.families import CLOCKS, FAMILIES, GUIDED, needed_arms
+from npo_core.study.results import ResultsRefused
 from npo_core.study.verdicts import (
     ABOUT_EQUAL,
     FEW,
@@ -271,7 +273,7 @@ def test_shapes_are_judged_by_their_fits(change, word):
 
 
 def test_the_rows_are_written_and_make_a_table(tmp_path):
-    (tmp_path / "signal.json").write_text(json.dumps(signal([INSIDE] * 5)))
+    (tmp_path / "signal.json").write_text(json.dumps(signal([INSIDE] * 5) | {"world": WORLD}))
     text = write(study(), tmp_path)
     kept = json.loads((tmp_path / "claims.json").read_text())
     found = claims(study(), signal_results(tmp_path))
@@ -279,3 +281,6 @@ def test_the_rows_are_written_and_make_a_table(tmp_path):
     lines = text.splitlines()
     assert len(lines) == len(found) + 2 and {line.count("|") for line in lines} == {7}
     assert text == markdown(found) and signal_results(tmp_path / "nowhere") is None
+    (tmp_path / "signal.json").write_text(json.dumps(signal([INSIDE] * 5)))
+    with pytest.raises(ResultsRefused, match=r"signal\.json is of another small world \(the first one"):
+        write(study(), tmp_path)

@@ -133,6 +133,21 @@ def test_the_premise_is_judged_by_the_seeds_that_show_it():
     assert "Δ = 20: 0.40 against 0.10, 5/5" in premise_holds(mixed).ours
 
 
+@pytest.mark.parametrize(("seeds", "word"), [(1, FEW), (2, FEW), (3, REPRODUCED)])
+def test_one_or_two_seeds_decide_nothing_whatever_they_show(seeds, word):
+    inside = {"low": 20.0, "high": 60.0, "at_edge": False}
+    bends = {"tau": 30.0, "q_inf": 0.6, "q_rmse": 0.01, "beta": 0.1, "v_rmse": 0.1}
+    costs = ("gradient_current", "gradient_exact")
+    entry = {
+        "distances": [0.0, 20.0, 60.0, 160.0],
+        "optimum": {f"signal{k}_{cost}": [inside] * seeds for k in ("", "_1") for cost in costs},
+        "fit": dict.fromkeys(("quality", "quality_1", *costs), [bends] * seeds),
+        "premise": premise([True] * seeds)["origins"]["0"]["premise"],
+    }
+    found = {"seeds": list(range(seeds)), "origins": {"0": entry}}
+    assert [claim(found).verdict for claim in (premise_holds, interior_peak, shapes)] == [word] * 3
+
+
 def test_the_end_of_the_run_is_no_part_of_the_curves(tmp_path):
     """S is largest at the end, 400 steps on; premise, Δ* and fits see the plan's distances alone, the table all."""
     settings = SignalSettings(prompts=8, rollouts=4, scored=1, gradients=8, resamples=20)
@@ -148,7 +163,7 @@ def test_the_end_of_the_run_is_no_part_of_the_curves(tmp_path):
     plan = GainPlan(origins=(0,), distances=(0, 10, 20), window=2)
     summary = signal_study.near(MeasuredSignal(tmp_path, pairs, whole), max(plan.distances))
     assert [one["distance"] for one in summary["origins"]["0"]["premise"]] == [10, 20]
-    seed = {"seed": 0, "summary": summary, "table": whole["table"], "gain": []}
+    seed = {"seed": 0, "config": {"seed": 0, "preset": "cpu"}, "summary": summary, "table": whole["table"], "gain": []}
     found = signal_study.summarise_seeds([seed], plan)
     assert found["origins"]["0"]["distances"] == [0, 10, 20]
     assert {row["distance"] for row in found["table"]} == {0, 10, 20, 400, None}
@@ -203,7 +218,8 @@ def test_a_small_study_is_measured_trained_and_judged(alone, place):
     for claim in (interior_peak(found), shapes(found), predicts(found), premise_holds(found)):
         assert claim.verdict and claim.ours and claim.numbers
     told = signal_study.in_words(path)
-    assert told.startswith("Seeds 0, 1.\n") and "which guide helps most: too few seeds" in told
+    assert told.startswith("Seeds 0, 1.\n") and told.count(": too few seeds; ") == 4
+    assert {"preset", "seed"} & set(found["configuration"]) == {"preset"}
     before = {file: file.stat().st_mtime_ns for file in (place / "runs").rglob("*.json") if "lock" not in file.name}
     again = signal_study.run_signal_study(
         "smoke", [0, 1], SMALL, PLAN, origins=(0, 2), root=place / "runs", out=place / "out", quiet=True

@@ -82,11 +82,12 @@ def plan_real(
 
 def run_real(
     cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, processes: int | None = None,
-    quiet: bool = False,
+    quiet: bool = False, premise: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Run and score what is missing, as many runs at a time as there are processes, and write the results.
 
-    Another call with the same runs may go on beside this one: a run has one writer, and one of the two scores it.
+    The gate is measured as soon as its run is there, so a night that is cut off has it. Another call with the same runs
+    may go on beside this one: a run has one writer, and one of the two scores it.
 
     Args:
         cells: What to run.
@@ -94,6 +95,7 @@ def run_real(
         out: Folder of the results; `data/results/real` if None.
         processes: Runs at a time; the number of cores if None.
         quiet: Without progress bars.
+        premise: Measure the premise, if the run that it is measured along is among the cells and did not fail.
 
     Returns:
         The files written.
@@ -103,7 +105,8 @@ def run_real(
     done = [cell for cell in cells if cell not in waiting]
     for cell in done:
         _free(cell, cell.folder(root))  # a call that was cut off may have left the weights
-    written = collect_real(done, root, out) if done else []
+    written, along = collect_real(done, root, out) if done else [], premise_cell(cells) if premise else None
+    gate_file = [measure_real_premise(cells, root, out, quiet)] if along in done else []
     while waiting:
         now, waiting = waiting[:at_a_time], waiting[at_a_time:]
         # what another call has settled by now may have no weights that could be looked for
@@ -116,7 +119,9 @@ def run_real(
             settle(cell, root)
             done.append(cell)
             written = collect_real(done, root, out)  # a night that is cut off leaves what it had
-    return written
+        if along in done and not gate_file:
+            gate_file = [measure_real_premise(cells, root, out, quiet)]
+    return [*written, *gate_file]
 
 
 def _settled(cell: Cell, root: Path | None) -> Path:

@@ -10,8 +10,9 @@ def add_stage(stages) -> None:
     """Add the stage to a parser's subparsers."""
     text = (
         "The evidence on SmolLM2-135M-Instruct, docs/evidence.md: five arms with each seed, one single-thread process "
-        "a run, then the premise along GRPO and the verdicts of the plan. Writes data/results/real/; a second call "
-        "goes on where the first stopped. Two runs at a time take about 20 GB of disk and 12 GB of memory."
+        "a run, the premise along GRPO of seed 0 as soon as that is there, and the verdicts of the plan. Writes "
+        "data/results/real/; a second call goes on where the first stopped. Two runs at a time take about 20 GB of "
+        "disk and 12 GB of memory."
     )
     stage = stages.add_parser("real-study", help="Run the arms of the real model over seeds.", description=text)
     stage.set_defaults(stage=_study)
@@ -25,13 +26,10 @@ def _study(options: argparse.Namespace) -> int:
     from . import real, real_claims, real_results
 
     cells = real.plan_real(options.preset, options.seeds, options.arms, given_overrides(options.set))
-    written = real.run_real(cells, options.root, options.out, options.processes, options.quiet)
-    if not options.no_premise:
-        along = real.premise_cell(cells)
-        if along is None or along.failure(options.root) is not None:
-            print(f"GRPO of seed {real.PREMISE_SEED} is not among the runs or failed: the premise is left as it is.")
-        else:
-            written.append(real.measure_real_premise(cells, options.root, options.out, options.quiet))
+    premise = not options.no_premise
+    written = real.run_real(cells, options.root, options.out, options.processes, options.quiet, premise)
+    if premise and not any(path.name == real_results.PREMISE for path in written):
+        print(f"GRPO of seed {real.PREMISE_SEED} is not among the runs or failed: the premise is left as it is.")
     folder = options.out or real_results.real_folder()
     if not (folder / real_results.ABOUT).is_file():
         print(f"No run is scored in {folder}.")

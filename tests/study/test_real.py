@@ -276,6 +276,27 @@ def test_a_settled_run_is_finished_without_its_weights_and_another_is_not(study,
     assert not finished(early.folder(tmp_path))
 
 
+def test_the_gate_is_measured_as_soon_as_its_run_is_there(study, policy, tmp_path, monkeypatch):
+    """A night that is cut off after the first run has it; a later call, whose first run is settled, before all else."""
+    cells, root, _ = study
+    order = []
+    plan = real.plan_real("real-smoke", [0, 5], ["GRPO"], {**TINY, "policy": policy})
+
+    def run(now, *_):
+        order.extend(cell.seed for cell in now)
+        if now == [plan[0]]:
+            shutil.copytree(cells[0].folder(root).path, plan[0].folder(tmp_path).path, dirs_exist_ok=True)
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(real, "run_cells", run)
+    monkeypatch.setattr(real, "measure_real_premise", lambda *_: order.append("gate"))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            real.run_real(plan, tmp_path, tmp_path / "out", processes=1, quiet=True, premise=True)
+    assert order == [0, "gate", 5, "gate", 5]
+
+
 def test_the_premise_of_seed_0_stays_when_other_seeds_are_run(study, tmp_path, monkeypatch, capsys):
     premise = tmp_path / real.PREMISE
     premise.write_text('{"gate": {"origins": {}, "passed": true}}')

@@ -37,12 +37,12 @@ def signed(value: float, digits: int) -> str:
     return f"{shown:{'+' if shown else ''}.{digits}f}".replace("-", "−")
 
 
-def difference_text(values: np.ndarray, digits: int, between: str = " ") -> str:
+def difference_text(values: np.ndarray, digits: int) -> str:
     """ "+0.012 [−0.003, +0.027]" of one difference per seed; "no seed" without any."""
     mean, low, high = interval(values)
     if np.isnan(mean):
         return "no seed"
-    ends = "" if np.isnan(low) else f"{between}[{signed(low, digits)}, {signed(high, digits)}]"
+    ends = "" if np.isnan(low) else f" [{signed(low, digits)}, {signed(high, digits)}]"
     return signed(mean, digits) + ends
 
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from ..study.results import Evidence
-from .estimates import difference_text, interval, quoted, require_arms, signed
+from .estimates import interval, quoted, require_arms, signed
 from .style import GREY, WIDTH, canvas, settle, style
 
 PAPER_ARMS = {"NPO (early)": "NPO early", "NPO (early+late)": "NPO"}
@@ -111,13 +111,13 @@ def gain_map(cells: pd.DataFrame) -> Figure:
         marked[y, x] = low > 0 or high < 0
         means[y, x] = mean if marked[y, x] else np.nan
         counts.append(len(values))
-        told = [difference_text(values, 3, "\n") if len(values) else "failed"]
+        told = [_cell_text(np.array([mean, low, high]), digits=3) if len(values) else "failed"]
         if rows["guide_solves"].notna().any():  # a premise along a GRPO run that is there
             told.append(f"{rows['guide_solves'].mean():.2f} / {rows['own_solves'].mean():.2f}")
         texts[y][x] = "\n".join(told)
     limit = cells.groupby(["distance", "learning_rate"])["difference"].mean().abs().max()
     with style():
-        size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 0.85 * len(distances))
+        size = (min(WIDTH, 2.2 + 1.6 * len(rates)), 1.9 + 0.6 * len(distances))
         figure, ((axes,),) = canvas(1, 1, size)
         shades = _draw_cells(axes, means, texts, marked, limit)
         names = [np.format_float_scientific(rate, trim="-", exp_digits=1) for rate in rates]
@@ -127,7 +127,7 @@ def gain_map(cells: pd.DataFrame) -> Figure:
         axes.set_ylabel("distance Δ of the guide (policy steps)")
         axes.set_xlabel("learning rate (AdamW)")
         figure.colorbar(shades, ax=axes, label="test pass rate minus GRPO's\n(equal total rollouts)", aspect=30)
-        measure = _measure("gain: mean [95 % t interval over n seeds]", counts)
+        measure = _measure("gain: mean ± half of its 95 % t interval over n seeds", counts)
         seeds = "–".join(map(str, sorted({min(counts), max(counts)})))
         below = "below: share of the base policy's failures that the guide / an own resample solves"
         _legend_of_cells(figure, f"{measure}, n = {seeds}\n{below}", counts)
@@ -142,13 +142,13 @@ def _gains(scores: Mapping[tuple[str, str], pd.Series], arm: str, suite: str) ->
     return (own if arm == "GRPO" else own - base).dropna().to_numpy(float)
 
 
-def _cell_text(cell: np.ndarray, absolute: bool) -> str:
+def _cell_text(cell: np.ndarray, absolute: bool = False, digits: int = 1) -> str:
     """Mean over half of its interval, "–" without a seed."""
     mean, _, high = cell
     if np.isnan(mean):
         return "–"
-    value = f"{mean:.1f}" if absolute else signed(mean, 1)
-    return value if np.isnan(high) else f"{value}\n±{high - mean:.1f}"
+    value = f"{mean:.{digits}f}" if absolute else signed(mean, digits)
+    return value if np.isnan(high) else f"{value}\n±{high - mean:.{digits}f}"
 
 
 def _draw_cells(

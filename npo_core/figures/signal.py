@@ -325,8 +325,9 @@ def _draw_optimum(axes: Axes, best: dict[str, Any], row: int, cost: str, color: 
     if best["low"] is not None:
         ends, height = [best["low"], best["high"]], [0.96 - 0.04 * row] * 2
         place = axes.get_xaxis_transform()
-        axes.plot(ends, height, color=color, lw=2.0, transform=place, label=f"interval of Δ*, {cost}")
-        marks["Δ*: its 95 % interval (bars at the top)"] = Line2D([], [], color=GREY, lw=2.0)
+        bar = {"lw": 2.0, "marker": "|", "ms": 5, "mew": 1.5}  # ends are seen where both are one distance
+        axes.plot(ends, height, color=color, transform=place, label=f"interval of Δ*, {cost}", **bar)
+        marks["Δ*: its 95 % interval (bars at the top)"] = Line2D([], [], color=GREY, **bar)
 
 
 def _draw_equal_signal(axes: Axes) -> None:

@@ -28,6 +28,8 @@ from .gates import RATES, measure_premise
 from .map_results import ABOUT, COLUMNS, has_map, read_map
 from .results import MAP, ResultsRefused
 from .scores import saved_places, score
+from .signal_claims import LEAST
+from .verdicts import FEW
 
 DISTANCES = (0, 20, 60, 160)
 """Distances of the guide, in policy steps; 0 is the base policy's own resample."""
@@ -256,8 +258,9 @@ def premise_predicts(table: pd.DataFrame) -> Estimate | None:
 
 
 def in_words(found: Estimate) -> str:
-    """The answer of `premise_predicts` as a sentence."""
-    answer = "Yes" if found.low > 0 else "The other way round" if found.high < 0 else "Not shown"
+    """The answer of `premise_predicts` as a sentence; none from fewer seeds than a prediction by S needs."""
+    sure = "Yes" if found.low > 0 else "The other way round" if found.high < 0 else "Not shown"
+    answer = sure if found.n >= LEAST else FEW.capitalize()
     return (
         f"{answer}: Spearman's ρ of the guide's lead over an own resample with the gain is {found.value:+.2f} "
         f"({found.low:+.2f} to {found.high:+.2f}), {found.n} seeds."

@@ -28,6 +28,8 @@ from npo_core.figures.estimates import reference_note, signed
 from npo_core.runs.folder import project_folder
 from npo_core.runs.validation import SUITES, WORLD
 from npo_core.study.arms import ARMS as EVERY
+from npo_core.study.gates import RATES
+from npo_core.study.map import DISTANCES
 from npo_core.study.map_results import COLUMNS
 from npo_core.study.results import SCORE_COLUMNS, Evidence, ResultsRefused
 
@@ -443,8 +445,8 @@ def test_the_map_shows_mean_interval_and_premise_of_every_cell():
     assert labels_of(axes) == ["own\nresample", "20"] and axes.get_ylim()[0] < axes.get_ylim()[1]
     shown = texts_of(axes)
     low, high = t_interval([0.018, 0.02, 0.022])
-    assert shown[1.5, 0.5] == f"+0.020\n[{low:+.3f}, {high:+.3f}]\n0.10 / 0.10"
-    assert shown[1.5, 1.5].endswith("\n0.30 / 0.10") and shown[0.5, 0.5].startswith("+0.002\n[−0.011, +0.015]")
+    assert shown[1.5, 0.5] == f"+0.020\n±{(high - low) / 2:.3f}\n0.10 / 0.10"
+    assert shown[1.5, 1.5].endswith("\n0.30 / 0.10") and shown[0.5, 0.5].startswith("+0.002\n±0.013")
     frames = sorted((int(patch.get_x()), int(patch.get_y())) for patch in axes.patches)
     assert frames == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert any("n = 2–3" in text for text in legends_of(figure))
@@ -459,6 +461,15 @@ def test_the_map_does_not_shade_what_cannot_be_told_from_zero():
     assert norm.vcenter == 0 and (norm.vmin, norm.vmax) == pytest.approx((-1.25 * 0.03, 1.25 * 0.03))
     assert np.ma.getmaskarray(values)[0].tolist() == [True, False, False], "+0.001 with an interval around zero"
     assert values[1].tolist() == pytest.approx([0.011, 0.03, -0.02])
+
+
+def test_the_map_of_the_plan_is_legible_with_two_seeds_one_of_which_broke():
+    """Two seeds that differ by 0.6 have an interval of ±3.8; the planned grid has five rates."""
+    places = [(rate, distance, seed) for rate in RATES for distance in DISTANCES for seed in (0, 1)]
+    rows = [(*place, -0.6 * place[2] - 0.01, 0.31, 0.1) for place in places]
+    figure = gain_map(pd.DataFrame(rows, columns=cells().columns))
+    assert set(texts_of(figure.axes[0]).values()) == {"−0.310\n±3.812\n0.31 / 0.10"}
+    assert_legible({"map": figure})
 
 
 def test_the_map_says_what_was_not_run_and_what_failed():

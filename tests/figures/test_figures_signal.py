@@ -169,7 +169,9 @@ def test_optimum_is_marked_at_the_maximum_and_hollow_at_an_edge(figures):
             best = int(np.argmax(curve.get_ydata()))
             assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (curve.get_xdata()[best], curve.get_ydata()[best])
             assert (mark.get_markerfacecolor() == "white") == (cost == "kl")
-        assert line_of(axes, "interval of Δ*, gradient_exact").get_xdata().tolist() == [5.0, 40.0]
+        interval = line_of(axes, "interval of Δ*, gradient_exact")
+        assert interval.get_xdata().tolist() == [5.0, 40.0]
+        assert interval.get_marker() == "|", "an interval of one distance would not be seen"
         assert not [line for line in axes.get_lines() if line.get_label() == "interval of Δ*, gradient_current"]
     marks = {
         "Δ*, the maximum of S",

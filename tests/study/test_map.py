@@ -143,6 +143,8 @@ def test_the_premise_is_ranked_against_the_gain_seed_by_seed():
     mixed = premise_predicts(turned)
     assert mixed.value == pytest.approx(1 / 3) and mixed.low < 0
     assert "Yes: Spearman's ρ" in map_markdown(table([0.0, 0.1, 0.2, 0.3], [0.0, 0.2, 0.3, 0.4]))
+    pair = map_markdown(table([0.0, 0.1, 0.2, 0.3], [0.0, 0.2, 0.3, 0.4], seeds=2))
+    assert "Too few seeds: Spearman's ρ" in pair, "two seeds that agree"
     assert premise_predicts(table([0.0, 0.1, 0.2, 0.3], [0.2] * 4)) is None, "a premise that does not vary"
     failed = table([0.0, 0.1, 0.3, 0.3], [0.0, 0.2, 0.3, 0.4])
     failed.loc[(failed["learning_rate"] == 3e-4) & (failed["distance"] == 0), ["npo", "difference"]] = np.nan

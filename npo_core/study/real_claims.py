@@ -38,6 +38,13 @@ PAIRS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 """Arm, what it is compared with, and on which clocks. A step of larger groups costs two, so only rollouts compare."""
 
 
+READING = (
+    "Both arms are taken at their newest score by the count at which the first of the two ends. "
+    f"A step of {LARGER} samples twice as many rollouts as one of the other arms."
+)
+"""What a reader of the table must know."""
+
+
 @dataclass(frozen=True)
 class RealClaim:
     """One difference of the plan.
@@ -139,7 +146,8 @@ def write(folder: str | Path | None = None) -> str:
     rows = real_claims(found)
     about = {"schema": SCHEMA, "whole_seeds": found.whole_seeds, "lacking": lacking(found)}
     write_json(folder / CLAIMS, about | {"claims": [asdict(row) for row in rows]})
-    return "\n\n".join([finals_markdown(found), gate_in_words(found), markdown(rows), lacking_in_words(found)])
+    parts = [finals_markdown(found), gate_in_words(found), markdown(rows), READING, lacking_in_words(found)]
+    return "\n\n".join(parts)
 
 
 def lacking(found: RealResults) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from evidences import evidence
 from real_evidences import BASE, write_results
 
 from npo_core.__main__ import main
@@ -219,3 +220,17 @@ def test_half_written_and_mixed_results_are_refused(tmp_path):
     (folder / EXACT).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks exact\.csv; `python -m npo_core real-study` makes them"):
         read_real(folder)
+
+
+def test_beside_the_small_world_they_stand_after_its_verdicts(tmp_path, capsys):
+    small = evidence({"NPO": (0.05, 0.06, 0.07), "GRPO, groups of 16": (0.01, 0.02, 0.0)})
+    small.scores.to_csv(tmp_path / "evidence.csv", index=False)
+    small.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
+    (tmp_path / "evidence.json").write_text(json.dumps(small.about))
+    assert main(["claims", "--results", str(tmp_path)]) == 0
+    alone = capsys.readouterr().out
+    assert "The real model" not in alone
+    write_results(tmp_path / "real", EVEN)
+    assert main(["claims", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(alone + "\nThe real model:\n") and "Whole seeds (all arms): 0, 1, 2." in said

@@ -10,6 +10,7 @@ import json
 import socket
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,14 +62,14 @@ def multinomial_by_name(probabilities, num_samples):
     return torch.searchsorted(totals, draws * totals[:, -1:]).clamp(max=probabilities.shape[-1] - 1)
 
 
-def rig_process(warns_every: int) -> None:
-    """Sample by name and warn by the calendar, here and until the process ends."""
-    npo_core.control.watch.PlateauTrigger = calendar(warns_every)
-    GenerationMixin.generate = generate_by_name
-    torch.multinomial = multinomial_by_name
+def rig_process(warns_every: int, put: Callable[[object, str, object], None] = setattr) -> None:
+    """Sample by name and warn by the calendar, here and until the process ends, or until what `put` set is undone."""
+    put(npo_core.control.watch, "PlateauTrigger", calendar(warns_every))
+    put(GenerationMixin, "generate", generate_by_name)
+    put(torch, "multinomial", multinomial_by_name)
 
 
 if __name__ == "__main__":
-    rig_process(warns_every=4)
+    rig_process(warns_every=int(sys.argv[3]))
     config = RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text()))
     stages.run(config, Path(sys.argv[2]), quiet=True)

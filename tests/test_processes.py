@@ -8,51 +8,54 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launched import free_port
+from launched import free_port, rig_process
 from safetensors.torch import load_file
 
 from npo_core.explore.reading import read_run
 from npo_core.processes import agree, collect, is_writer, process_count, process_number, shared
 from npo_core.runs import shared as shared_run
-from npo_core.runs.config import resolve_config
+from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.runs.launchers import read_launcher
 from npo_core.runs.shared import SharedRunFolder, open_run
+from npo_core.stages import run as stages
 
 LAUNCHED = Path(__file__).with_name("launched.py")
 SETTINGS = {"micro_batch": 8, "compute_steps": 12, "cache_rollouts": 64}
 """A step of 16 rollouts: two passes of one process, one of each of two; rollouts enough for guides in both."""
 
+WARNS_EVERY = 4
+"""Steps between the warnings of its trigger."""
+
 CLOSE = 1e-6
 """Weights of one and of two processes add the same gradients in another order."""
 
 
-def launched(folder: Path, launcher: str) -> RunFolder:
-    """A run of AutoNPO on preset smoke, done by as many processes as the launcher has."""
-    config = resolve_config("autonpo", "smoke", overrides={**SETTINGS, "launcher": launcher})
-    settings = folder / f"{launcher or 'one'}.json"
-    settings.write_text(config.to_json())
-    command = [str(LAUNCHED), str(settings), str(folder / (launcher or "one"))]
-    if launcher:
-        layout = read_launcher(launcher)
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(layout.file)]
-        command = [*launch, "--main_process_port", str(free_port()), *command]
+def launched(config: RunConfig, folder: Path) -> RunFolder:
+    """A run, done by as many processes as its launcher has."""
+    (settings := folder / "config.json").write_text(config.to_json())
+    command = ["accelerate.commands.launch", "--config_file", str(read_launcher(config.launcher).file)]
+    command += ["--main_process_port", str(free_port()), str(LAUNCHED), str(settings), str(folder), str(WARNS_EVERY)]
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "-m", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LAUNCHED.parents[1])},
         capture_output=True,
         text=True,
         timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return RunFolder(config, folder / (launcher or "one"))
+    return RunFolder(config, folder)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The same AutoNPO run by one process and by two."""
-    folder = tmp_path_factory.mktemp("processes")
-    return launched(folder, ""), launched(folder, "two_cpu")
+    """The same AutoNPO run by one process, this one, and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    config = resolve_config("autonpo", "smoke", overrides=SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        rig_process(WARNS_EVERY, patch.setattr)
+        alone = stages.run(config, one, quiet=True)
+    return alone, launched(config.with_changes(launcher="two_cpu"), two)
 
 
 @pytest.mark.slow

@@ -88,12 +88,17 @@ def test_an_installed_copy_finds_its_policies_and_keeps_runs_with_its_caller(ins
     assert Path(home).is_relative_to(installed)
     assert (found, runs, revision) == (version, str(tmp_path / "data" / "runs"), "None")
     assert [Path(policy).parent for policy in policies] == [shipped, shipped]
-    assert call(installed, tmp_path, "-c", ask, NPO_RUNS="elsewhere").splitlines()[2] == "elsewhere"
+    told = "from npo_core.runs.folder import runs_folder; print(runs_folder())"
+    assert call(installed, tmp_path, "-c", told, NPO_RUNS="elsewhere") == "elsewhere\n"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["autonpo"], ["grpo", "--root", "mine"]], ids=["autonpo", "another root"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["autonpo"], ["grpo", "--set", "compute_steps=2", "--root", "mine"]],
+    ids=["autonpo", "another root"],
+)
 def test_an_installed_copy_trains_and_writes_where_it_may(installed, tmp_path, arguments):
     said = call(installed, tmp_path, "-m", "npo_core", *arguments, "--preset", "smoke", "--quiet")
     root = tmp_path / "mine" if "--root" in arguments else tmp_path / "data" / "runs"

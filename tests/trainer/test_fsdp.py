@@ -12,11 +12,8 @@ import pytest
 import torch
 from launched_own_sharded import trained
 from safetensors.torch import load_file
-from transformers import GenerationMixin
-from triggers import calendar
 from worlds import world
 
-import npo_core.control.watch
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
@@ -98,9 +95,7 @@ def both(tmp_path_factory):
     (folder / "config.json").write_text(shared.to_json())
     launch(2, SCRIPT, folder / "config.json", folder, WARNS_EVERY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GenerationMixin, "generate", launched.generate_by_name)
-        patch.setattr(torch, "multinomial", launched.multinomial_by_name)
-        patch.setattr(npo_core.control.watch, "PlateauTrigger", calendar(WARNS_EVERY))
+        launched.rig_process(WARNS_EVERY, patch.setattr)
         one = stages.run(whole, folder, quiet=True)
     return one, RunFolder(shared, folder)
 

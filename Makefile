@@ -147,7 +147,7 @@ test: $(DEV_STAMP) ## Run the tests but the long ones, JOBS files at a time (ARG
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(DEV_STAMP) ## Run all tests, the long ones too (ARGS goes to pytest)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --durations=30 --durations-min=10 $(ARGS)
 
 # Both ends of the ranges, each in an environment of its own, made once: what tests/ranges.py says.
 test-range: $(BIN)/python ## Run TRL's contract and a training with the lowest and the newest packages of pyproject.toml (ENDS, TORCH)

@@ -14,7 +14,7 @@ from npo_core.runs.folder import RunFolder
 from npo_core.stages.run import compare, source_config
 from npo_core.study import cells as study
 from npo_core.study.arms import arm_config
-from npo_core.study.cells import Cell, about_run, collect, plan_cells, run_cells, score_rows
+from npo_core.study.cells import Cell, about_run, collect, plan_cells, run_cell, run_cells, score_rows
 from npo_core.study.results import ABOUT, SCORES, ResultsRefused, read_evidence
 from npo_core.study.scores import saved_places, score_points
 
@@ -29,8 +29,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells(root):
+    """All made here, as each in a process of its own would import for longer than it trains."""
     chosen = plan_cells("smoke", [0, 1], ARMS, SMALL)
-    run_cells(chosen, root, processes=2, quiet=True)
+    for cell in chosen:
+        run_cell(cell.config, root)
     return chosen
 
 
@@ -176,14 +178,12 @@ def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
 @pytest.mark.slow
 def test_a_crashed_cell_is_reported_and_nothing_else_is_lost(cells, root, tmp_path, capsys):
     broken = Cell("GRPO", 2, arm_config("GRPO", "smoke", 2, {**SMALL, "policy": str(tmp_path / "nowhere")}))
-    run_cells([broken], root)
+    npo = plan_cells("smoke", [2], ["NPO"], SMALL)
+    run_cells([broken, *npo], root, processes=2)
     reason = broken.failure(root)
     assert reason.startswith("exit status") and "nowhere" in reason
     assert f"GRPO, seed 2, failed: {reason}" in capsys.readouterr().out
-    npo = plan_cells("smoke", [2], ["NPO"], SMALL)
-    both = [*cells, broken, *npo]
-    run_cells(npo, root, quiet=True)
-    collect(both, root, tmp_path)
+    collect([*cells, broken, *npo], root, tmp_path)
     again = read_evidence(tmp_path)
     assert again.failed == {"GRPO": [2]}
     assert pd.read_csv(tmp_path / SCORES).groupby("arm")["seed"].nunique().to_dict() == {"GRPO": 2, "NPO": 3}
@@ -212,7 +212,7 @@ def test_a_killed_study_goes_on_where_it_stopped(root, cells, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert cell.folder(tmp_path).result() is None, "the run was over before it was killed"
-    run_cells([cell], tmp_path, quiet=True)
+    run_cell(cell.config, tmp_path)  # as a process of the second call does
     unbroken = next(other for other in cells if (other.arm, other.seed) == ("GRPO", 0)).folder(root)
     weights = "branches/00/checkpoint-12/model.safetensors"
     assert (cell.folder(tmp_path).path / weights).read_bytes() == (unbroken.path / weights).read_bytes()

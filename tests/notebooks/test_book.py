@@ -66,19 +66,6 @@ def test_the_command_says_what_failed_and_makes_chosen_notebooks_alone(shelf, ca
     assert "no study" not in (shelf / "out" / "index.html").read_text(), "a page that is gone is not listed"
 
 
-@pytest.mark.slow
-def test_the_story_on_smoke_carries_the_explorer_and_its_sentences(tmp_path, monkeypatch):
-    monkeypatch.setenv("NPO_RUNS", str(tmp_path / "runs"))
-    first, third = book.make_book(tmp_path / "book", "smoke", 0, ["01_grpo", "03_autonpo"], quiet=True)
-    assert not first.failed and not third.failed
-    assert first.ending.startswith("In 20 steps GRPO took the on-policy pass rate from")
-    assert third.ending.startswith("AutoNPO intervened once, at step")
-    assert "Test pass rate after 20 executed steps, less GRPO's" in third.ending
-    page = (tmp_path / "book" / "03_autonpo.html").read_text()
-    assert page.count('title="Explorer of a run"') == page.count('srcdoc="&lt;!doctype html') == 1
-    assert outside(page) == []
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

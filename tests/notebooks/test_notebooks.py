@@ -8,14 +8,22 @@ import nbformat
 import papermill
 import pytest
 from foreign import byte_tokenizer, tiny_model
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
+from nbclient import NotebookClient
 
+from npo_core.runs.config import resolve_config
+from npo_core.stages import book
+from npo_core.stages import run as stages
+from npo_core.study.arms import ablation_configs
 from npo_core.study.cells import plan_cells, run_cell
 from npo_core.study.families import needed_arms
 from npo_core.study.results import has_evidence
+from npo_core.world import smollm
 from npo_core.world.policies import save_policy
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-pytestmark = pytest.mark.slow  # each starts kernels of its own
+pytestmark = pytest.mark.slow
 
 QUICK = {"cache_rollouts": 4, "rollout_every": 0}
 """Settings of the studies of 05 and 06, which share their runs."""
@@ -33,17 +41,47 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def story(runs, tmp_path_factory):
-    """The executed 03_autonpo."""
-    return execute("03_autonpo", tmp_path_factory.mktemp("story"))
+def kernel(runs):
+    """One for all notebooks but the book's, which start their own: it imports for longer than most of them run."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    run_sync(manager.start_kernel)(extra_arguments=["--HistoryManager.hist_file=:memory:"])
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
 
 
-def execute(name, tmp_path, **parameters):
-    target = tmp_path / f"{name}.ipynb"
-    papermill.execute_notebook(
-        NOTEBOOKS / f"{name}.ipynb", target, parameters={"preset": "smoke", **parameters}, progress_bar=False
-    )
-    return nbformat.read(target, as_version=4)
+@pytest.fixture(scope="module")
+def execute(kernel):
+    """Executes a notebook in the kernel, in which nothing is left of the one before."""
+
+    def executed(name, folder, **parameters):
+        target = folder / f"{name}.ipynb"
+        emptied = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("get_ipython().reset()")])
+        NotebookClient(emptied, km=kernel).execute()
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb", target, parameters=parameters, progress_bar=False, km=kernel
+        )
+        return nbformat.read(target, as_version=4)
+
+    return executed
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    """Folder and chapters of a book of 01 and 03, which make their runs: GRPO's in 01, AutoNPO's in 03."""
+    folder = tmp_path_factory.mktemp("book")
+    return folder, book.make_book(folder, "smoke", 0, ["01_grpo", "03_autonpo"], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def made(runs, written):
+    """When the last line of each of the book's runs was written."""
+    return {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def story(execute, made, tmp_path_factory):
+    """03_autonpo, executed on the runs of the book."""
+    return execute("03_autonpo", tmp_path_factory.mktemp("story"), preset="smoke")
 
 
 def printed(notebook):
@@ -91,39 +129,49 @@ def test_03_autonpo_tells_the_whole_story(runs, story):
     assert json.loads((grpo / "result.json").read_text())["compute_steps"] == result["compute_steps"]
 
 
-def test_a_finished_run_is_loaded_not_run_again(runs, story, tmp_path):
-    (folder,) = runs.glob("autonpo-smoke-s0-*")
-    before = (folder / "metrics.jsonl").stat().st_mtime_ns
-    execute("03_autonpo", tmp_path)
-    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+def test_a_finished_run_is_loaded_not_run_again(made, story):
+    assert sorted(path.parent.name.split("-")[0] for path in made) == ["autonpo", "grpo"]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-def test_01_grpo_shows_the_base_policy_and_the_plateau(runs, tmp_path):
-    notebook = execute("01_grpo", tmp_path, seed=1, examples=2)
-    (folder,) = runs.glob("grpo-smoke-s1-*")
-    assert json.loads((folder / "result.json").read_text())["interventions"] == []
-    assert pictures(notebook) == 3
-    assert "handwritten_loop" in "".join(html_of(notebook)) and told(notebook).startswith("In 20 steps GRPO took")
+def test_01_grpo_shows_the_base_policy_and_the_plateau(runs, written):
+    folder, (first, _) = written
+    (run,) = runs.glob("grpo-smoke-s0-*")
+    assert json.loads((run / "result.json").read_text())["interventions"] == []
+    assert not (run / "process.log").exists(), "01 makes it itself"
+    page = (folder / "01_grpo.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and "handwritten_loop" in page
+    assert not first.failed and first.ending.startswith("In 20 steps GRPO took the on-policy pass rate from")
 
 
-def test_02_npo_runs_all_four_arms(runs, tmp_path):
-    notebook = execute("02_npo", tmp_path)
+def test_the_book_carries_the_explorer_and_the_sentences(written):
+    folder, (_, third) = written
+    assert not third.failed and third.ending.startswith("AutoNPO intervened once, at step")
+    assert "Test pass rate after 20 executed steps, less GRPO's" in third.ending
+    page = (folder / "03_autonpo.html").read_text()
+    assert page.count('title="Explorer of a run"') == page.count('srcdoc="&lt;!doctype html') == 1
+    assert re.findall(r"(?:src|href)=[\"'](?:https?:)?//", page) == [], "it would load something from elsewhere"
+
+
+def test_02_npo_runs_all_four_arms(execute, runs, written, tmp_path):
+    stages.run(resolve_config("npo", "smoke", 0, {"late_step": 0}), quiet=True)  # it would import for longer than train
+    notebook = execute("02_npo", tmp_path, preset="smoke")
     arms = {folder.name.split("-")[0]: folder for folder in runs.glob("*-smoke-s0-*")}
     assert {"grpo", "npo"} <= set(arms)
-    stages = [
+    planned = [
         [entry["stage"] for entry in json.loads((folder / "result.json").read_text())["interventions"]]
         for folder in runs.glob("npo-smoke-s0-*")
     ]
-    assert sorted(stages) == [["early"], ["early", "late"], ["late"]]
+    assert sorted(planned) == [["early"], ["early", "late"], ["late"]]
     assert pictures(notebook) == 2
     final = {path.parent.name: json.loads(path.read_text())["final"]["average"] for path in runs.glob("*/result.json")}
     (grpo,) = [score for name, score in final.items() if name.startswith("grpo-smoke-s0-")]
     assert f"less GRPO's {grpo:.3f}: NPO early " in told(notebook) and "; NPO early+late " in told(notebook)
 
 
-def test_04_signal_measures_and_draws_the_signal(runs, tmp_path):
+def test_04_signal_measures_and_draws_the_signal(execute, runs, written, tmp_path):
     small = {"distances": 3, "prompts": 16, "gradients": 4}
-    notebook = execute("04_signal", tmp_path, origins=[0, 6], **small)
+    notebook = execute("04_signal", tmp_path, preset="smoke", origins=[0, 6], **small)
     (folder,) = runs.glob("grpo-smoke-s0-*/signal-*")
     found = json.loads((folder / "signal.json").read_text())
     assert set(found["origins"]) == {"0", "6"} and found["c"]["token_kl"].keys() == {
@@ -147,9 +195,9 @@ def cells(runs):
 
 
 @pytest.fixture(scope="module")
-def benchmarks(cells, tmp_path_factory):
+def benchmarks(execute, cells, tmp_path_factory):
     """The executed 06_benchmarks: a study of one seed."""
-    return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), seeds=1, overrides=QUICK)
+    return execute("06_benchmarks", tmp_path_factory.mktemp("benchmarks"), preset="smoke", seeds=1, overrides=QUICK)
 
 
 def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, cells, benchmarks):
@@ -167,8 +215,10 @@ def test_06_benchmarks_runs_a_study_and_draws_both_tables(runs, cells, benchmark
     assert "rows of the table of verdicts over 1 seed: " in told(benchmarks)
 
 
-def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
-    notebook = execute("05_baselines", tmp_path, overrides=QUICK)
+def test_05_baselines_trains_the_arms_and_ablates(execute, runs, benchmarks, tmp_path):
+    configs = ablation_configs("ratio", "smoke", 0, QUICK)
+    run_cell(configs["ratio_mode = truncated"])  # the arms have two more, and the notebook makes the last one
+    notebook = execute("05_baselines", tmp_path, preset="smoke", overrides=QUICK)
     methods = {json.loads(path.read_text())["method"] for path in runs.glob("*-smoke-s0-*/result.json")}
     assert {"grpo", "luffy", "exgrpo", "rlep", "npo", "autonpo"} <= methods
     modes = {json.loads(path.read_text())["ratio_mode"] for path in runs.glob("npo-smoke-s0-*/config.json")}
@@ -178,20 +228,18 @@ def test_05_baselines_trains_the_arms_and_ablates(runs, benchmarks, tmp_path):
     assert "in brackets less GRPO's: " in told(notebook)
 
 
-def test_an_unknown_parameter_is_refused(tmp_path):
+def test_an_unknown_parameter_is_refused(execute, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown parameter 'sead'.*did you mean 'seed'"):
-        execute("01_grpo", tmp_path, sead=1)
+        execute("01_grpo", tmp_path, preset="smoke", sead=1)
 
 
-def test_an_unknown_setting_is_refused(tmp_path):
+def test_an_unknown_setting_is_refused(execute, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"Unknown setting 'tau'"):
-        execute("03_autonpo", tmp_path, overrides={"tau": 0.5})
+        execute("03_autonpo", tmp_path, preset="smoke", overrides={"tau": 0.5})
 
 
-def test_00_idea_says_what_its_text_promises(tmp_path):
-    target = tmp_path / "00_idea.ipynb"
-    papermill.execute_notebook(NOTEBOOKS / "00_idea.ipynb", target, progress_bar=False)
-    notebook = nbformat.read(target, as_version=4)
+def test_00_idea_says_what_its_text_promises(execute, tmp_path):
+    notebook = execute("00_idea", tmp_path)
     text = printed(notebook)
     assert len(notebook.cells) == 15 and pictures(notebook) == 1
     assert "last one replaced -0.35" in text and "2.47" in text
@@ -201,12 +249,13 @@ def test_00_idea_says_what_its_text_promises(tmp_path):
     assert float(rates["the same 40 steps, guided"]) > float(rates["GRPO, 40 steps"])
 
 
-def test_07_real_model_runs_on_any_text_policy(runs, tmp_path):
-    """With a policy of one layer in the place of SmolLM2, which is fetched for the measurement of precision alone."""
+def test_07_real_model_runs_on_any_text_policy(execute, runs, tmp_path):
+    """With a policy of one layer, which lies where SmolLM2 is once it is fetched: precisions are measured on it."""
     tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, tmp_path / "policy")
+    policy = runs / "base" / f"smollm2-135m-instruct-{smollm.WHEEL_SHA256[:8]}-{smollm.FORMAT}"
+    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, policy)
     small = {
-        "policy": str(tmp_path / "policy"),
+        "policy": str(policy),
         "data": "letters:2-3",
         "warmstart_pass_rate": 0.0,
         "max_completion_length": 6,

@@ -325,11 +325,13 @@ def test_weights_in_16_bits_lose_what_weights_in_32_keep(tiny_runs, monkeypatch)
 
 @pytest.mark.slow
 def test_a_rehearsal_from_end_to_end(tiny_runs, tmp_path, monkeypatch, capsys):
+    """Each part in its process; left out are three that are done above, whose processes import for longer."""
     monkeypatch.setenv("NPO_RUNS", str(tiny_runs))
     out = tmp_path / "result.json"
-    status = main(["gpu-check", "--rehearse", "--minutes", "60", "--out", str(out)])
+    names = [part.name for part in PARTS if part.name not in ("cache", "rollback", "precision")]
+    status = main(["gpu-check", "--rehearse", "--minutes", "60", "--parts", *names, "--out", str(out)])
     shown, result = capsys.readouterr().out, json.loads(out.read_text())
-    assert states(result) == {part.name: DONE for part in PARTS}, shown
+    assert states(result) == dict.fromkeys(names, DONE), shown
     assert status == 0 and "REHEARSAL on the CPU" in shown and "no figure of a GPU" in shown
     found = {part["part"]: {row["name"]: row["value"] for row in part["rows"]} for part in result["parts"]}
     assert found["steps"]["SmolLM2, NPO / GRPO step"] > 0

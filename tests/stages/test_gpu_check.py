@@ -324,17 +324,38 @@ def test_weights_in_16_bits_lose_what_weights_in_32_keep(tiny_runs, monkeypatch)
 
 
 @pytest.mark.slow
+def test_steps_are_measured_in_turns(tiny_runs, monkeypatch):
+    assert do("steps", tiny_runs, monkeypatch)["SmolLM2, NPO / GRPO step"] > 0
+
+
+@pytest.mark.slow
+def test_each_figure_of_speed_is_one(tiny_runs, monkeypatch):
+    rows = do("speed", tiny_runs, monkeypatch)
+    assert len(rows) > 3 and all(value > 0 for value in rows.values())
+
+
+@pytest.mark.slow
+def test_the_small_world_is_trained_rolled_back_and_measured(tiny_runs, monkeypatch):
+    rows = do("paths", tiny_runs, monkeypatch)
+    assert rows["roll-backs of it"] == 1 and 0 <= rows["its pass rate in evaluation"] <= 1
+    assert rows["pairs of policies measured"] > 0
+    assert abs(rows["KL of the policy to a second sample of its own, 0 but for rounding"]) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_rehearsal_from_end_to_end(tiny_runs, tmp_path, monkeypatch, capsys):
-    """Each part in its process; left out are three that are done above, whose processes import for longer."""
+    """Each part in its process: the first, what is measured from outside, and the one that starts runs.
+
+    The others are done above, at the same size: their processes would import for longer than they measure.
+    """
     monkeypatch.setenv("NPO_RUNS", str(tiny_runs))
     out = tmp_path / "result.json"
-    names = [part.name for part in PARTS if part.name not in ("cache", "rollback", "precision")]
+    names = ["model", "memory", "training"]
     status = main(["gpu-check", "--rehearse", "--minutes", "60", "--parts", *names, "--out", str(out)])
     shown, result = capsys.readouterr().out, json.loads(out.read_text())
     assert states(result) == dict.fromkeys(names, DONE), shown
     assert status == 0 and "REHEARSAL on the CPU" in shown and "no figure of a GPU" in shown
     found = {part["part"]: {row["name"]: row["value"] for row in part["rows"]} for part in result["parts"]}
-    assert found["steps"]["SmolLM2, NPO / GRPO step"] > 0
     assert found["training"]["NPO: steps done, of 6"] == found["training"]["GRPO: steps done, of 6"] == 6
     assert found["memory"]["all weights, in bfloat16: training, by the plan"] > 0
     assert not [name for name in found["memory"] if "plan / peak" in name], "resident memory is no GPU memory"

@@ -1,5 +1,6 @@
 """What holds for every test: set before torch is imported, which reads the thread settings once."""
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -14,6 +15,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+gc.disable()  # until the tests begin: imports make no garbage, and looking for it takes a fifth of their time
 
 # Shapes in the signatures of the maths are checked at run time, in tests only. The hook works on modules that are not
 # imported yet, hence here.
@@ -52,6 +55,13 @@ def pytest_collection_modifyitems(items):
         all_of[item.path] += 1
         long[item.path] += item.get_closest_marker("slow") is not None
     items.sort(key=lambda item: (-long[item.path], -all_of[item.path], str(item.path)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """What was imported stays, so no look for garbage goes through it: runs and measurements look several times."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header():

@@ -52,15 +52,6 @@ def moved(build, amount, seed):
     return model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def frozen_heap():
-    """A measurement collects garbage after every policy, slow in a process full of modules: those are left out."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def saved(name, folder):
     """A run that moves on in one direction, and a teacher somewhere else."""
     tiny = world(name)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .explore.command import add_stage as add_explore
+from .loading import loading
 from .runs.config import (
     RunConfig,
     given_overrides,
@@ -25,6 +26,9 @@ from .study.map_command import add_stage as add_map
 from .study.options import add_options, add_run_options
 from .study.real_command import add_stage as add_real
 from .study.signal_command import add_stage as add_signal_study
+
+OWN = __name__ == "__main__"
+"""Whether the process is this command line's; it may be called from another one's too."""
 
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
@@ -201,9 +205,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
-    from .processes import is_writer
-    from .stages import launch
-    from .stages import run as stages
+    with loading(OWN):
+        from .processes import is_writer
+        from .stages import launch
+        from .stages import run as stages
 
     # `run` and what a launcher starts is the run itself; the other stages start it as its settings ask for
     here = options.name == "run" or "WORLD_SIZE" in os.environ
@@ -215,17 +220,19 @@ def _finish(config: RunConfig, options: argparse.Namespace) -> int:
 
 
 def _cell(options: argparse.Namespace) -> int:
-    from .study import cells as evidence
+    with loading(OWN):
+        from .study import cells as evidence
 
     evidence.run_cell(RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8"))), options.root)
     return 0
 
 
 def _evidence(options: argparse.Namespace) -> int:
-    from .study import cells as evidence
-    from .study import claims, comparisons
-    from .study.findings import results_folder
-    from .study.results import read_evidence
+    with loading(OWN):
+        from .study import cells as evidence
+        from .study import claims, comparisons
+        from .study.findings import results_folder
+        from .study.results import read_evidence
 
     cells = evidence.plan_cells(options.preset, options.seeds, options.arms, given_overrides(options.set))
     evidence.run_cells(cells, options.root, options.processes, options.quiet)

@@ -27,8 +27,11 @@ PLAN = GainPlan(origins=(2,), distances=(0, 2, 4), window=2, modes=("current",),
 AT_ONCE = f"""
 import sys
 from pathlib import Path
-from npo_core.study.gain import GainPlan
-from npo_core.study.signal_study import run_signal_study
+from npo_core.loading import loading
+
+with loading(own=True):
+    from npo_core.study.gain import GainPlan
+    from npo_core.study.signal_study import run_signal_study
 
 root, out, *seeds = sys.argv[1:]
 seeds = [int(seed) for seed in seeds]

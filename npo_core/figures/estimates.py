@@ -1,7 +1,7 @@
 """Estimates over seeds as the figures of the evidence study write them."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,6 +9,11 @@ from ..method.stats import mean_interval
 from ..study.clocks import reference
 from ..study.families import REFERENCES
 from ..study.results import Evidence
+
+FAR = 4
+"""Multiple of the median distance that an arm's seeds reach, beyond which one is written at the edge."""
+LONGEST = 1.5
+"""How far an interval is drawn, as a multiple of the farthest seed: of two seeds it can be ten times as long."""
 
 
 def require_arms(evidence: Evidence, *arms: str) -> None:
@@ -44,6 +49,25 @@ def difference_text(values: np.ndarray, digits: int) -> str:
         return "no seed"
     ends = "" if np.isnan(low) else f" [{signed(low, digits)}, {signed(high, digits)}]"
     return signed(mean, digits) + ends
+
+
+def axis_of(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[tuple[float, float], set[str]]:
+    """Ends of the axis of differences, and arms that reach so far that the others would not be told apart.
+
+    Args:
+        found: By arm and clock, a difference per seed.
+    """
+    seeds = {arm: np.concatenate([[0.0], *row.values()]) for arm, row in found.items()}
+    farthest = {arm: np.abs(values).max() for arm, values in seeds.items()}
+    typical = np.median(list(farthest.values()))
+    far = {arm for arm, end in farthest.items() if end > FAR * typical > 0}
+    near = [arm for arm in found if arm not in far]
+    longest = LONGEST * max(farthest[arm] for arm in near)
+    bars = [end for arm in near for values in found[arm].values() for end in interval(values)[1:]]
+    shown = np.concatenate([*(seeds[arm] for arm in near), np.clip(bars, -longest, longest)])
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    margin = 0.05 * (high - low) or 0.01
+    return (low - margin, high + margin), far
 
 
 def reference_note(evidence: Evidence, arms: Sequence[str], width: int = 90) -> str:

@@ -20,7 +20,7 @@ from ..study.clocks import ends, paired, reference, score_at
 from ..study.families import REFERENCES
 from ..study.results import Evidence
 from .curves import CLOCKS, CURVES
-from .estimates import difference_text, interval, quoted, reference_note, require_arms
+from .estimates import axis_of, difference_text, interval, quoted, reference_note, require_arms
 from .record import AVERAGE_WEIGHT, RunRecord
 from .style import ARM_LOOKS, COLORS, GREY, MEAN, SEED, WIDTH, canvas, settle, style
 
@@ -37,15 +37,14 @@ PAIRS = (("NPO", "NPO, exact ratio"), ("LUFFY", "LUFFY, no correction"))
 """Arms that differ in the importance ratio of the guided slot only."""
 PALE = 0.35
 """Opacity of the seeds behind the one that is shown in full."""
-FAR = 4
-"""Multiple of the median distance that arms reach, intervals included, beyond which one is written at the edge."""
 
 
 def arm_differences(evidence: Evidence) -> Figure:
     """Final test pass rate of every arm minus its reference, on three clocks (ours).
 
     At equal policy step GRPO is scored where the arm ends, at equal total rollouts the better of longer runs and larger
-    groups where they have spent as many. Arms that spend more than GRPO by plan are references and left out.
+    groups where they have spent as many. Arms that spend more than GRPO by plan are references and left out. Where an
+    interval is much longer than the seeds lie apart, the frame cuts it off.
 
     Args:
         evidence: Results of the study.
@@ -64,7 +63,7 @@ def arm_differences(evidence: Evidence) -> Figure:
         pairs = {clock: paired(evidence, arm, reference(evidence, arm, clock), clock) for clock in clocks}
         found[arm] = {clock: (own - other).dropna().to_numpy() for clock, (own, other) in pairs.items()}
     counts = [len(values) for row in found.values() for values in row.values()]
-    edges, far = _range(found)
+    edges, far = axis_of(found)
     groups = {kind: [arm for arm in arms if ARMS[arm].kind == kind] for kind in GROUPS}
     groups = {kind: members for kind, members in groups.items() if members}
     with style():
@@ -261,18 +260,6 @@ def _grpo_where_it_ends(evidence: Evidence, arm: str) -> pd.Series:
 
 
 # Rows
-
-
-def _range(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[tuple[float, float], set[str]]:
-    """Ends of the axis of differences, and arms that reach so far that the others would not be told apart."""
-    ends = {arm: [0.0, *(e for v in row.values() for e in (*v, *interval(v)[1:]))] for arm, row in found.items()}
-    farthest = {arm: np.nanmax(np.abs(values)) for arm, values in ends.items()}
-    typical = np.median(list(farthest.values()))
-    far = {arm for arm, end in farthest.items() if end > FAR * typical > 0}
-    shown = np.concatenate([values for arm, values in ends.items() if arm not in far])
-    low, high = np.nanmin(shown), np.nanmax(shown)
-    margin = 0.05 * (high - low) or 0.01
-    return (low - margin, high + margin), far
 
 
 def _draw_arrow(axes: Axes, place: float, values: np.ndarray, color: str, name: str) -> None:

@@ -245,6 +245,17 @@ def test_an_arm_far_off_is_written_at_the_edge(evidence):
                 assert line.get_xdata().min() > low and line.get_xdata().max() < high
 
 
+def test_two_seeds_are_told_apart_however_long_their_intervals_are():
+    """Two seeds that differ by 0.01 have an interval of ±0.064; the axis is that of the seeds."""
+    figure = arm_differences(fabricate(seeds=(0, 1)))
+    low, high = figure.axes[0].get_xlim()
+    lines = [line for axes in figure.axes for line in axes.get_lines() if line.get_label().endswith("seeds")]
+    values = np.concatenate([line.get_xdata() for line in lines])
+    longest = max(np.abs(values))
+    assert longest < max(-low, high) < 1.7 * longest and max(np.abs(values)) > 0.015
+    assert max(np.abs(bars_of(figure.axes[1])[:, [0, 2]]).ravel()) > max(-low, high), "drawn, and cut off at the frame"
+
+
 # Training
 
 

@@ -139,7 +139,7 @@ def _draw_arm(
         text = f"mean {signed(mean, 2)}" if abs(mean) > limit and several else " ".join(signed(v, 2) for v in beyond)
         below = sum(beyond) < 0
         where = {"transform": axes.get_yaxis_transform(), "ha": "left" if below else "right", "va": "center"}
-        axes.text(0.02 if below else 0.98, place - 0.47, text, fontsize="small", **where)  # a mark may lie on the row
+        axes.text(0.02 if below else 0.98, place - 0.48, text, **where)  # a mark may lie on the row
 
 
 def _seeds(evidence: Evidence) -> str:

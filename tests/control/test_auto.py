@@ -412,10 +412,11 @@ def _own_warnings(lines: list[dict]) -> list[int]:
 def test_the_trigger_reads_the_on_policy_metrics(base, grpo, tmp_path, own_trigger):
     first, *_ = _own_warnings(grpo.metrics())
     assert first < STEPS
-    run = stages.run(_config(base, **LOOSE, compute_steps=first + 1), tmp_path, quiet=True)
+    steps = first + 1
+    run = stages.run(_config(base, **LOOSE, compute_steps=steps, checkpoint_every=steps), tmp_path, quiet=True)
     (warning,) = run.events("warning")
     assert warning["policy_step"] == warning["compute_step"] == first
-    # it reached the decision; one step of budget is too little for any replay
+    # it reached the decision; one step of budget is too little for a replay from the start, and there is no other
     (dismissed,) = run.events("dismissed")
     assert dismissed["policy_step"] == first and "budget" in dismissed["reason"]
     assert run.result()["interventions"] == []

@@ -457,8 +457,8 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
         chat_template_kwargs: ClassVar = {"enable_thinking": False}
         use_vllm = False
         args = SimpleNamespace(
-            generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16, bf16=False,
-            mask_unsampled=True,
+            generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16,
+            bf16=False, fp16=False, mask_unsampled=True,
         )  # fmt: skip
         model = SimpleNamespace(generation_config=GenerationConfig())
         generation_config = GenerationConfig(suppress_tokens=[7], eos_token_id=2)

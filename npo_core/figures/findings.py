@@ -82,12 +82,14 @@ def findings(evidence: Evidence) -> Figure:
             axes.tick_params(axis="y", length=0)
         first, middle = grid[0, :2]
         first.set_xlim(-limit, limit)
-        first.set_ylim(place - GAP - 0.4, -0.6)
+        first.set_ylim(place - GAP - 0.4, -0.9)
         first.set_yticks(list(places.values()), list(names.values()))
         for label, arm in zip(first.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if arm in GUIDED else "normal")
         note = reference_note(evidence, list(names), 56)
-        middle.set_xlabel(f"test pass rate minus that of GRPO (fraction, mean over suites); {_seeds(evidence)}{note}")
+        middle.set_xlabel(
+            f"test pass rate minus that of GRPO (fraction, mean over suites); {_seeds(evidence, broke)}{note}"
+        )
         marks = _marks(names, found, broke)
         figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return settle(figure)
@@ -142,11 +144,12 @@ def _draw_arm(
         axes.text(0.02 if below else 0.98, place - 0.48, text, **where)  # a mark may lie on the row
 
 
-def _seeds(evidence: Evidence) -> str:
+def _seeds(evidence: Evidence, broke: Mapping[str, Sequence[int]]) -> str:
     seeds = evidence.about["seeds"]
+    lost = f"\nGRPO broke on seed {', '.join(map(str, broke['GRPO']))}" if broke.get("GRPO") else ""
     if len(seeds) == 1:
-        return f"one seed ({seeds[0]}), no interval"
-    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+        return f"one seed ({seeds[0]}), no interval{lost}"
+    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))}){lost}"
 
 
 def _marks(

@@ -206,8 +206,8 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     """
     folder = results_folder() if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    failed = [
-        {"arm": cell.arm, "seed": cell.seed, "reason": reason}
+    failed = [  # results are read elsewhere: they name no folder of this machine
+        {"arm": cell.arm, "seed": cell.seed, "reason": reason.replace(f"{cell.folder(root).path.parent}/", "")}
         for cell in cells
         if (reason := cell.failure(root)) is not None
     ]

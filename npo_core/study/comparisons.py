@@ -140,7 +140,7 @@ def arm_markdown(evidence: Evidence) -> str:
     if evidence.same:
         lines.append(f"\nNo arm of its own here, being GRPO itself: {'; '.join(evidence.same)}.")
     if evidence.about["failed"]:
-        lost = [f"{one['arm']}, seed {one['seed']}: {one['reason']}" for one in evidence.about["failed"]]
+        lost = [f"{one['arm']}, seed {one['seed']}: {one['reason'].rstrip('.')}" for one in evidence.about["failed"]]
         lines.append(f"\nFailed, and left out of means: {'; '.join(lost)}.")
     if broke := broken(evidence):
         ones = [f"{arm}, seed {', '.join(map(str, seeds))}" for arm, seeds in broke.items()]

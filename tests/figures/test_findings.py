@@ -91,6 +91,16 @@ def test_a_run_that_broke_is_a_cross_at_the_edge_with_its_number():
     assert_legible({"findings": figure})
 
 
+def test_a_broken_reference_is_said():
+    whole = made_up(GAINS, base=BASE)
+    lost = (whole.training["arm"] == "GRPO") & (whole.training["seed"] == 1)
+    training = whole.training.assign(pass_rate=whole.training["pass_rate"].mask(lost, 0.0))
+    figure = findings(Evidence(whole.scores, training, whole.about))
+    assert "GRPO broke on seed 1" in figure.axes[1].get_xlabel().replace("\n", " ")
+    assert "broke" not in findings(whole).axes[1].get_xlabel()
+    assert_legible({"findings": figure})
+
+
 def test_one_seed_is_a_point_without_an_interval():
     figure = findings(made_up({arm: values[:1] for arm, values in GAINS.items()}, base=BASE[:1]))
     assert all(not axes.collections for axes in figure.axes)

@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 
+from npo_core.files import write_json
 from npo_core.runs.folder import RunFolder
 from npo_core.stages.run import compare, source_config
 from npo_core.study import cells as study
@@ -173,6 +174,18 @@ def test_results_are_refused_while_a_cell_is_missing(cells, root, tmp_path):
     with pytest.raises(ResultsRefused, match=r"missing: GRPO, seed 2: paper/mmmu_pro"):
         collect([*cells, *plan_cells("smoke", [2], ["GRPO"], SMALL)], root, tmp_path)
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_results_name_no_folder_of_the_machine(cells, root, tmp_path):
+    lost = plan_cells("smoke", [7], ["GRPO", "NPO"], SMALL)
+    for cell in lost:
+        folder = cell.folder(root).path
+        write_json(folder / "failed.json", {"reason": f"exit status 2: {folder}/x solved nothing.", "log": ""})
+    collect([*cells, *lost], root, tmp_path)
+    about = (tmp_path / ABOUT).read_text(encoding="utf-8")
+    assert str(root) not in about
+    reasons = [entry["reason"] for entry in json.loads(about)["failed"]]
+    assert reasons == [f"exit status 2: {cell.config.run_name}/x solved nothing." for cell in lost]
 
 
 @pytest.mark.slow

@@ -98,8 +98,9 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
 def verifier_reward(verifier: Verifier) -> Callable[..., list[float]]:
     """A reward function in TRL's convention from a verifier: 1.0 for CORRECT, else 0.0 (ours).
 
-    The function is `reward(completions, **columns)` and is logged as "verified". The verifier's row holds the columns
-    that are lists with one entry per completion; what else TRL passes (trainer_state, log_extra, …) is left out.
+    The function is `reward(completions, **columns)` and is logged as "verified". The verifier's row holds the prompt,
+    under the data set's name for it, and the columns that are lists with one entry per completion; what else TRL passes
+    (trainer_state, log_extra, …) is left out.
 
     Args:
         verifier: called once per completion with its text and its row.
@@ -108,10 +109,10 @@ def verifier_reward(verifier: Verifier) -> Callable[..., list[float]]:
         The reward function.
     """
 
-    def verified(completions: list[Any], **columns: Any) -> list[float]:
+    def verified(completions: list[Any], *, prompts: list[Any] | None = None, **columns: Any) -> list[float]:
         per_row = {
             name: values
-            for name, values in columns.items()
+            for name, values in {"prompt": prompts, **columns}.items()
             if isinstance(values, list) and len(values) == len(completions)
         }
         return [

@@ -68,6 +68,15 @@ def test_reward_passes_each_row_its_own_columns_and_nothing_else():
     assert rows == [("x", {"uid": "a", "answer": "1"}), ("y", {"uid": "b", "answer": "2"})]
 
 
+def test_a_verifier_may_read_the_prompt_in_rewards_as_at_the_gate():
+    """TRL hands the prompts over beside the columns, under another name than the data set's."""
+    seen = []
+    prompts = [[{"role": "user", "content": "3, 5 to 8"}], [{"role": "user", "content": "2, 2 to 4"}]]
+    reward = verifier_reward(lambda text, row: seen.append(row["prompt"]) is None)
+    assert reward(["x", "y"], prompts=prompts, uid=["a", "b"]) == [1.0, 1.0]
+    assert seen == prompts
+
+
 def test_completion_text():
     assert completion_text("as is") == "as is"
     parts = [{"type": "image"}, {"type": "text", "text": "one "}, {"type": "text", "text": "two"}]

@@ -55,7 +55,7 @@ def _last_box(text: str) -> tuple[int, int] | None:
 
 
 def verify(completion_text: str, answer: str) -> Verdict:
-    r"""Compare a completion's last boxed answer with the reference (ours); verdicts are kept, as rollouts repeat.
+    r"""Compare a completion's last boxed answer with the reference (ours).
 
     Correct when both are the same after `normalise_answer`, see `same_answer` and docs/verification.md: as text, as
     lists, or as numbers of equal value (50% is 0.5, and 50 only where the reference has the sign).
@@ -77,7 +77,8 @@ def verify(completion_text: str, answer: str) -> Verdict:
         )
     if fault := reference_fault(answer):
         raise ValueError(f"the reference answer {answer[-80:]!r} {fault}. Repair the dataset row.")
-    return _verdict(completion_text, answer)
+    boxed = extract_answer(completion_text)
+    return Verdict.UNPARSEABLE if boxed is None else _verdict(boxed, answer)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -97,13 +98,12 @@ def reference_fault(answer: str) -> str:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _verdict(completion_text: str, answer: str) -> Verdict:
-    reference = normalise_answer(answer)
-    boxed = extract_answer(completion_text)
-    given = None if boxed is None else normalise_answer(boxed)
+def _verdict(boxed: str, answer: str) -> Verdict:
+    """Verdict on the content of a box; kept, as rollouts repeat. Whole responses would fill the memory of a long run."""
+    given = normalise_answer(boxed)
     if not given:
         return Verdict.UNPARSEABLE
-    return Verdict.CORRECT if same_answer(given, reference) else Verdict.WRONG
+    return Verdict.CORRECT if same_answer(given, normalise_answer(answer)) else Verdict.WRONG
 
 
 class BoxedVerifier(AnswerVerifier):

@@ -2,6 +2,7 @@
 
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,18 @@ def test_long_hostile_text_takes_no_time(text):
     assert verify(text, "3") is not Verdict.CORRECT
     assert verify(r"\boxed{3}", "7" + text.replace(r"\boxed", "")) is not Verdict.CORRECT
     assert time.process_time() - start < 5
+
+
+def test_what_is_remembered_of_a_response_is_its_answer_alone():
+    """A run verifies millions of responses, of thousands of tokens each."""
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            assert verify(f"{number} " * 20_000 + r"so \boxed{3}", "3") is Verdict.CORRECT
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 100_000, "the responses are 5 million bytes"
 
 
 PIECES = st.sampled_from(

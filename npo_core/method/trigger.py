@@ -346,8 +346,8 @@ class Decision:
     Attributes:
         chosen: the candidate with the largest signal, None if none is eligible.
         candidates: all candidates, by ascending distance.
-        at_edge: True if the chosen distance is the smallest or largest of the candidates: the optimum is then not
-            bracketed, and may lie outside (always so for one or two candidates).
+        at_edge: True if the chosen distance is the smallest or largest that a prompt was probed for: the optimum is then
+            not bracketed, and may lie outside (always so for one or two such candidates).
         reason: a sentence for the log.
     """
 
@@ -389,11 +389,13 @@ def choose_distance(candidates: Sequence[Candidate], quality_floor: float = 0.0)
         return Decision(chosen=None, candidates=ordered, at_edge=False, reason=reason)
     # max keeps the first of equals, and the order is by distance.
     chosen = max(eligible, key=lambda candidate: candidate.signal)
-    at_edge = chosen.distance in (distances[0], distances[-1])
+    # without a probed prompt a distance has no estimate: it brackets nothing
+    measured = [candidate.distance for candidate in ordered if candidate.prompts > 0]
+    at_edge = chosen.distance in (measured[0], measured[-1])
     reason = (
         f"distance {chosen.distance}: signal {chosen.signal:.3g} = quality {chosen.quality:.3g} / variance "
         f"{chosen.variance:.3g} is the largest of {len(eligible)} eligible among {len(ordered)} candidates"
     )
     if at_edge:
-        reason += f"; an edge of the range {distances[0]}..{distances[-1]}, so the optimum is not bracketed"
+        reason += f"; an edge of the range {measured[0]}..{measured[-1]}, so the optimum is not bracketed"
     return Decision(chosen=chosen, candidates=ordered, at_edge=at_edge, reason=reason)

@@ -293,6 +293,14 @@ def test_an_edge_is_one_of_all_candidates_not_only_of_the_eligible():
     assert decision.chosen.distance == 20 and not decision.at_edge and "edge" not in decision.reason
 
 
+def test_a_distance_without_probed_prompts_brackets_nothing():
+    """The failures of the last few steps may all be missing in the probe; V alone is no estimate of S there."""
+    candidates = [_candidate(3, 0.0, 1.4, prompts=0), _candidate(13, 0.06, 1.8), _candidate(23, 0.05, 2.9)]
+    decision = choose_distance(candidates)
+    assert decision.chosen.distance == 13 and decision.at_edge and "range 13..23" in decision.reason
+    assert len(decision.candidates) == 3
+
+
 def test_signal_is_quality_over_variance_and_ties_go_to_the_smaller_distance():
     candidates = [_candidate(40, 0.5, 2.0), _candidate(10, 0.2, 1.0), _candidate(20, 0.25, 1.0)]
     assert [candidate.signal for candidate in candidates] == [0.25, 0.2, 0.25]

@@ -118,9 +118,8 @@ function aloud(run, decision, found, at, c) {
   const moved = found.movable && Math.abs(c - (run.config.variance_c ?? 3.3)) > 0.049;
   if (!found.chosen) words.push(`No distance reaches the quality floor of ${figures(run.config.quality_floor ?? 0)}.`);
   else {
-    const ends = [found.candidates[0].distance, found.candidates[found.candidates.length - 1].distance];
     words.push(`${moved ? `With c = ${number(c, 1)} the` : "The"} largest signal of ${found.eligible} eligible is at Δ = ${found.chosen.distance}${span(found.optimum, 4)}.`);
-    if (found.atEdge) words.push(`That is the edge of the range ${ends[0]} to ${ends[1]}: the optimum is not bracketed and may lie outside.`);
+    if (found.atEdge) words.push(`That is the edge of the range ${found.ends[0]} to ${found.ends[1]}: the optimum is not bracketed and may lie outside.`);
   }
   if (moved && decision.choice.chosen !== null) words.push(`The run, with c = ${figures(run.config.variance_c)}, chose Δ = ${decision.choice.chosen}.`);
   return words.join(" ");

@@ -49,8 +49,9 @@ export function chooseDistance(candidates, floor) {
     if (candidate.prompts <= 0 || candidate.quality < floor) continue;
     if (chosen === null || candidate.quality / candidate.variance > chosen.quality / chosen.variance) chosen = candidate;
   }
-  const ends = [ordered[0], ordered[ordered.length - 1]];
-  return { chosen, atEdge: ends.includes(chosen), eligible: ordered.filter((c) => c.prompts > 0 && c.quality >= floor).length };
+  const measured = ordered.filter((c) => c.prompts > 0);
+  const ends = measured.length ? [measured[0], measured[measured.length - 1]] : [];
+  return { chosen, ends: ends.map((c) => c.distance), atEdge: ends.includes(chosen), eligible: ordered.filter((c) => c.prompts > 0 && c.quality >= floor).length };
 }
 
 /** V = exp(c KL), KL held at 0 from below. */

@@ -99,7 +99,7 @@ def reference_fault(answer: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _verdict(boxed: str, answer: str) -> Verdict:
-    """Verdict on the content of a box; kept, as rollouts repeat. Whole responses would fill the memory of a long run."""
+    """Verdict on the content of a box; kept, as rollouts repeat. Whole responses would fill a long run's memory."""
     given = normalise_answer(boxed)
     if not given:
         return Verdict.UNPARSEABLE

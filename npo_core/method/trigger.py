@@ -346,8 +346,8 @@ class Decision:
     Attributes:
         chosen: the candidate with the largest signal, None if none is eligible.
         candidates: all candidates, by ascending distance.
-        at_edge: True if the chosen distance is the smallest or largest that a prompt was probed for: the optimum is then
-            not bracketed, and may lie outside (always so for one or two such candidates).
+        at_edge: True if the chosen distance is the smallest or largest that a prompt was probed for: the optimum is
+            then not bracketed, and may lie outside (always so for one or two such candidates).
         reason: a sentence for the log.
     """
 

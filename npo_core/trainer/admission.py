@@ -71,30 +71,22 @@ def _refuse(what: str, found: Sequence[str]) -> None:
         raise ValueError(f"{what}:{listed}")
 
 
-def require_columns(trainer: "NPOTrainer", verifier: Verifier | None) -> None:
-    """Refuse arguments under which a verifier, if there is one, would not get the rows whole.
+def check_arguments(trainer: "NPOTrainer", verifier: Verifier | None) -> None:
+    """Refuse arguments under which verdicts or appended places, if there are any, would not get rows and groups whole.
 
     Raises:
-        ValueError: The trainer takes columns away that no argument of the model is called like.
+        ValueError: With a verifier: the trainer takes columns away that no argument of the model is called like. With
+            appended places: a rollout function, tools or environments, which make the group elsewhere. With either: a
+            group would be split over two processes.
     """
     if verifier is not None and trainer.args.remove_unused_columns:
         raise ValueError(
             "remove_unused_columns is True, which takes uid and the verifier's columns out of the rows; set it to "
             "False, TRL's default for GRPO."
         )
-
-
-def require_own_rollouts(trainer: "NPOTrainer", what: str) -> None:
-    """Refuse ways of sampling in which a guide would not arrive, or not alone: TRL makes the group elsewhere.
-
-    Args:
-        trainer: A trainer.
-        what: What needs the group to be sampled by the trainer itself.
-
-    Raises:
-        ValueError: The trainer has a rollout function, tools or environments.
-    """
-    for complaint in _others_sample(trainer, what):
+    appended = trainer.args.placement == "append"
+    others = _others_sample(trainer, "placement 'append'") if appended else []
+    for complaint in others + (_split_groups(trainer) if appended or verifier is not None else []):
         raise ValueError(f"{complaint}.")
 
 
@@ -109,6 +101,20 @@ def _others_sample(trainer: "NPOTrainer", what: str) -> list[str]:
         f"itself, and with {name} it does not: leave one of the two out"
         for name, there in given.items()
         if there
+    ]
+
+
+def _split_groups(trainer: "NPOTrainer") -> list[str]:
+    """That a group's rollouts would not all be in one process; TRL itself compares rewards over all processes."""
+    args = trainer.args
+    assert args.steps_per_generation is not None  # TRL has computed it
+    batch = args.per_device_train_batch_size * args.steps_per_generation
+    if batch % trainer.num_generations == 0:
+        return []
+    return [
+        f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
+        f"num_generations = {trainer.num_generations}, so a group, whose pass rate a verifier gives, would be split "
+        "over two processes. Change one of the three"
     ]
 
 
@@ -142,19 +148,13 @@ def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
     args, processes, found = trainer.args, trainer.accelerator.num_processes, []
     if trainer.verifier is None:
         found.append("guidance is given without a verifier; NPO gates on verified pass rates. Pass verifier=…")
-    found += _others_sample(trainer, "guidance")
-    assert args.steps_per_generation is not None  # TRL has computed it
-    batch = args.per_device_train_batch_size * args.steps_per_generation
-    if batch % trainer.num_generations:
-        found.append(
-            f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
-            f"num_generations = {trainer.num_generations}, so a group would be split over two processes. "
-            "Change one of the three"
-        )
-    if args.guide_prefix < 1 and (isinstance(source, ReplaySource) or trainer.is_fsdp_enabled):
+    found += [*_others_sample(trainer, "guidance"), *_split_groups(trainer)]
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if args.guide_prefix < 1 and (isinstance(source, ReplaySource) or sharded):
         found.append(
             f"guide_prefix is {args.guide_prefix}; beginnings of guides come from a cache, and the policy that goes on "
-            "from them must be whole in every process: set guide_prefix=1 for a replaying source and under FSDP"
+            "from them must be whole in every process: set guide_prefix=1 for a replaying source, under FSDP and under "
+            "DeepSpeed"
         )
     if isinstance(source, ReplaySource) and processes > 1:
         found.append(
@@ -235,9 +235,9 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
     """Refuse a guide that no correct source would give.
 
     Raises:
-        GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence, without a log-prob
-            for each token, holds a token that the loss leaves out, or its log-probs are at another temperature than
-            training and the ratio needs them.
+        GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence,
+            without a log-prob for each token, holds a token that the loss leaves out, or the ratio needs its log-probs
+            and they are none, or at another temperature than training.
     """
     if guide.uid != uid or not guide.correct:
         raise GuidanceRefused(f"The source gave a guide of {guide.uid!r} (correct: {guide.correct}) for {uid!r}.")

@@ -36,7 +36,7 @@ from ..guidance.trajectories import GuidanceCache, Trajectory, uid_of
 from ..guidance.verdicts import Verifier, completion_text, is_correct, require_verifier
 from ..method.groups import empty_places, gate, pass_rate, place_guides
 from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
-from .admission import RefusedGuides, check_guide, check_source, empty_cache, require_columns, require_own_rollouts
+from .admission import RefusedGuides, check_arguments, check_guide, check_source, empty_cache
 from .config import PAPER, NPOConfig, own_arguments
 from .pictures import collapse_pictures, keep_pictures_out, left_out, left_out_of_loss, rows_as_seen
 from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
@@ -62,8 +62,8 @@ class NPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: `args` of another kind; a verifier that cannot be called so; guidance that has no guides.
-        ValueError: What `admission.check_source` refuses; remove_unused_columns with a verifier; appended places with a
-            `rollout_func`, tools or environments.
+        ValueError: What `admission.check_source` refuses; with a verifier remove_unused_columns, or a group that would
+            be split over processes; appended places with that, a `rollout_func`, tools or environments.
         GuidanceRefused: While training: a source gives what is no guide for the prompt, or all its guides are wrong.
     """
 
@@ -107,9 +107,7 @@ class NPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._recording: RolloutTable | None = None
         self._token_sums: torch.Tensor | None = None
-        require_columns(self, verifier)
-        if self.args.placement == "append":
-            require_own_rollouts(self, "placement 'append'")
+        check_arguments(self, verifier)
         self.guidance = guidance
 
     @property
@@ -369,9 +367,9 @@ class NPOTrainer(GRPOTrainer):
     def _set_guide_ratio(self, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Give the guide rows of a loss call the ratio of the chosen mode.
 
-        Mode exact puts the guide's own log-probs in the denominator, and TRL clips as for every row. The other modes
-        are not clipped: the ratio is 1 in value and the weight's derivative goes into per-token advantages, which gives
-        the exact gradient of (weight × advantage).
+        Mode exact puts the guide's own log-probs in the denominator, and TRL clips as for
+        every row. The other modes are not clipped: the ratio is 1 in value and the weight's derivative goes into
+        per-token advantages, which gives the exact gradient of (weight × advantage).
         """
         rows = inputs["is_guide"].unsqueeze(1)
         old = inputs.get("old_per_token_logps")

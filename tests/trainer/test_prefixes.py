@@ -147,6 +147,16 @@ def test_a_replaying_source_gives_whole_guides(tmp_path):
         trainer_of(world("text"), tmp_path, guidance=OwnPast({}, 4, seed=0), guide_prefix=0.5)
 
 
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_policy_in_parts_gives_whole_guides(tmp_path, sharded):
+    """A process without a guide in its groups would not sample, and the others would wait for its part."""
+    trainer = trainer_of(world("text"), tmp_path, guide_prefix=0.5)
+    trainer.guidance = Guides()
+    setattr(trainer, sharded, True)
+    with pytest.raises(ValueError, match=r"guide_prefix is 0\.5; .* whole in every process"):
+        trainer.guidance = Guides()
+
+
 def test_a_guide_that_ends_at_once_gives_nothing_and_its_row_is_the_policys(tmp_path):
     tiny, told = world("text"), []
     eos = tiny.guide(tiny.dataset["uid"][0]).token_ids[-1]

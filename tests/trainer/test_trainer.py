@@ -140,9 +140,17 @@ def test_constructor_refuses_a_uid_that_names_two_answers(tmp_path):
         trainer_of(world("text"), tmp_path, guidance=Guides(), dataset=Dataset.from_list(rows))
 
 
-def test_constructor_refuses_a_group_over_two_batches(tmp_path):
-    with pytest.raises(ValueError, match="num_generations"):
-        trainer_of(world("text"), tmp_path, guidance=Guides(), n=4, per_device_train_batch_size=6)
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance": Guides()}, {}, {"verifier": None, "placement": "append"}],
+    ids=["guide", "plain", "append"],
+)
+def test_constructor_refuses_a_group_over_two_processes(tmp_path, monkeypatch, settings):
+    """TRL takes it, as it compares rewards over all processes; a pass rate is that of a whole group."""
+    monkeypatch.setattr(NPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"steps_per_generation = 2 is not a multiple of num_generations = 4"):
+        trainer_of(world("text"), tmp_path, n=4, per_device_train_batch_size=2, **settings)
+    trainer_of(world("text"), tmp_path, n=4, per_device_train_batch_size=2, verifier=None)
 
 
 def test_constructor_refuses_a_source_with_one_guide_where_several_are_asked_for(tmp_path):

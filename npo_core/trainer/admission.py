@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from ..guidance.fingerprints import tokenizer_digest, tokenizer_of
+from ..guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
 from ..guidance.sources import GuidanceSource, GuidanceWindow, ManyGuides, ReplaySource
 from ..guidance.trajectories import GuidanceCache, GuidanceRefused, Trajectory
 from ..guidance.verdicts import AnswerVerifier, Verifier
@@ -178,6 +178,11 @@ def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
 def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
     """Why the trainer cannot use a cache, a clause each."""
     own, found = tokenizer_digest(trainer.processing_class), []
+    if cache.image_digest and cache.image_digest != (pictures := image_digest(trainer.processing_class)):
+        found.append(
+            f"the guidance cache was sampled with other picture settings ({cache.image_digest}) than this policy's "
+            f"({pictures or 'none'}), so its guides saw other pictures. Make the cache again"
+        )
     if cache.tokenizer_digest and cache.tokenizer_digest != own:
         found.append(
             f"the guidance cache was made with another tokenizer ({cache.tokenizer_digest}) than this policy's "

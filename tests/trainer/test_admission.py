@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from worlds import VERIFIER, WIDTH, Guides, TinyWorld, correct_in, responses, rig, trainer_of, world
 
-from npo_core.guidance.fingerprints import tokenizer_digest
+from npo_core.guidance.fingerprints import image_digest, tokenizer_digest, tokenizer_of
 from npo_core.guidance.replay import OwnPast
 from npo_core.guidance.sources import GuidanceWindow
 from npo_core.guidance.trajectories import GuidanceCache, GuidanceRefused
@@ -24,13 +24,26 @@ DOES_NOT = [{"ratio_mode": "current"}, {"ratio_mode": "shaped", "guide_behaviour
 
 
 def _cache(tiny: TinyWorld, digest: str = "", longest: int = WIDTH, **changes) -> GuidanceCache:
-    cache = GuidanceCache([tiny.processor.eos_token_id], longest, digest)
+    cache = GuidanceCache([tokenizer_of(tiny.processor).eos_token_id], longest, digest)
     for uid in tiny.dataset["uid"]:
         cache.add(tiny.guide(uid, **changes))
     return cache
 
 
 # Sources
+
+
+def test_a_cache_of_other_picture_settings_is_refused_as_when_it_is_loaded(tmp_path):
+    """Read without its fingerprint being compared, it would guide with answers to other pictures."""
+    tiny = world("pictures")
+    cache = _cache(tiny)
+    for digest, fits in ((image_digest(tiny.processor), True), ("", True), ("0123456789abcdef", False)):
+        cache.image_digest = digest
+        if fits:
+            trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache)
+        else:
+            with pytest.raises(ValueError, match=rf"other picture settings \({digest}\) than this policy's"):
+                trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache)
 
 
 def test_a_cache_of_another_tokenizer_is_refused_wherever_it_is(tmp_path):

@@ -155,8 +155,8 @@ class GuidanceCache:
         """Put a trajectory in as the guide of its prompt.
 
         Raises:
-            GuidanceRefused: It is wrong, over-long, without end of sequence, of an unknown prompt, or its token ids
-                and log-probabilities differ in number.
+            GuidanceRefused: It is wrong, over-long, without end of sequence or goes on behind it, of an unknown prompt,
+                or its token ids and log-probabilities differ in number.
         """
         self.check(trajectory)
         self._guides[trajectory.uid] = trajectory
@@ -174,6 +174,10 @@ class GuidanceCache:
             )
         if not length or trajectory.token_ids[-1] not in self.eos_token_ids:
             raise GuidanceRefused(f"Guide for {uid!r} does not end with an end-of-sequence token: {trajectory.text!r}.")
+        if not set(trajectory.token_ids[:-1]).isdisjoint(self.eos_token_ids):
+            raise GuidanceRefused(
+                f"Guide for {uid!r} goes on behind an end-of-sequence token, where no rollout does; cut it there."
+            )
         if length != len(trajectory.logps):
             raise GuidanceRefused(f"Guide for {uid!r} has {length} tokens but {len(trajectory.logps)} log-probs.")
 

@@ -240,7 +240,7 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
     """Refuse a guide that no correct source would give.
 
     Raises:
-        GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence,
+        GuidanceRefused: It is another prompt's, marked wrong, over-long, without end of sequence or goes on behind it,
             without a log-prob for each token, holds a token that the loss leaves out, or the ratio needs its log-probs
             and they are none, or at another temperature than training.
     """
@@ -255,6 +255,11 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
         raise GuidanceRefused(
             f"The guide of {uid!r} has {len(guide.token_ids)} tokens and ends with token {guide.token_ids[-1]}; "
             f"at most {trainer.max_completion_length} tokens ending in one of {trainer.eos_token_ids} fit a group."
+        )
+    if not set(guide.token_ids[:-1]).isdisjoint(trainer.eos_token_ids):
+        raise GuidanceRefused(
+            f"The guide of {uid!r} goes on behind an end of sequence ({trainer.eos_token_ids}), where no rollout does; "
+            "cut it there."
         )
     if never := _impossible(trainer, guide):
         raise GuidanceRefused(

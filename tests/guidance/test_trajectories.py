@@ -34,6 +34,7 @@ def of(uid: str, tokens: int, policy: float, correct: bool = True) -> Trajectory
         (replace(GOOD, token_ids=(5, 6, 7, 8, EOS), logps=(-1.0,) * 5), "5 tokens; at most 4"),
         (replace(GOOD, token_ids=(5, 6, 7)), "end-of-sequence"),
         (replace(GOOD, token_ids=(EOS, 5, 6)), "end-of-sequence"),
+        (replace(GOOD, token_ids=(5, EOS, EOS)), "goes on behind an end-of-sequence"),
         (replace(GOOD, token_ids=(), logps=()), "end-of-sequence"),
         (replace(GOOD, uid="stranger"), "unknown prompt 'stranger'"),
         (replace(GOOD, logps=(-0.5, -1.0)), "3 tokens but 2 log-probs"),

@@ -318,6 +318,7 @@ def _refused_guide(case: str, tiny: TinyWorld, uid: str, other: str) -> Trajecto
         "without end of sequence": lambda: tiny.guide(uid, token_ids=solution[:-1]),
         "empty": lambda: tiny.guide(uid, token_ids=[]),
         "with too few log-probs": lambda: tiny.guide(uid, logps=(-1.0,)),
+        "longer than its end": lambda: tiny.guide(uid, token_ids=[*solution, solution[0], solution[-1]]),
     }[case]()
 
 
@@ -330,6 +331,7 @@ def _refused_guide(case: str, tiny: TinyWorld, uid: str, other: str) -> Trajecto
         "without end of sequence",
         "empty",
         "with too few log-probs",
+        "longer than its end",
     ],
 )
 def test_injection_refuses_a_guide_that_is(tmp_path, case):

@@ -6,6 +6,7 @@ timeout does not end a long run.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 ALL_REFUSED = 8
 """Guides that are wrong at injection, and none right, after which training stops: then it is not the single guide."""
+
+ROUNDING = 0.1
+"""Nats above 0 up to which a log-prob is taken for one that was rounded, and not for a probability (ours)."""
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +204,12 @@ def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
             f"{trainer.temperature}, so the ratio of mode {trainer.args.ratio_mode!r} would be biased. Score the "
             f"guides again (sample_rollouts or completion_logps at {trainer.temperature}), or use ratio_mode 'current'"
         )
+    if needs_behaviour(trainer) and (holding := [guide for guide in cache if not _log_probs(guide)]):
+        found.append(
+            f"the guidance cache holds {len(holding)} guides whose log-probs are none, such as that of "
+            f"{holding[0].uid!r}: a log-prob is finite and at most 0, and the ratio of mode "
+            f"{trainer.args.ratio_mode!r} is made from it. Score the guides again, or use ratio_mode 'current'"
+        )
     if holding := [guide for guide in cache if _impossible(trainer, guide)]:
         found.append(
             f"the guidance cache holds {len(holding)} guides with tokens that this trainer never samples and its loss "
@@ -207,6 +217,11 @@ def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
             "with the trainer's generation_kwargs, or set mask_unsampled=False"
         )
     return found
+
+
+def _log_probs(guide: Trajectory) -> bool:
+    """Whether what a guide holds as log-probs can be that: no NaN, no infinity, no probabilities in their place."""
+    return all(-math.inf < value <= ROUNDING for value in guide.logps)
 
 
 def _impossible(trainer: "NPOTrainer", guide: Trajectory) -> list[int]:
@@ -270,6 +285,11 @@ def check_guide(trainer: "NPOTrainer", guide: Trajectory, uid: str) -> None:
         raise GuidanceRefused(
             f"The log-probs of the guide of {uid!r} are at temperature {guide.temperature}, and training is at "
             f"{trainer.temperature}; mode {trainer.args.ratio_mode!r} needs them at the same."
+        )
+    if needs_behaviour(trainer) and not _log_probs(guide):
+        raise GuidanceRefused(
+            f"The log-probs of the guide of {uid!r} run from {min(guide.logps)} to {max(guide.logps)}; they must be "
+            f"finite and at most 0, as mode {trainer.args.ratio_mode!r} divides by what they stand for."
         )
 
 

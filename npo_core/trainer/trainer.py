@@ -367,7 +367,7 @@ class NPOTrainer(GRPOTrainer):
     def _set_guide_ratio(self, logps: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Give the guide rows of a loss call the ratio of the chosen mode.
 
-        Mode exact puts the guide's own log-probs in the denominator, and TRL clips as for
+        Mode exact puts the guide's own log-probs in the denominator, the ratio saturating at e^20, and TRL clips as for
         every row. The other modes are not clipped: the ratio is 1 in value and the weight's derivative goes into
         per-token advantages, which gives the exact gradient of (weight × advantage).
         """
@@ -378,6 +378,7 @@ class NPOTrainer(GRPOTrainer):
         if self.args.guide_behaviour == "one":
             behaviour = torch.zeros_like(behaviour)
         if self.args.ratio_mode == "exact":
+            behaviour = torch.maximum(behaviour, logps - MAX_LOG_WEIGHT)  # beyond, e^88, float32 has no ratio
             inputs["old_per_token_logps"] = torch.where(rows, behaviour, old)
             return
         mask, mode = self._token_mask(inputs), self.args.ratio_mode

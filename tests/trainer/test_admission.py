@@ -89,6 +89,36 @@ def test_guides_scored_at_another_temperature_are_refused_where_the_ratio_needs_
         trainer.train()
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 0.4], ids=["nan", "infinite", "probability"])
+@pytest.mark.parametrize("settings", NEEDS_Q, ids=str)
+def test_log_probs_that_are_none_are_refused_where_the_ratio_needs_them(tmp_path, settings, value):
+    """A NaN in the denominator would be in every weight after one step."""
+    tiny = world("text")
+    uid = tiny.dataset[0]["uid"]
+    length = len(tiny.solution(uid))
+    bad = tiny.guide(uid, logps=(-1.0,) * (length - 1) + (value,))
+    cache = _cache(tiny)
+    cache.add(bad)
+    with pytest.raises(ValueError, match=f"holds 1 guides whose log-probs are none, such as that of '{uid}'"):
+        trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache, **settings)
+    trainer = trainer_of(tiny, tmp_path, NPOTrainer, guidance=Guides({uid: bad}), prompts=1, **settings)
+    with pytest.raises(GuidanceRefused, match=f"guide of '{uid}' run from .* finite and at most 0"):
+        trainer.train()
+    trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache, ratio_mode="current")
+
+
+def test_an_exact_ratio_beyond_any_float_leaves_the_weights_finite(tmp_path):
+    """e^100 is infinite in float32, and so is its gradient where the clip takes the other branch: infinity times 0."""
+    tiny = world("text")
+    uid = tiny.dataset[0]["uid"]
+    far = tiny.guide(uid, logps=(-100.0, *tiny.guide(uid).logps[1:]))
+    trainer = trainer_of(tiny, tmp_path, guidance=Guides({uid: far}), prompts=1, ratio_mode="exact")
+    trainer.train()
+    assert trainer.state.log_history[0]["npo/replaced_slots"] == 1
+    assert math.isfinite(trainer.state.log_history[0]["grad_norm"])
+    assert all(bool(weight.isfinite().all()) for weight in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("settings", DOES_NOT)
 def test_where_the_ratio_does_not_need_them_they_guide_with_a_warning(tmp_path, caplog, settings):
     tiny = world("text")

@@ -105,18 +105,6 @@ class MistakePool:
         found = (mistake for mistake in self._entries.values() if mistake.step > step)
         return sorted(found, key=lambda mistake: (mistake.step, mistake.uid))
 
-    def truncate(self, step: int) -> None:
-        """Forget failures after `step`, as a roll-back to `step` requires (ours).
-
-        Entries that had been replaced or expired do not come back.
-
-        Args:
-            step: policy step, inclusive: an entry of this step stays.
-        """
-        self._entries = {uid: mistake for uid, mistake in self._entries.items() if mistake.step <= step}
-        if self._newest is not None:
-            self._newest = min(self._newest, step)
-
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -117,8 +117,8 @@ def _split_groups(trainer: "NPOTrainer") -> list[str]:
         return []
     return [
         f"per_device_train_batch_size × steps_per_generation = {batch} is not a multiple of "
-        f"num_generations = {trainer.num_generations}, so a group, whose pass rate a verifier gives, would be split "
-        "over two processes. Change one of the three"
+        f"num_generations = {trainer.num_generations}, so a group would be split over two processes. Change one of the "
+        "three"
     ]
 
 
@@ -128,9 +128,9 @@ def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
     Raises:
         TypeError: It is no source of guides.
         ValueError: No longest response; no verifier; `rollout_func`, tools or environments; a group that would be split
-            over two batches or processes; rows that NPO cannot use; a cache of another tokenizer, with longer responses
-            or tokens that the loss leaves out, or scored at another temperature where the ratio needs its q. The
-            message says all of it, and what to change.
+            over two processes; rows that NPO cannot use; a cache of another tokenizer or other picture settings, with
+            longer responses or tokens that the loss leaves out, or whose log-probs are none, or at another temperature,
+            where the ratio needs its q. The message says all of it, and what to change.
     """
     if not isinstance(source, GuidanceSource):
         raise TypeError(

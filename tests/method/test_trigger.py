@@ -78,18 +78,6 @@ def test_capacity_drops_the_oldest_and_a_renewed_entry_is_young():
     assert len(pool) == 2 and "older" not in pool
 
 
-def test_truncate_forgets_the_future_and_lets_steps_repeat():
-    pool = MistakePool(expiry=10)
-    for uid, step in [("a", 5), ("b", 10), ("c", 30)]:
-        pool.add(uid, step, 0.0)
-    assert [mistake.uid for mistake in pool.since(-1)] == ["c"]
-    pool.truncate(10)
-    assert len(pool) == 0
-    assert pool.add("d", 10, 0.0) and pool.add("e", 11, 0.0)
-    pool.truncate(10)
-    assert [mistake.uid for mistake in pool.since(-1)] == ["d"]
-
-
 @pytest.mark.parametrize("options", [{"cutoff": 1.5}, {"cutoff": math.nan}, {"capacity": 0}, {"expiry": 0}])
 def test_pool_refuses_bad_settings(options):
     with pytest.raises(ValueError):

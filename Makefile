@@ -98,7 +98,7 @@ gates: setup ## Run GRPO through the gates of the small world, and write data/re
 map: setup ## When does guidance pay? Its gain over learning rate and distance, the premise beside it (hours; resumable)
 	$(BIN)/python -m npo_core map --preset $(PRESET) $(ARGS)
 
-claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in seconds
+claims: setup ## The table of arms, and verdicts on the paper's claims, from data/results/, in half a minute
 	$(BIN)/python -m npo_core claims $(ARGS)
 
 figures: setup ## Draw the committed figures from data/results/, in seconds

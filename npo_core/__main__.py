@@ -21,11 +21,7 @@ from .runs.config import (
 from .runs.settings import SignalSettings
 from .stages.book import add_stage as add_book
 from .stages.gpu_check import add_stage as add_gpu_check
-from .study.gates_command import add_stage as add_gates
-from .study.map_command import add_stage as add_map
-from .study.options import add_options, add_run_options
-from .study.real_command import add_stage as add_real
-from .study.signal_command import add_stage as add_signal_study
+from .study.commands import add_options, add_run_options, add_stages
 
 OWN = __name__ == "__main__"
 """Whether the process is this command line's; it may be called from another one's too."""
@@ -93,13 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     cell.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
     cell.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
     _evidence_parser(stages)
-    add_map(stages)
-    decide = stages.add_parser("claims", help="Print the table of arms and the verdicts on the claims of the plans.")
-    decide.set_defaults(stage=_claims)
-    decide.add_argument("--results", type=Path, help="folder of the results (default: data/results)")
-    add_gates(stages)
-    add_real(stages)
-    add_signal_study(stages)
+    add_stages(stages)
     add_explore(stages)
     add_book(stages)
     add_gpu_check(stages)
@@ -200,8 +190,12 @@ def _train(options: argparse.Namespace) -> int:
     return _finish(_config(options, options.name), options)
 
 
+def _saved(options: argparse.Namespace) -> RunConfig:
+    return RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8")))
+
+
 def _run(options: argparse.Namespace) -> int:
-    return _finish(RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8"))), options)
+    return _finish(_saved(options), options)
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
@@ -223,7 +217,7 @@ def _cell(options: argparse.Namespace) -> int:
     with loading(OWN):
         from .study import cells as evidence
 
-    evidence.run_cell(RunConfig.of_run(json.loads(options.config.read_text(encoding="utf-8"))), options.root)
+    evidence.run_cell(_saved(options), options.root)
     return 0
 
 
@@ -245,27 +239,6 @@ def _evidence(options: argparse.Namespace) -> int:
     for arm, seeds in found.failed.items():
         print(f"failed: {arm}, seeds {seeds}", file=sys.stderr)
     return 1 if found.failed else 0
-
-
-def _claims(options: argparse.Namespace) -> int:
-    from .study import claims, comparisons, real_claims, real_results
-    from .study import map as map_of_gain
-    from .study.findings import results_folder
-    from .study.results import has_evidence, read_evidence
-
-    folder = options.results or results_folder()
-    real = real_results.find_real(folder)
-    if real is not None and not has_evidence(folder):
-        print(real_claims.write(real))
-        return 0
-    found = read_evidence(folder)
-    made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
-    tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
-    print(*tables, f"Runs by revision of the code: {made}.", claims.decide(found, options.results), sep="\n\n")
-    print("\n" + map_of_gain.markdown(options.results))
-    if real is not None:
-        print("\nThe real model:\n\n" + real_claims.write(real))
-    return 0
 
 
 def _warmstart(options: argparse.Namespace) -> int:
@@ -359,7 +332,7 @@ def _figures(options: argparse.Namespace) -> int:
     from .runs.folder import project_folder
     from .study.findings import results_folder
 
-    source = results_folder() if options.results is None else options.results
+    source = results_folder(options.results)
     drawn = figures.draw_study(source, options.out or project_folder() / "figures")
     print(*drawn, sep="\n")
     if len(drawn) == 1:

@@ -31,6 +31,11 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: Path) -> Any:
+    """Content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name and rename it: a reader sees the old file or the new one, never a half.
 

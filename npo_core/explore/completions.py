@@ -6,13 +6,12 @@ told apart by their text, and a group is a run of rows with one prompt.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..files import read_table
+from ..files import read_json, read_table
 from .groups import Prompts
 
 OWN_COLUMNS = ("step", "prompt", "completion", "advantage")
@@ -121,7 +120,7 @@ def _lines(path: Path, rates: Mapping[int, list[Any]]) -> list[dict[str, Any]]:
         (*path.glob("checkpoint-*/trainer_state.json"), *path.glob("trainer_state.json")),
         key=lambda state: state.stat().st_mtime,
     )
-    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
+    history = read_json(states[-1])["log_history"] if states else []
     logged = {entry["step"]: entry for entry in history if "reward" in entry}
     lines = []
     for step in sorted(logged.keys() | rates.keys()):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import read_lines
+from ..files import read_json, read_lines
 from ..runs.folder import SCHEMA, effective, runs_folder
 from .completions import is_completions_folder, read_completions
 from .groups import Prompts, read_caches, read_guided, read_tables
@@ -130,7 +130,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}. Remove it, or give another run.") from None
     if not isinstance(content, dict):

@@ -1,6 +1,5 @@
 """The third clock of a run: what it has learnt over all rollouts that it has sampled, those off line included."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..files import read_json
 from ..runs.folder import offline_rollouts
 from .curves import CURVES
 from .record import AVERAGE_WEIGHT, RunRecord
@@ -51,7 +51,7 @@ def rollouts_spent(record: RunRecord, folder: Path) -> np.ndarray:
         record: Lines and events of the run.
         folder: Run folder, whose `config.json` tells how many rollouts a step takes.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     steps = record.values("compute_step")
     offline = np.array([offline_rollouts(record.events, before=step) for step in steps])
     return steps * config["prompts_per_step"] * config["num_generations"] + offline

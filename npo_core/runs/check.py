@@ -1,6 +1,5 @@
 """Whether a run folder is whole: what `python -m npo_core check RUN` looks at. Nothing is written or loaded."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from ..files import UNFINISHED, read_lines
+from ..files import UNFINISHED, read_json, read_lines
 from ..lock import Lock
 from .checkpoints import MARKER, WEIGHTS, CheckpointError, checkpoint_folders, require_complete
 from .config import RunConfig
@@ -56,7 +55,7 @@ def check_run(folder: str | Path) -> Finding:
     found = Finding()
     config = _read(
         found,
-        lambda: RunConfig.of_run(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
+        lambda: RunConfig.of_run(read_json(folder / "config.json")),
         "config.json",
     )
     lines = _read(found, lambda: metric_lines(folder / "metrics.jsonl"), "metrics.jsonl") or []
@@ -104,7 +103,7 @@ def _result(found: Finding, folder: Path) -> dict[str, Any] | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    return _read(found, lambda: dict(json.loads(path.read_text(encoding="utf-8"))), "result.json")
+    return _read(found, lambda: dict(read_json(path)), "result.json")
 
 
 def _torn(found: Finding, folder: Path) -> None:

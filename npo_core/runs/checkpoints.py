@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import read_json, write_whole
 
 MARKER = "complete.json"
 
@@ -97,7 +97,7 @@ def require_complete(folder: str | Path, resumable: bool = True) -> Path:
         raise CheckpointError(f"There is no checkpoint folder {folder}.")
     if not (folder / MARKER).is_file():
         raise CheckpointError(f"{folder} is half written (it has no {MARKER}); resume from an earlier checkpoint.")
-    sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    sizes = read_json(folder / MARKER)
     for part, pattern in {"weights": WEIGHTS, **(FULL_STATE if resumable else {})}.items():
         if not any(pattern.fullmatch(name) for name in sizes):
             raise CheckpointError(
@@ -130,7 +130,7 @@ def slim(folder: Path) -> None:
     """Delete what only a resume needs; what loads the policy stays: weights, configuration, tokenizer, processor."""
     folder = Path(folder)
     # the marker first: a kill in between leaves a folder that claims less than it holds, never more
-    sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    sizes = read_json(folder / MARKER)
     kept = {name: size for name, size in sizes.items() if WEIGHTS.fullmatch(name) or KEPT.fullmatch(name)}
     _write_marker(folder, kept)
     for entry in folder.iterdir():

@@ -22,14 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..declaration import declarations
-from ..files import (
-    append_line,
-    as_json,
-    read_lines,
-    unfinished_name,
-    write_json,
-    write_whole,
-)
+from ..files import append_line, as_json, read_json, read_lines, unfinished_name, write_json, write_whole
 from ..lock import Lock, remove_unfinished
 from ..progress import ProgressBar, progress
 from .config import RunConfig
@@ -91,7 +84,7 @@ class RunFolder:
             self._make()
         saved = self.path / "config.json"
         settings = json.loads(config.to_json())
-        found = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else None
+        found = read_json(saved) if saved.exists() else None
         if found is not None and deciding(found) != deciding(settings):
             raise ValueError(f"{saved} holds other settings than this run's; move that folder away.")
         if found is None or (found != settings and not finished):
@@ -156,6 +149,10 @@ class RunFolder:
         remove_unfinished(self.path)  # of a process that was killed
         write_json(self.path / "env.json", environment())
 
+    def branch(self, number: int) -> Path:
+        """Folder of the checkpoints of a branch; a roll-back opens the next one."""
+        return self.path / "branches" / f"{number:02d}"
+
     @property
     def metrics_path(self) -> Path:
         """`metrics.jsonl`: a line per executed optimiser step."""
@@ -214,7 +211,7 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is not finished."""
         path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write `result.json`; from then on the run is loaded, not run again."""

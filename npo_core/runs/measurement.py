@@ -3,7 +3,6 @@
 Nothing here runs a policy: a summary is made from the sums on disk in seconds, with other settings if need be.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import as_json
 from ..method.curve import SUMS, PairSums, SignalCurve, calibrated_c, curve_fits, rank_agreement, signal_curve
 from ..method.premise import Premise, premise
 from ..method.quantities import ESTIMATES, MEASURED_COSTS, PROXY_COSTS, SIGNALS, Cost, Divergence, Quality, Signal
@@ -172,7 +172,7 @@ def summarise(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> dict[
         summary["c"] = {
             kl: {cost: _constant(list(found.values()), cost, kl) for cost in MEASURED_COSTS} for kl in Divergence
         }
-    return plain(summary)
+    return as_json(summary)
 
 
 def _constant(curves: Sequence[SignalCurve], cost: Cost, kl: Divergence) -> dict[str, Any]:
@@ -197,16 +197,5 @@ def _table(pairs: Mapping[Pair, PairSums], settings: SignalSettings) -> list[dic
                 continue
             low, high = curve.interval(of)
             row |= {name: curve.values(of)[0], f"{name}_low": low[0], f"{name}_high": high[0]}
-        rows.append(plain(row))
+        rows.append(as_json(row))
     return rows
-
-
-def plain(value: Any) -> Any:
-    """The same with plain numbers, None for NaN and infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

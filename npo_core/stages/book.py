@@ -7,7 +7,6 @@ has its page, with the error in it, and the others are executed all the same.
 import argparse
 import ast
 import html
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from ..progress import duration
 from ..runs.config import preset_names
 from ..runs.folder import checkout, environment
@@ -138,7 +137,7 @@ def _earlier(out: Path) -> dict[str, Chapter]:
     """Notebooks that an earlier call executed into this folder, by name, whose pages are still there."""
     if not (out / SHELF).is_file():
         return {}
-    found = [Chapter(**entry) for entry in json.loads((out / SHELF).read_text(encoding="utf-8"))]
+    found = [Chapter(**entry) for entry in read_json(out / SHELF)]
     return {chapter.name: chapter for chapter in found if (out / f"{chapter.name}.html").is_file()}
 
 

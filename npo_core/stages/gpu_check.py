@@ -7,7 +7,6 @@ Where there is no GPU, the same parts run on the CPU at a small size, to see tha
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..lock import Lock
 from ..progress import duration
 from ..runs.folder import environment, runs_folder
@@ -194,7 +193,7 @@ def _check(
         ending = "" if record["error"] is None else f": {record['error'].splitlines()[-1]}"
         print(f"{part.name:<10} {record['state']:<11} {record['seconds']:6.1f} s of {limit:.0f}{ending}", flush=True)
         save()
-    return json.loads(out.read_text(encoding="utf-8"))
+    return read_json(out)
 
 
 def _command(name: str, work: Path, seconds: float, small: bool) -> list[str]:
@@ -239,7 +238,7 @@ def _read(found: Path, record: dict[str, Any]) -> bool:
     """Take over what a part has written; whether there is more than before."""
     if not found.is_file():
         return False
-    content = json.loads(found.read_text(encoding="utf-8"))
+    content = read_json(found)
     new = any(record[name] != content[name] for name in content)
     record.update(content)
     return new

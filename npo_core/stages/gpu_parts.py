@@ -5,7 +5,6 @@ its `Report` is on disk at once. Sizes are those of one large GPU; with `--small
 """
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from transformers import TrainerCallback
 
 from ..control.agreement import keep_order
 from ..control.offline import Offline
-from ..files import write_json
+from ..files import read_json, write_json
 from ..processes import join, own_device
 from ..runs.checkpoints import checkpoint_folder
 from ..runs.config import RunConfig, resolve_config
@@ -130,7 +129,7 @@ def model(visit: Visit) -> None:
     begin = now()
     folder = real_policy_folder(config)
     report.add(f"{MODEL}, supervised start (0 where it was there)", now() - begin, "s")
-    checks = json.loads((folder / finetune.TRAIL).read_text(encoding="utf-8"))
+    checks = read_json(folder / finetune.TRAIL)
     report.add("steps of it", checks[-1]["step"], "steps")
     report.add("mean probability of the right response after it", checks[-1]["pass_rate"], "")
     report.curve("supervised start: mean probability of the right response", [each["pass_rate"] for each in checks])
@@ -296,7 +295,7 @@ def training(visit: Visit) -> None:
 def _measured_step(work: Path) -> float:
     """Seconds of a GRPO step as part `steps` measured them."""
     path = work / "steps.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    rows = read_json(path)["rows"] if path.is_file() else []
     return next((row["value"] for row in rows if "GRPO step of" in row["name"]), QUICK)
 
 

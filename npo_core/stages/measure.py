@@ -11,7 +11,6 @@ prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrat
 """
 
 import gc
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..declaration import require
-from ..files import read_table, write_json, write_table
+from ..files import read_json, read_table, write_json, write_table
 from ..guidance.trajectories import Trajectory, as_row
 from ..guidance.verdicts import Verifier
 from ..lock import Lock
@@ -147,7 +146,7 @@ class Measurement:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def _settle(self, about: dict[str, Any]) -> None:
         """Note the settings in a new folder; in one that has some, keep what was sampled if it is of the same sampling.

@@ -4,15 +4,15 @@ Processors with AMX or AVX-512 BF16 multiply in bfloat16 in hardware; others emu
 does is its setting `mixed_precision`; this says what the other choice would cost.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..runs.folder import runs_folder
+from ..world import computing
 from ..world.policies import load_policy
 from ..world.smollm import smollm_folder
 from .clocks import work_clock
@@ -39,7 +39,7 @@ def measured_precisions(quiet: bool = False) -> list[dict[str, Any]]:
     """
     folder, path = smollm_folder(quiet), runs_folder() / "base" / "precision.json"
     here = {"processor": _processor(), "torch": torch.__version__}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     if known.get("machine") != here:
         known = {"machine": here, "lines": compare_precisions(folder)}
         write_json(path, known)
@@ -67,12 +67,8 @@ def compare_precisions(
         `in hardware` (whether the processor multiplies so itself; None where it does not tell).
     """
     model = load_policy(folder, share=False).to(device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with computing.threads(threads):
         return [_trial(model, name, rows) for name in ("float32", "bfloat16")]
-    finally:
-        torch.set_num_threads(before)
 
 
 def faster(lines: list[dict[str, Any]]) -> str:

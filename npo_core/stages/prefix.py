@@ -5,14 +5,13 @@ the scout and the guided window. A new run takes such a beginning from a run on 
 as it would after a kill. The steps count on both clocks all the same: nothing is free in a comparison.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
 
 from ..control.scheduled import Intervention, planned_interventions
 from ..declaration import declarations
-from ..files import append_line
+from ..files import append_line, read_json
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
@@ -60,7 +59,7 @@ def take_prefix(run: RunFolder) -> int:
     best: tuple[int, RunFolder, list[dict]] | None = None
     for path in sorted(run.path.parent.glob(f"*-s{run.config.seed}-*/config.json")):
         try:
-            donor = RunConfig.of_run(json.loads(path.read_text(encoding="utf-8")))
+            donor = RunConfig.of_run(read_json(path))
         except (ValueError, TypeError):
             continue  # a run of another version
         steps = shared_steps(run.config, donor)
@@ -86,18 +85,18 @@ def _last_checkpoint(folder: RunFolder, segments: Sequence[dict], steps: int) ->
         return 0
     last = segments[-1]
     offset = last["compute_start"] - last["start"]
-    saved = complete_checkpoints(folder.path / "branches" / f"{last['branch']:02d}")
+    saved = complete_checkpoints(folder.branch(last["branch"]))
     done = max((line["compute_step"] for line in folder.metrics()), default=0)
     return max((step + offset for step in saved if step + offset <= min(steps, done)), default=0)
 
 
 def _copy(run: RunFolder, steps: int, donor: RunFolder, segments: Sequence[dict]) -> None:
     for segment in segments:
-        branch, offset = f"{segment['branch']:02d}", segment["compute_start"] - segment["start"]
-        for step, folder in complete_checkpoints(donor.path / "branches" / branch, resumable=False).items():
+        branch, offset = segment["branch"], segment["compute_start"] - segment["start"]
+        for step, folder in complete_checkpoints(donor.branch(branch), resumable=False).items():
             if step + offset <= steps:
-                shutil.copytree(folder, run.path / "branches" / branch / folder.name, dirs_exist_ok=True)
-        for table in (donor.path / "rollouts").glob(f"step-*-b{branch}.parquet"):
+                shutil.copytree(folder, run.branch(branch) / folder.name, dirs_exist_ok=True)
+        for table in (donor.path / "rollouts").glob(f"step-*-b{branch:02d}.parquet"):
             if int(table.name.split("-")[1]) + offset <= steps:
                 shutil.copy(table, run.path / "rollouts")
         if segment["guidance"] is not None:

@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder, offline_rollouts
 from ..runs.shared import open_run
 from ..trainer.sampling import Generate, sample_rollouts
 from ..trainer.vllm import place, trainer_generate
-from ..world.computing import precision, run_policy
+from ..world.computing import precision, run_policy, threads
 from ..world.policies import keep_freed_memory, quiet_transformers
 from ..world.pretrained import policy_folder
 from ..world.warmstart import teacher_folder
@@ -101,12 +101,11 @@ def _sit(
     if shared and not quiet:
         print(f"{folder.path.name}: the first {shared} steps are those of a run on disk")
     keep_freed_memory()
-    before, started = torch.get_num_threads(), time.monotonic()
-    torch.set_num_threads(config.threads)
+    started = time.monotonic()
     try:
-        scores = _execute(config, folder, root, quiet, device, label)
+        with threads(config.threads):
+            scores = _execute(config, folder, root, quiet, device, label)
     finally:
-        torch.set_num_threads(before)
         folder.event("sitting", seconds=round(time.monotonic() - started, 1))
     folder.finish(_result(folder, *scores))
 
@@ -166,7 +165,7 @@ def _guide_folder(config: RunConfig, root: Path | None, quiet: bool) -> Path | N
                 f"python -m npo_core run --config {open_run(earlier, root).path / 'config.json'}"
             )
         source = run(earlier, root, quiet)
-        return checkpoint_folder(source.path / "branches" / "00", config.rlep_source_steps)
+        return checkpoint_folder(source.branch(0), config.rlep_source_steps)
     return None
 
 

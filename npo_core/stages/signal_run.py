@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-import torch
 
 from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig
-from ..runs.measurement import plan_pairs
+from ..runs.folder import RunFolder
+from ..runs.measurement import Pair, plan_pairs
 from ..runs.settings import SignalSettings
-from ..world.computing import run_policy
+from ..world.computing import run_policy, threads
 from ..world.warmstart import teacher_folder
 from . import run as stages
 from .measure import COMPARED, Measurement
@@ -54,17 +54,53 @@ def measure_run(
         )
     run = stages.run(config, root, quiet)
     world = stages.prepare(config, quiet)
-    saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
-    policies = {f"{step:06d}": folder for step, folder in saved.items()}
-    if config.policy == "tiny":
-        policies[TEACHER] = teacher_folder(config, quiet)
-    pairs = plan_pairs(list(saved), origins, distances, others=[TEACHER] if TEACHER in policies else [], also=also)
+    policies = run_policies(run, world)
+    others = {TEACHER: teacher_folder(config, quiet)} if config.policy == "tiny" else {}
+    pairs = plan_pairs(list(policies), origins, distances, others=list(others), also=also)
     # a folder for each way of sampling: what was sampled is kept whatever is measured from it
     sampled = {name: value for name, value in settings.of_rollouts().items() if name not in COMPARED}
     digest = hashlib.sha256(json.dumps(sampled, sort_keys=True).encode()).hexdigest()[:6]
-    measurement = Measurement(
-        run.path / f"signal-{digest}",
-        policies,
+    folder, batches = run.path / f"signal-{digest}", {"rollout_batch": rollout_batch, "score_batch": score_batch}
+    measurement = run_measurement(config, world, folder, policies, pairs, settings, quiet, others=others, **batches)
+    with threads(config.threads):  # as in training: at this size a second one costs more than it brings
+        return MeasuredSignal(measurement.folder, pairs, measurement.run())
+
+
+def run_policies(run: RunFolder, world: stages.World) -> dict[int, Path]:
+    """Policies of a run that never rolled back by policy step: the base policy, and its checkpoints."""
+    return {0: world.base, **complete_checkpoints(run.branch(0), resumable=False)}
+
+
+def run_measurement(
+    config: RunConfig,
+    world: stages.World,
+    folder: Path,
+    policies: Mapping[int, Path],
+    pairs: Sequence[Pair],
+    settings: SignalSettings,
+    quiet: bool,
+    *,
+    others: Mapping[str, Path] = MappingProxyType({}),
+    rollout_batch: int | None = None,
+    score_batch: int | None = None,
+) -> Measurement:
+    """A measurement of policies of a run: its prompts from the first on, its verifier, and the way that it computes.
+
+    Args:
+        config: Settings of the run.
+        world: Its base policy and data.
+        folder: Folder of the measurement.
+        policies: Policies by policy step.
+        pairs: What to compare.
+        settings: How to measure.
+        quiet: Without a progress bar.
+        others: Policies outside the run, by name.
+        rollout_batch: Responses that are sampled at a time, at most; the run's own setting if None.
+        score_batch: Responses that are scored at a time, at most, in the same way.
+    """
+    return Measurement(
+        folder,
+        {**{f"{step:06d}": policy for step, policy in policies.items()}, **others},
         pairs,
         world.processor,
         list(world.train.select(range(min(settings.prompts, len(world.train))))),
@@ -77,13 +113,6 @@ def measure_run(
         rollout_batch=config.rollout_batch if rollout_batch is None else rollout_batch,
         score_batch=config.score_batch if score_batch is None else score_batch,
     )
-    # as in training: at this size a second thread costs more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        return MeasuredSignal(measurement.folder, pairs, measurement.run())
-    finally:
-        torch.set_num_threads(before)
 
 
 def settings_for(config: RunConfig, **given: Any) -> SignalSettings:

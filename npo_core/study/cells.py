@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from ..lock import Lock
 from ..notebook import in_one_sentence
 from ..progress import progress
@@ -71,7 +71,7 @@ class Cell:
         run = self.folder(root)
         log = run.path / "failed.json"
         if log.exists() and not finished(run):  # another call may have finished it since
-            return json.loads(log.read_text(encoding="utf-8"))["reason"]
+            return read_json(log)["reason"]
         if run.result() is None:
             return None
         for line in run.metrics():
@@ -119,7 +119,7 @@ def run_cells(
     for cell in cells:
         (cell.folder(root).path / "failed.json").unlink(missing_ok=True)
     total = sum(cell.config.compute_steps for cell in cells)
-    done = {cell: _steps(cell, root) for cell in cells}
+    done = {cell: cell.folder(root).steps_done() for cell in cells}
     running: dict[Cell, subprocess.Popen] = {}
     at_a_time = processes or os.cpu_count() or 1
     label = f"study, {len(cells)} runs"
@@ -134,7 +134,7 @@ def run_cells(
                     running[cell] = _begin(cell, root)
                 time.sleep(0.2 if quiet else 1.0)
                 for cell in list(running):
-                    steps = _steps(cell, root)
+                    steps = cell.folder(root).steps_done()
                     bar.advance(steps - done[cell], runs_left=len(waiting) + len(running))
                     done[cell] = steps
                     if running[cell].poll() is not None and (lost := _end(cell, running.pop(cell).returncode, root)):
@@ -171,11 +171,6 @@ def _end(cell: Cell, status: int, root: Path | None) -> str:
     return reason
 
 
-def _steps(cell: Cell, root: Path | None) -> int:
-    """Compute steps of a cell that are done, those that it paid for before its first line included."""
-    return cell.folder(root).steps_done()
-
-
 def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
     """Train what is left of a run and score it; what a process of the study does."""
     run = stages.run(config, root, quiet=True)
@@ -204,7 +199,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     Raises:
         ResultsRefused: Cells are missing or do not belong together; see `results.check_evidence`.
     """
-    folder = results_folder() if out is None else Path(out)
+    folder = results_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     failed = [  # results are read elsewhere: they name no folder of this machine
         {"arm": cell.arm, "seed": cell.seed, "reason": reason.replace(f"{cell.folder(root).path.parent}/", "")}
@@ -240,7 +235,7 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
 
 
 def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
-    made = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
+    made = read_json(run.path / "env.json")
     result = run.result()
     versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")

@@ -4,7 +4,6 @@ The rules are in docs/evidence.md. Nothing here looks at more than the committed
 makes the same rows in seconds.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..method.stats import Estimate, mean_interval
 from ..runs.validation import WORLD
 from .clocks import compare, short_by
 from .comparisons import SPEED_UP_COUNTS, speed_up, speed_up_bound
 from .families import AT_CLOCK, FAMILIES, Family, needed_arms
-from .findings import SCHEMA, results_folder
+from .findings import SCHEMA, markdown_table, results_folder
 from .results import Evidence, require_world
 from .signal_claims import interior_peak, predicts, premise_holds, shapes
 from .verdicts import FEW, NOT_SHOWN, OTHER_WAY, REPRODUCED, STUDY, Claim, in_words, powers, summary, verdict
@@ -145,17 +144,17 @@ def signal_results(folder: Path | None = None) -> dict[str, Any] | None:
     Raises:
         ResultsRefused: It was measured in another small world.
     """
-    path = (results_folder() if folder is None else Path(folder)) / "signal.json"
+    path = results_folder(folder) / "signal.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     require_world(found, path)
     return found
 
 
 def write(evidence: Evidence, folder: Path | None = None) -> str:
     """Write `claims.json` beside the results, of which `signal.json` may be one; return the table in Markdown."""
-    folder = results_folder() if folder is None else Path(folder)
+    folder = results_folder(folder)
     found = claims(evidence, signal_results(folder))
     about = {"schema": SCHEMA, "world": WORLD, "seeds": evidence.about["seeds"], "failed": evidence.about["failed"]}
     write_json(folder / "claims.json", about | {"claims": [asdict(row) for row in found]})
@@ -172,9 +171,5 @@ def decide(evidence: Evidence, folder: Path | None = None) -> str:
 def markdown(found: Sequence[Claim]) -> str:
     """The claims as a Markdown table."""
     head = ("claim", "paper", "clock", "ours", "verdict", "decided by")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in found:
-        clock = AT_CLOCK.get(row.clock, "–")
-        cells = (row.claim, row.paper, clock, row.ours, row.verdict, row.grounds)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
+    rows = [(r.claim, r.paper, AT_CLOCK.get(r.clock, "–"), r.ours, r.verdict, r.grounds) for r in found]
+    return markdown_table(head, [[cell.replace("|", "/") for cell in row] for row in rows])

@@ -67,14 +67,13 @@ def _scored(evidence: Evidence, arm: str, seed: int) -> pd.DataFrame:
     return scores[(scores["arm"] == arm) & (scores["seed"] == seed) & (scores["sampling"] == evidence.compared)]
 
 
-def score_between(evidence: Evidence, arm: str, at: Mapping[int, int], measure: str = "pass_rate") -> pd.Series:
-    """Score of an arm where it has spent so many rollouts in all, on a line between the checkpoints around.
+def score_between(evidence: Evidence, arm: str, at: Mapping[int, int]) -> pd.Series:
+    """Test pass rate of an arm where it has spent so many rollouts in all, on a line between the checkpoints around.
 
     Args:
         evidence: Results.
         arm: Arm.
         at: Rollouts by seed.
-        measure: Column of the scores.
 
     Returns:
         A score per seed; seeds without a scored checkpoint on either side are missing.
@@ -82,7 +81,7 @@ def score_between(evidence: Evidence, arm: str, at: Mapping[int, int], measure: 
     found = {}
     for seed, count in at.items():
         rows = _scored(evidence, arm, seed)
-        course = rows.groupby("rollouts")[measure].mean().sort_index()
+        course = rows.groupby("rollouts")["pass_rate"].mean().sort_index()
         if len(course) and course.index[0] <= count <= course.index[-1]:
             found[seed] = np.interp(count, course.index, course)
     return pd.Series(found, dtype=float)

@@ -16,6 +16,7 @@ from ..streams import TEST_ITEMS
 from .clocks import against_reference, at_equal, compare, ends, interpolated, short_by
 from .differences import Difference, difference
 from .families import AT_CLOCK, CLOCKS, FAMILIES, REFERENCES
+from .findings import markdown_table
 from .results import Evidence
 
 LEVEL_SHARE = 0.8
@@ -29,6 +30,8 @@ COSTS = (
     ("rollouts", "all rollouts"), ("trained_tokens", "trained tokens"),
 )  # fmt: skip
 """What a run has spent, by its name in the results and in words."""
+EARLY = "NPO early"
+"""Arm whose speed-up is told."""
 SPEED_UP_COUNTS = {"policy": "without scout", "compute": "with scout", "rollouts": "with scout and off-line"}
 """What the guided run's steps count on each clock: its trajectory, all optimiser steps, off-line rollouts too."""
 
@@ -121,33 +124,34 @@ def arm_markdown(evidence: Evidence) -> str:
     Bold: the interval excludes 0 and, for the arms of the family "guidance pays", Holm's p on that clock is below 0.05.
     """
     head = ("arm", "seeds", "pass rate", *(f"at equal {AT_CLOCK[clock]}" for clock in CLOCKS))
-    lines = _head(*head, "rollouts that the reference is short", *(words for _, words in COSTS))
+    head = (*head, "rollouts that the reference is short", *(words for _, words in COSTS))
+    rows = []
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         known = (row[f"equal {AT_CLOCK[clock]}"] for clock in CLOCKS)
         cells = [text if isinstance(text, str) else "" for text in known]
         cells.append(_number(short_by(evidence, row["arm"]), ",.0f") if cells[-1] else "")
         costs = [_number(row[name.replace("_", " ")], ",.0f") for name, _ in COSTS]
         seeds = f"{row['seeds']} of {len(evidence.about['seeds'])}"
-        lines.append(_line(row["arm"], seeds, _number(row["pass rate"]), *cells, *costs))
-    lines.append(
-        "\nTrained tokens: of all responses that take part in a step, guides among them. How long off-line rollouts "
-        "are is not recorded; they count in the rollouts. Short: the reference is taken at its newest checkpoint."
-    )
+        rows.append((row["arm"], seeds, _number(row["pass rate"]), *cells, *costs))
+    told = [
+        markdown_table(head, rows),
+        "Trained tokens: of all responses that take part in a step, guides among them. How long off-line rollouts "
+        "are is not recorded; they count in the rollouts. Short: the reference is taken at its newest checkpoint.",
+    ]
     against = primary(evidence)
     chosen = against[against["clock"] == "rollouts"].groupby("against")["arm"].apply(list).to_dict()
-    for other, arms in chosen.items():
-        lines.append(f"\nAt equal total rollouts against {other}: {'; '.join(arms)}.")
+    told += [f"At equal total rollouts against {other}: {'; '.join(arms)}." for other, arms in chosen.items()]
     if evidence.same:
-        lines.append(f"\nNo arm of its own here, being GRPO itself: {'; '.join(evidence.same)}.")
+        told.append(f"No arm of its own here, being GRPO itself: {'; '.join(evidence.same)}.")
     if evidence.about["failed"]:
         lost = [f"{one['arm']}, seed {one['seed']}: {one['reason'].rstrip('.')}" for one in evidence.about["failed"]]
-        lines.append(f"\nFailed, and left out of means: {'; '.join(lost)}.")
+        told.append(f"Failed, and left out of means: {'; '.join(lost)}.")
     if broke := broken(evidence):
         ones = [f"{arm}, seed {', '.join(map(str, seeds))}" for arm, seeds in broke.items()]
-        lines.append(
-            f"\nHardly anything right in the last {END_STEPS} steps, and counted in the means: {'; '.join(ones)}."
+        told.append(
+            f"Hardly anything right in the last {END_STEPS} steps, and counted in the means: {'; '.join(ones)}."
         )
-    return "\n".join(lines)
+    return "\n\n".join(told)
 
 
 def _number(value: float | None, digits: str = ".3f") -> str:
@@ -162,47 +166,33 @@ def secondary_markdown(evidence: Evidence) -> str:
     that of `arm_markdown` with the reference on a line between its checkpoints before and after the arm's end. Bold:
     the interval excludes 0. Suites: those in which Holm's p over the suites is below 0.05, with the difference.
     """
-    head = ("arm", "IQM over seeds and suites", "IQM over suites", "chance to beat a run of GRPO", "avg@8 at T = 1")
     course = ("entropy", "all_wrong_groups")
-    lines = _head(
-        *head,
+    head = (
+        *("arm", "IQM over seeds and suites", "IQM over suites", "chance to beat a run of GRPO", "avg@8 at T = 1"),
         "pass@8 at T = 1",
         *(f"{name.replace('_', '-', 1).replace('_', ' ')}, at equal policy step" for name in course),
-        "suites apart",
-        "at equal total rollouts, reference interpolated",
+        *("suites apart", "at equal total rollouts, reference interpolated"),
     )
+    rows = []
     robust = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
     by_seed = robust.groupby(["seed", "arm"])["pass_rate"].agg(_iqm).unstack("arm").reindex(columns=evidence.arms)
     known = {one.arm for one, _ in _against_references(evidence) if one.clock == "rollouts"}
-
-    def between_checkpoints(arm: str) -> str:
-        return _words(interpolated(evidence, arm), None) if arm in known else ""
-
     for row in arm_table(evidence, TEST_ITEMS.generator(0)).to_dict("records"):
         arm, own = row["arm"], _number(row["IQM"])
         if row["IQM low"] is not None and np.isfinite(row["IQM low"]):
             own += f" ({row['IQM low']:.3f} to {row['IQM high']:.3f})"
+        last = _words(interpolated(evidence, arm), None) if arm in known else ""
         if arm == "GRPO":
             names = ("pass rate at T = 1", "pass@8 at T = 1", "entropy", "all-wrong groups")
-            lines.append(_line(arm, own, "", "", *(_number(row[name]) for name in names), "", between_checkpoints(arm)))
+            rows.append((arm, own, "", "", *(_number(row[name]) for name in names), "", last))
             continue
         found = [difference(by_seed[arm], by_seed["GRPO"], names=(arm, "GRPO"), measure="IQM over suites")]
         found += [between(evidence, arm, "GRPO", column, "plain") for column in ("pass_rate", "pass_at_8")]
         found += [at_equal(evidence, arm, "GRPO", "policy", column) for column in course]
-        improvement = between(evidence, arm, "GRPO").improvement
-        texts = [_words(one, None) for one in found]
-        lines.append(
-            _line(
-                arm,
-                own,
-                texts[0],
-                _number(improvement, ".2f"),
-                *texts[1:],
-                _apart(evidence, arm),
-                between_checkpoints(arm),
-            )
-        )
-    return "\n".join(lines)
+        chance = _number(between(evidence, arm, "GRPO").improvement, ".2f")
+        first, *texts = (_words(one, None) for one in found)
+        rows.append((arm, own, first, chance, *texts, _apart(evidence, arm), last))
+    return markdown_table(head, rows)
 
 
 def _iqm(scores: pd.Series) -> float:
@@ -216,24 +206,16 @@ def _apart(evidence: Evidence, arm: str) -> str:
     return ", ".join(f"{row.suite} {row.value:+.2f}" for row in table[table["p_holm"] < 0.05].itertuples()) or "none"
 
 
-def _head(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def by_suite(evidence: Evidence, arm: str, against: str = "GRPO") -> pd.DataFrame:
-    """Differences per suite at equal compute, Holm-adjusted over the suites."""
+def by_suite(evidence: Evidence, arm: str) -> pd.DataFrame:
+    """Differences to GRPO per suite at equal compute, Holm-adjusted over the suites."""
     chosen = evidence.scores[evidence.scores["final"] & (evidence.scores["sampling"] == "paper")]
     grid = chosen.pivot_table(index=["arm", "seed"], columns="suite", values="pass_rate")
     rows = []
     for suite in evidence.about["suites"]:
         scores = [
-            grid.loc[grid.index.get_level_values("arm") == name, suite].droplevel("arm") for name in (arm, against)
+            grid.loc[grid.index.get_level_values("arm") == name, suite].droplevel("arm") for name in (arm, "GRPO")
         ]
-        found = difference(*scores, names=(arm, against), measure=suite)
+        found = difference(*scores, names=(arm, "GRPO"), measure=suite)
         rows.append({"suite": suite, **asdict(found)})
     table = pd.DataFrame(rows)
     if table["p"].notna().all():
@@ -253,38 +235,14 @@ def broken(evidence: Evidence) -> dict[str, list[int]]:
     return {arm: sorted(found[arm]) for arm in evidence.arms if arm in found}
 
 
-def entropy_widening(evidence: Evidence, arm: str, steps: int = 20) -> pd.Series:
-    """Entropy of the first replayed steps over that of the same policy steps before the roll-back, mean per seed.
-
-    The policy rolled back to is younger, so its own entropy at those steps is what a replay must exceed: 1 says that
-    the entropy is merely back where it was, more that guidance widened it.
-    """
-    found: dict[int, list[float]] = {}
-    own = evidence.training[evidence.training["arm"] == arm]
-    for run in evidence.about["runs"]:
-        if run["arm"] != arm:
-            continue
-        lines = own[own["seed"] == run["seed"]]
-        for number, jump in enumerate(run["interventions"]):
-            start = jump["policy_step"] - jump["distance"]
-            stop = min(start + steps, jump["policy_step"])
-            window = lines[(lines["policy_step"] > start) & (lines["policy_step"] <= stop)]
-            before = window[window["branch"] <= number].groupby("policy_step")["entropy"].last()
-            after = window[window["branch"] == number + 1].set_index("policy_step")["entropy"]
-            both = pd.concat([before, after], axis=1, keys=["before", "after"]).dropna()
-            if len(both):
-                found.setdefault(run["seed"], []).append(float(both["after"].mean() / both["before"].mean()))
-    return pd.Series({seed: float(np.mean(values)) for seed, values in found.items()}, dtype=float)
-
-
-def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
-    """`speed_up_ratios` of an arm over GRPO, a row per seed that finished both."""
+def speed_up(evidence: Evidence) -> pd.DataFrame:
+    """`speed_up_ratios` of NPO early over GRPO, a row per seed that finished both."""
     rows = {}
     for seed in evidence.about["seeds"]:
-        slow, fast = _lines(evidence, "GRPO", seed), _lines(evidence, arm, seed)
+        slow, fast = _lines(evidence, "GRPO", seed), _lines(evidence, EARLY, seed)
         if not slow or not fast:
             continue
-        run = next(run for run in evidence.about["runs"] if (run["arm"], run["seed"]) == (arm, seed))
+        run = next(run for run in evidence.about["runs"] if (run["arm"], run["seed"]) == (EARLY, seed))
         if not run["interventions"]:
             rows[seed] = dict.fromkeys(SPEED_UP_COUNTS.values(), np.nan)
             continue
@@ -294,11 +252,11 @@ def speed_up(evidence: Evidence, arm: str = "NPO early") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def speed_up_bound(evidence: Evidence, arm: str = "NPO early") -> pd.Series:
+def speed_up_bound(evidence: Evidence) -> pd.Series:
     """Largest speed-up possible with the scout counted, by seed: GRPO's steps to the level over the scout's and one."""
     bound = {}
     for run in evidence.about["runs"]:
-        if run["arm"] == arm and run["interventions"]:
+        if run["arm"] == EARLY and run["interventions"]:
             slow = _lines(evidence, "GRPO", run["seed"])
             reached = _reached(slow, reference_level(slow), 0) if slow else None
             if reached is not None:

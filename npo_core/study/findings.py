@@ -1,5 +1,6 @@
-"""Where the results of a study over seeds are kept, and the paper's own table beside them."""
+"""Where the results of a study over seeds are kept, how a table of them is written, and the paper's own table."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -10,21 +11,23 @@ SCHEMA = 1
 """Version of the results files."""
 
 
-def results_folder() -> Path:
-    """Where committed results are kept."""
-    return project_folder() / "data" / "results"
+def results_folder(given: str | Path | None = None) -> Path:
+    """The given folder of results; if None, the project's `data/results`, where committed ones are kept."""
+    return project_folder() / "data" / "results" if given is None else Path(given)
 
 
-def paper_table(path: str | Path | None = None) -> pd.DataFrame:
-    """Table 1 of the paper as printed: accuracy in percent, a row per method, `average` and the eight suites.
-
-    Args:
-        path: CSV file; the project's `data/paper/table1.csv` if None.
-    """
-    path = project_folder() / "data" / "paper" / "table1.csv" if path is None else Path(path)
+def paper_table() -> pd.DataFrame:
+    """Table 1 of the paper as printed: accuracy in percent, a row per method, `average` and the eight suites."""
+    path = project_folder() / "data" / "paper" / "table1.csv"
     if not path.is_file():
         raise FileNotFoundError(f"There is no table {path}; it is part of the repository.")
     return pd.read_csv(path).set_index("method")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, from the texts of its cells."""
+    line, *lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([line, "|" + "---|" * len(head), *lines])
 
 
 def paper_gains(table: pd.DataFrame) -> pd.DataFrame:

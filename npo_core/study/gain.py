@@ -10,7 +10,6 @@ An arm's result is one small JSON file in the GRPO run's folder, so a study goes
 """
 
 import gc
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..guidance.fingerprints import tokenizer_digest
 from ..guidance.sources import GuidanceWindow
 from ..guidance.trajectories import GuidanceCache
@@ -35,7 +33,7 @@ from ..stages import run as stages
 from ..streams import GAIN
 from ..trainer.inputs import end_tokens
 from ..trainer.sampling import sample_rollouts
-from ..world.computing import precision, run_policy
+from ..world.computing import precision, run_policy, threads
 from ..world.policies import quiet_transformers
 from ..world.warmstart import teacher_folder
 
@@ -141,20 +139,16 @@ class GainStudy:
         return records
 
     def _checkpoint(self, step: int) -> Path:
-        return checkpoint_folder(self.run_folder.path / "branches" / "00", step)
+        return checkpoint_folder(self.run_folder.branch(0), step)
 
     def _kept(self, name: str, make) -> dict[str, Any]:
         """An arm's record from its file, or made now and written."""
         path = self.folder / f"{name}-w{self.plan.window}.json"
         if not path.exists():
-            before = torch.get_num_threads()
-            torch.set_num_threads(self.config.threads)
-            try:
+            with threads(self.config.threads):
                 write_json(path, {"seed": self.config.seed, "window": self.plan.window, **make()})
-            finally:
-                torch.set_num_threads(before)
             gc.collect()
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
     def _scores(self, model) -> dict[str, Any]:
         scores = stages.evaluate_policy(self.config, model, self.world, "gain", quiet=True)

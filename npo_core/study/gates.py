@@ -6,9 +6,8 @@ The criteria stand in docs/gates.md; here they are code. `python -m npo_core gat
 here trains with a guide.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ import numpy as np
 from ..files import write_json
 from ..method.premise import premise
 from ..method.stats import mean_interval
-from ..runs.checkpoints import complete_checkpoints
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.measurement import RESAMPLE, Pair, SignalSettings, read_pairs
 from ..runs.validation import WORLD
 from ..stages import run as stages
-from ..stages.measure import Measurement
+from ..stages.signal_run import run_measurement, run_policies
 from ..streams import GATES
-from ..world.computing import run_policy
 from ..world.tasks import family_of
 from .cells import Cell, run_cells
 from .findings import SCHEMA, results_folder
@@ -191,36 +188,20 @@ def measure_premise(
     Returns:
         Records of `premise.Premise` by origin.
     """
-    origins = ORIGINS if origins is None else origins
-    distances = DISTANCES if distances is None else distances
+    origins, distances = origins or ORIGINS, distances or DISTANCES
     run, world = RunFolder(config, root), stages.prepare(config, quiet)
-    saved = {0: world.base, **complete_checkpoints(run.path / "branches" / "00", resumable=False)}
     pairs = [Pair(origin, RESAMPLE, 0) for origin in origins]
     pairs += [Pair(origin, f"{origin + distance:06d}", distance) for origin in origins for distance in distances]
-    count = min(PROMPTS, len(world.train))
     settings = SignalSettings(
-        prompts=count,
+        prompts=min(PROMPTS, len(world.train)),
         rollouts=ROLLOUTS,
         scored=1,
         gradients=0,
         max_new_tokens=config.max_completion_length,
         seed=config.seed,
     )
-    rows = list(world.train.select(range(count)))
-    policies = {f"{step:06d}": folder for step, folder in saved.items()}
-    measurement = Measurement(
-        run.path / "premise",
-        policies,
-        pairs,
-        world.processor,
-        rows,
-        world.verifier,
-        settings,
-        load=partial(run_policy, config),
-        quiet=quiet,
-        bf16=config.mixed_precision == "bf16",
-        unsampled=None if config.mask_unsampled else (),
-    )
+    policies = run_policies(run, world)
+    measurement = run_measurement(config, world, run.path / "premise", policies, pairs, settings, quiet)
     measurement.run()
     tables = read_pairs(measurement.folder, pairs)
     found = {}
@@ -360,9 +341,8 @@ def run_gates(
     root: Path | None = None,
     out: Path | None = None,
     quiet: bool = False,
-    told: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run what is missing, one run at a time, and write `gates.json` after each; a second call goes on.
+    """Run what is missing, one run at a time, write `gates.json` after each and print it; a second call goes on.
 
     Args:
         preset: Preset in the collapse regime.
@@ -370,7 +350,6 @@ def run_gates(
         root: Folder of all runs; the project's `data/runs` if None.
         out: Folder of the results; the project's `data/results` if None.
         quiet: Without progress bars.
-        told: Gets a line whenever the gates have been decided anew.
     """
     found, measured = decide(preset, seeds, root), None
     for cell in plan(preset, seeds):
@@ -380,10 +359,10 @@ def run_gates(
             raise ValueError(f"The run of {cell.arm}, seed {cell.seed}, failed: {reason}")
         measured = measured or measure_premise(cell.config, root, quiet)
         found = decide(preset, seeds, root, measured)
-        folder = results_folder() if out is None else Path(out)
+        folder = results_folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FILE, found)
-        told(f"{cell.arm}, seed {cell.seed}: {in_words(found)}")
+        print(f"{cell.arm}, seed {cell.seed}: {in_words(found)}")
     return found
 
 

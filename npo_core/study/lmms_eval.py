@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from ..declaration import require
-from ..files import read_lines
+from ..files import read_json, read_lines
 from ..method.stats import Estimate, bootstrap_interval, detectable_difference, holm, mcnemar_exact, paired_difference
 from ..runs.validation import SUITES, check_suites
 
@@ -203,7 +203,7 @@ def read_scores(folder: str | Path, *, judge: str | None = None) -> BenchmarkSco
     files = [path for path in sorted(folder.rglob("*_results.json")) if RESULTS.fullmatch(path.name)]
     if not files:
         raise FileNotFoundError(f"{folder} holds no <date>_results.json of {HARNESS}; benchmarks.command makes it.")
-    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    contents = {path: read_json(path) for path in files}
     places: dict[str, Path] = {}
     settings: dict[str, Any] = {}
     for path, content in contents.items():

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from ..method.curve import rank_correlation
 from ..method.stats import Estimate, holm, mean_interval, paired_t_test
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
 from .cells import Cell
-from .findings import SCHEMA, results_folder
+from .findings import SCHEMA, markdown_table, results_folder
 from .gates import RATES, measure_premise
 from .map_results import ABOUT, COLUMNS, has_map, read_map
 from .results import MAP, ResultsRefused
@@ -101,7 +101,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
     Raises:
         ResultsRefused: A run is neither finished nor failed, or versions are mixed.
     """
-    folder = results_folder() if out is None else Path(out)
+    folder = results_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     failed = [
         {"arm": cell.arm, "seed": cell.seed, "learning_rate": cell.config.learning_rate, "reason": reason}
@@ -114,7 +114,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
     if missing:
         listed = "; ".join(f"{arm}, seed {seed}, rate {rate:g}" for arm, seed, rate in missing)
         raise ResultsRefused(f"{len(missing)} runs of the map are missing: {listed}. Run `make map` to the end.")
-    made = [json.loads((run.path / "env.json").read_text("utf-8")) for key, run in runs.items() if key not in lost]
+    made = [read_json(run.path / "env.json") for key, run in runs.items() if key not in lost]
     versions = {json.dumps([env["python"], env["packages"], env["device"]], sort_keys=True) for env in made}
     if len(versions) > 1:
         raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))
@@ -205,16 +205,8 @@ def map_markdown(table: pd.DataFrame) -> str:
     p = [paired_t_test(values) if len(values) > 1 else None for values in gains]
     known = np.array([value for value in p if value is not None])
     adjusted = iter(holm(known)) if known.size else iter(())
-    head = (
-        "learning rate",
-        "Δ",
-        "the guide solves",
-        "own resample",
-        "gain at equal total rollouts",
-        "p, Holm",
-        "seeds",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    words = ("the guide solves", "own resample", "gain at equal total rollouts", "p, Holm")
+    lines = []
     for ((rate, distance), rows), values, alone in zip(groups, gains, p, strict=True):
         corrected = None if alone is None else float(next(adjusted))
         lost = int(rows["npo"].isna().sum())
@@ -223,11 +215,10 @@ def map_markdown(table: pd.DataFrame) -> str:
         solves = ["–" if np.isnan(m) else f"{m:.2f}" for m in (rows[n].mean() for n in ("guide_solves", "own_solves"))]
         cells = (f"{rate:g}", f"{distance:g}", *solves, shown, "" if corrected is None else f"{corrected:.3f}")
         seeds = f"{len(values)}, {lost} failed" if lost else str(len(values))
-        lines.append("| " + " | ".join((*cells, seeds)) + " |")
+        lines.append((*cells, seeds))
     found = premise_predicts(table)
-    if found is not None:
-        lines += ["", f"Does the premise predict the gain? {in_words(found)}"]
-    return "\n".join(lines)
+    answer = "" if found is None else f"\n\nDoes the premise predict the gain? {in_words(found)}"
+    return markdown_table(["learning rate", "Δ", *words, "seeds"], lines) + answer
 
 
 def _interval_text(values: np.ndarray) -> str:

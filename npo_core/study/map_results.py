@@ -1,10 +1,10 @@
 """Rows of the map of the gain, read and checked without the engine that makes them, which is `map.py`."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
+from ..files import read_json
 from .findings import results_folder
 from .results import MAP, ResultsRefused, require_world
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 def has_map(out: Path | None = None) -> bool:
     """Whether the folder of results has a map."""
-    return ((results_folder() if out is None else Path(out)) / MAP).is_file()
+    return (results_folder(out) / MAP).is_file()
 
 
 def read_map(out: Path | None = None) -> pd.DataFrame:
@@ -30,11 +30,11 @@ def read_map(out: Path | None = None) -> pd.DataFrame:
         FileNotFoundError: There is no map.
         ResultsRefused: Another small world, missing columns, or a cell that is there twice.
     """
-    path = (results_folder() if out is None else Path(out)) / MAP
+    path = results_folder(out) / MAP
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `python -m npo_core map` makes it.")
     made = path.with_name(ABOUT)
-    require_world(json.loads(made.read_text("utf-8")) if made.is_file() else {}, path)
+    require_world(read_json(made) if made.is_file() else {}, path)
     table = pd.read_csv(path)
     if absent := [name for name in COLUMNS if name not in table.columns]:
         raise ResultsRefused(f"{path} lacks the columns {', '.join(absent)}; `python -m npo_core map` makes it again.")

@@ -6,7 +6,6 @@ of the other study (`cells`); what differs is written here: the arms, and that w
 needs them, since a checkpoint of this model takes 1.6 GB.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ..files import write_json, write_whole
+from ..files import read_json, write_json, write_whole
 from ..lock import Lock
 from ..method.premise import LEVEL
 from ..method.stats import holm, mcnemar_exact
@@ -28,7 +26,7 @@ from ..runs.measurement import read_pairs
 from ..stages.signal import MeasuredSignal
 from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
-from ..world.computing import precision, run_policy
+from ..world.computing import precision, run_policy, threads
 from ..world.policies import load_processor
 from ..world.warmstart import base_policy_folder
 from .cells import Cell, about_run, run_cells, score_rows
@@ -106,7 +104,7 @@ def run_real(
     for cell in done:
         _free(cell, cell.folder(root))  # a call that was cut off may have left the weights
     written, along = collect_real(done, root, out) if done else [], premise_cell(cells) if premise else None
-    gate_file = [measure_real_premise(cells, root, out, quiet)] if along in done else []
+    gate_file = [measure_real_premise(along, root, out, quiet)] if along in done else []
     while waiting:
         now, waiting = waiting[:at_a_time], waiting[at_a_time:]
         # what another call has settled by now may have no weights that could be looked for
@@ -120,7 +118,7 @@ def run_real(
             done.append(cell)
             written = collect_real(done, root, out)  # a night that is cut off leaves what it had
         if along in done and not gate_file:
-            gate_file = [measure_real_premise(cells, root, out, quiet)]
+            gate_file = [measure_real_premise(along, root, out, quiet)]
     return [*written, *gate_file]
 
 
@@ -137,7 +135,7 @@ def _is_settled(cell: Cell, root: Path | None) -> bool:
     if not path.exists():
         return False
     scored: dict[int, set[str]] = {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    for row in read_json(path)["rows"]:
         scored.setdefault(row["compute_step"], set()).add(row["sampling"])
     return all("plain" in samplings for samplings in scored.values()) or cell.arm != "GRPO"
 
@@ -155,12 +153,8 @@ def settle(cell: Cell, root: Path | None = None) -> None:
 
 
 def _found(cell: Cell, run: RunFolder) -> dict[str, Any]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(cell.config.threads)  # as in training; other numbers of threads add up in another order
-    try:
+    with threads(cell.config.threads):  # as in training
         exact = list(exact_rows(cell, run))
-    finally:
-        torch.set_num_threads(before)
     return {"rows": list(score_rows(cell, run, ())), "exact": exact, "about": about_run(cell, run)}
 
 
@@ -190,7 +184,7 @@ def exact_rows(cell: Cell, run: RunFolder) -> Iterator[dict[str, Any]]:
     start = {"branch": 0, "policy_step": 0, "compute_step": 0, "rollouts": 0}
     for place in [*([start] if cell.arm == "GRPO" else []), *saved_places(run)]:
         step = place["policy_step"]
-        folder = checkpoint_folder(run.path / "branches" / f"{place['branch']:02d}", step)
+        folder = checkpoint_folder(run.branch(place["branch"]), step)
         model = run_policy(config, folder if step else base_policy_folder(config, quiet=True)).eval()
         processor = load_processor(base_policy_folder(config, quiet=True))
         with precision(config):
@@ -211,10 +205,10 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
     Raises:
         ResultsRefused: With what is there, settings of an arm, versions or learning rates are mixed.
     """
-    folder = real_folder() if out is None else Path(out)
+    folder = real_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     made = {(cell.arm, cell.seed) for cell in cells}
-    found = [json.loads(_settled(cell, root).read_text(encoding="utf-8")) for cell in cells]
+    found = [read_json(_settled(cell, root)) for cell in cells]
     order = list(REAL_ARMS)
     with Lock(folder / "lock.json", f"The results {folder}").holding():
         rows = [*_others(_read_rows(folder, SCORES), made), *(row for one in found for row in one["rows"])]
@@ -258,7 +252,7 @@ def _read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _read_runs(folder: Path) -> list[dict[str, Any]]:
     path = folder / ABOUT
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    return read_json(path)["runs"] if path.exists() else []
 
 
 def premise_cell(cells: Sequence[Cell]) -> Cell | None:
@@ -266,30 +260,22 @@ def premise_cell(cells: Sequence[Cell]) -> Cell | None:
     return next((cell for cell in cells if (cell.arm, cell.seed) == ("GRPO", PREMISE_SEED)), None)
 
 
-def measure_real_premise(
-    cells: Sequence[Cell], root: Path | None = None, out: Path | None = None, quiet: bool = False
-) -> Path:
-    """The premise and S along GRPO of seed 0, from the base policy and from mid-training, and the gate.
+def measure_real_premise(cell: Cell, root: Path | None = None, out: Path | None = None, quiet: bool = False) -> Path:
+    """The premise and S along a GRPO run, from the base policy and from mid-training, and the gate.
 
     Args:
-        cells: Cells of the study; the run is made first if it is not there.
+        cell: The run, see `premise_cell`; it is made first if it is not there.
         root: Folder of all runs.
         out: Folder of the results.
         quiet: Without progress bars.
-
-    Raises:
-        ValueError: That run is not among the cells.
     """
-    cell = premise_cell(cells)
-    if cell is None:
-        raise ValueError(f"There is no GRPO of seed {PREMISE_SEED}, along which the premise is measured; add it.")
     config = cell.config
     every, last = config.checkpoint_every, config.compute_steps
     origins = [origin for origin in ORIGINS if origin < last and origin % every == 0]
     settings = settings_for(config, prompts=min(PROMPTS, config.train_problems), gradients=0)
     # the grid of one distance is the nearest checkpoint, which is among the plan's: no other one takes part in Holm
     measured = measure_run(config, origins, settings, distances=1, also=DISTANCES, root=root, quiet=quiet)
-    folder = real_folder() if out is None else Path(out)
+    folder = real_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PREMISE, {"run": config.run_name, "gate": gate(measured), **measured.summary})
     return folder / PREMISE

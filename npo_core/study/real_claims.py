@@ -16,7 +16,7 @@ import pandas as pd
 from ..files import write_json
 from .clocks import ends, paired
 from .families import AT_CLOCK, AXES, CLOCKS
-from .findings import SCHEMA
+from .findings import SCHEMA, markdown_table
 from .real_results import CLAIMS, REAL_ARMS, SEEDS, RealResults, read_real, real_folder
 from .results import Evidence
 from .verdicts import FEW
@@ -141,7 +141,7 @@ def write(folder: str | Path | None = None) -> str:
         FileNotFoundError: A file is missing.
         ResultsRefused: See `read_real`.
     """
-    folder = real_folder() if folder is None else Path(folder)
+    folder = real_folder(folder)
     found = read_real(folder)
     rows = real_claims(found)
     about = {"schema": SCHEMA, "whole_seeds": found.whole_seeds, "lacking": lacking(found)}
@@ -164,13 +164,12 @@ def lacking_in_words(found: RealResults) -> str:
 
 def markdown(rows: Sequence[RealClaim]) -> str:
     """The differences as a Markdown table: a line per pair and clock, both endpoints in it."""
-    words = [cell for name in ENDPOINTS.values() for cell in (name, "verdict")]
-    lines = ["| " + " | ".join(["difference", "at equal", *words]) + " |", "|" + "---|" * (2 + len(words))]
+    lines = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
-        cells = [f"{first.arm} − {first.against}", AT_CLOCK[first.clock]]
-        cells += [cell for row in (first, second) for cell in (_difference(row), row.verdict)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found = [cell for row in (first, second) for cell in (_difference(row), row.verdict)]
+        lines.append((f"{first.arm} − {first.against}", AT_CLOCK[first.clock], *found))
+    words = [cell for name in ENDPOINTS.values() for cell in (name, "verdict")]
+    return markdown_table(["difference", "at equal", *words], lines)
 
 
 def _difference(row: RealClaim) -> str:
@@ -191,17 +190,15 @@ def finals_markdown(found: RealResults) -> str:
     """Pass rates at temperature 1 at the end, by arm: mean, seeds, and on which clocks they ended."""
     table = found.pass_rate.scores
     finals = table[table["final"] & (table["sampling"] == found.pass_rate.compared)]
-    lines = [
-        "| arm | seeds | pass rate at temperature 1 | policy steps | executed steps | rollouts |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for arm in found.arms:
         rows = finals[finals["arm"] == arm]
         rates = rows.groupby("seed")["pass_rate"].mean()
         ends_at = [f"{rows[name].mean():,.0f}" for name in ("policy_step", "compute_step", "rollouts")]
         each = ", ".join(f"{rate:.3f}" for rate in rates)
-        lines.append(f"| {arm} | {len(rates)} | {rates.mean():.3f} ({each}) | {' | '.join(ends_at)} |")
-    return "\n".join(lines)
+        lines.append((arm, str(len(rates)), f"{rates.mean():.3f} ({each})", *ends_at))
+    head = ("arm", "seeds", "pass rate at temperature 1", "policy steps", "executed steps", "rollouts")
+    return markdown_table(head, lines)
 
 
 def gate_in_words(found: RealResults) -> str:

@@ -5,7 +5,6 @@ in seconds. The plan's two endpoints are two tables: sampled pass rates at tempe
 right response, which is computed and not sampled.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 import pandas as pd
 
+from ..files import read_json
 from .arms import Arm
-from .findings import SCHEMA, results_folder
-from .results import Evidence, ResultsRefused, mixture_complaints
+from .findings import results_folder
+from .results import Evidence, mixture_complaints, read_about, require_together
 
 REAL_ARMS: Mapping[str, Arm] = {
     "GRPO": Arm("grpo", "on-policy rollouts alone", "baseline"),
@@ -80,9 +80,9 @@ class RealResults:
         return [seed for seed in self.seeds if not any(seed in self.lacking(arm) for arm in REAL_ARMS)]
 
 
-def real_folder() -> Path:
-    """Where committed results are kept."""
-    return results_folder() / "real"
+def real_folder(given: str | Path | None = None) -> Path:
+    """The given folder of results of the real model; if None, the project's `data/results/real`."""
+    return results_folder() / "real" if given is None else Path(given)
 
 
 def find_real(folder: str | Path) -> Path | None:
@@ -101,19 +101,13 @@ def read_real(folder: str | Path | None = None) -> RealResults:
         FileNotFoundError: A file is missing.
         ResultsRefused: Of another version of the files, or runs that do not belong together.
     """
-    folder = real_folder() if folder is None else Path(folder)
-    missing = [name for name in (SCORES, EXACT, ABOUT) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core real-study` makes them.")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about.get("schema") != SCHEMA:
-        raise ResultsRefused(f"{folder / ABOUT} has schema {about.get('schema')}; this version reads {SCHEMA}.")
-    if complaints := mixture_complaints(about["runs"]):
-        raise ResultsRefused("The results do not belong together:\n" + "\n".join(f"- {line}" for line in complaints))
+    folder = real_folder(folder)
+    about = read_about(folder, (SCORES, EXACT, ABOUT), "real-study")
+    require_together(mixture_complaints(about["runs"]))
     exact = pd.read_csv(folder / EXACT).assign(sampling=COMPUTED)
     premise = folder / PREMISE
     return RealResults(
         Evidence(pd.read_csv(folder / SCORES), pd.DataFrame(), about, PLAIN),
         Evidence(exact, pd.DataFrame(), about, COMPUTED),
-        json.loads(premise.read_text(encoding="utf-8")) if premise.is_file() else None,
+        read_json(premise) if premise.is_file() else None,
     )

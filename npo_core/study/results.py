@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..files import read_json
 from ..runs.folder import deciding
 from ..runs.validation import SUITES, WORLD
 from .arms import ARMS
@@ -90,7 +91,7 @@ class Evidence:
 
 def has_evidence(folder: Path | None = None) -> bool:
     """Whether results of a study lie in a folder; the project's `data/results` if None."""
-    return ((results_folder() if folder is None else Path(folder)) / ABOUT).is_file()
+    return (results_folder(folder) / ABOUT).is_file()
 
 
 def read_evidence(folder: str | Path | None = None) -> Evidence:
@@ -103,17 +104,28 @@ def read_evidence(folder: str | Path | None = None) -> Evidence:
         FileNotFoundError: A file is missing.
         ResultsRefused: See `check_evidence`.
     """
-    folder = results_folder() if not folder else Path(folder)
-    missing = [name for name in (SCORES, TRAINING, ABOUT) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core study` makes them.")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about.get("schema") != SCHEMA:
-        raise ResultsRefused(f"{folder / ABOUT} has schema {about.get('schema')}; this version reads {SCHEMA}.")
+    folder = results_folder(folder or None)
+    about = read_about(folder, (SCORES, TRAINING, ABOUT), "study")
     require_world(about, folder / ABOUT)
     scores = pd.read_csv(folder / SCORES)
     check_evidence(scores, about)
     return Evidence(scores, pd.read_parquet(folder / TRAINING), about)
+
+
+def read_about(folder: Path, names: Sequence[str], stage: str) -> dict[str, Any]:
+    """What made the results in a folder: the last of their files, which must all be there.
+
+    Raises:
+        FileNotFoundError: A file is missing; the message names the stage of the command line that makes it.
+        ResultsRefused: Of another version of the files.
+    """
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; `python -m npo_core {stage}` makes them.")
+    path = folder / names[-1]
+    about = read_json(path)
+    if about.get("schema") != SCHEMA:
+        raise ResultsRefused(f"{path} has schema {about.get('schema')}; this version reads {SCHEMA}.")
+    return about
 
 
 def require_world(about: Mapping[str, Any], path: Path) -> None:
@@ -144,7 +156,11 @@ def check_evidence(scores: pd.DataFrame, about: Mapping[str, Any]) -> None:
     absent = [name for name in SCORE_COLUMNS if name not in scores.columns]
     if absent:
         raise ResultsRefused(f"{SCORES} lacks the columns {', '.join(absent)}.")
-    complaints = [*_cell_complaints(scores, about), *mixture_complaints(about["runs"])]
+    require_together([*_cell_complaints(scores, about), *mixture_complaints(about["runs"])])
+
+
+def require_together(complaints: Sequence[str]) -> None:
+    """Refuse results of which there are complaints, and list them."""
     if complaints:
         raise ResultsRefused("The results do not belong together:\n" + "\n".join(f"- {line}" for line in complaints))
 

@@ -3,11 +3,10 @@
 A score is a small file in the run's folder. Ours; the plan is in docs/evidence.md.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..runs.checkpoints import checkpoint_folder, complete_checkpoints
 from ..runs.folder import RunFolder, offline_rollouts
 from ..stages import run as stages
@@ -56,7 +55,7 @@ def newest_place(run: RunFolder, compute_step: int) -> tuple[int, int] | None:
             continue
         branch = line["branch"]
         if branch not in saved:
-            saved[branch] = set(complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False))
+            saved[branch] = set(complete_checkpoints(run.branch(branch), resumable=False))
         if line["policy_step"] in saved[branch]:
             return branch, line["policy_step"]
     return None
@@ -72,10 +71,10 @@ def score(run: RunFolder, branch: int, step: int, sampling: str, world: stages.W
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         world = stages.prepare(run.config, quiet=True) if world is None else world
-        policy = run_policy(run.config, checkpoint_folder(run.path / "branches" / f"{branch:02d}", step))
+        policy = run_policy(run.config, checkpoint_folder(run.branch(branch), step))
         label = f"{run.config.method} at {step}"
         write_json(path, stages.evaluate_policy(run.config, policy, world, label, True, plain=sampling == "plain"))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def saved_places(run: RunFolder) -> list[dict[str, Any]]:
@@ -85,7 +84,7 @@ def saved_places(run: RunFolder) -> list[dict[str, Any]]:
     for line in run.metrics():
         branch, step = line["branch"], line["compute_step"]
         if branch not in saved:
-            saved[branch] = complete_checkpoints(run.path / "branches" / f"{branch:02d}", resumable=False)
+            saved[branch] = complete_checkpoints(run.branch(branch), resumable=False)
         if line["policy_step"] in saved[branch]:
             spent = step * config.rollouts_per_step + offline_rollouts(events, before=step)
             places.append(

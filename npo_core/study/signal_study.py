@@ -5,7 +5,6 @@ against, and writes `data/results/signal.json`, on which the claims about S are 
 first stopped. The plan is in docs/evidence.md; what one seed does is `stages.signal_run` and `gain`. Ours.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_table, write_json
+from ..files import as_json, read_json, read_table, write_json
 from ..lock import Lock
 from ..method.curve import rank_correlation
 from ..method.quantities import Cost, Quality, Signal
 from ..method.stats import mean_interval
 from ..runs.config import RunConfig
-from ..runs.measurement import plain, read_pairs, read_premise, summarise
+from ..runs.measurement import read_pairs, read_premise, summarise
 from ..runs.settings import GRADIENTS, SignalSettings
 from ..runs.validation import WORLD
 from ..stages.signal import MeasuredSignal
@@ -46,11 +45,6 @@ PREDICTORS = ("signal", "quality", "lead", "lead over cost")
 
 RESULT = "signal.json"
 """File of the results, beside those of the arms."""
-
-
-def grpo_config(preset: str, seed: int, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The GRPO run that a seed is measured on: the study's own, all checkpoints of which stay resumable."""
-    return arm_config("GRPO", preset, seed, overrides)
 
 
 def measure_seed(
@@ -116,7 +110,7 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
             },
             "premise": [[{**one, "holds": read_premise(one).holds} for one in entry["premise"]] for entry in entries],
         }
-    return plain(
+    return as_json(
         {
             "schema": SCHEMA,
             "world": WORLD,
@@ -210,8 +204,8 @@ def run_signal_study(
     """
     if not len(seeds):
         raise ValueError("No seed is named, so there is nothing to measure; name at least one.")
-    folder = results_folder() if out is None else Path(out)
-    configs = [grpo_config(preset, seed, overrides) for seed in dict.fromkeys(seeds)]
+    folder = results_folder(out)
+    configs = [arm_config("GRPO", preset, seed, overrides) for seed in dict.fromkeys(seeds)]
     plan.check(configs[0])
     found = [measure_seed(config, plan, origins, root, quiet) for config in configs]
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +216,7 @@ def run_signal_study(
 
 def in_words(path: Path) -> str:
     """The claims of a `signal.json`, a line each."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = read_json(Path(path))
     claims = (premise_holds, interior_peak, shapes, predicts)
     lines = [f"{claim.claim}: {claim.verdict}; {claim.ours}." for claim in (one(found) for one in claims)]
     return "\n".join([f"Seeds {', '.join(map(str, found['seeds']))}.", *lines])

@@ -1,5 +1,7 @@
-"""What a run computes with, for work outside of its trainers: the weights of its policies, and its matrix products."""
+"""What a run computes with, for work outside of its trainers: policies, matrix products, threads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,3 +25,14 @@ def run_policy(config: RunConfig, folder: str | Path) -> PreTrainedModel | PeftM
 def precision(config: RunConfig) -> torch.autocast:
     """While it lasts, matrix products are those of the run's training: in 16 bits with `mixed_precision` bf16."""
     return torch.autocast(own_device().type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While it lasts, torch computes with so many threads: another number adds up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,8 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..trainer.sampling import completion_logps, forced_logps
 from . import letters
-from .computing import precision
+from .computing import precision, threads
 from .policies import load_processor, placed_policy, save_policy
 from .smollm import FORMAT as CONVERSION
 from .smollm import WHEEL_SHA256, smollm_folder
@@ -120,7 +119,7 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
     fresh = letters.make_dataset(letters.sample_words("test", CHECKED, config.policy_seed, source))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmstart_learning_rate, betas=(0.9, 0.98))
     checks: list[Check] = []
-    with _threads(config.threads), progress(config.warmstart_steps, "warm start", quiet, stays=False) as bar:
+    with threads(config.threads), progress(config.warmstart_steps, "warm start", quiet, stays=False) as bar:
         for step in range(1, config.warmstart_steps + 1):
             rows = letters.make_dataset(problems[(step - 1) * batch : step * batch])
             optimizer.param_groups[0]["lr"] = config.warmstart_learning_rate * min(1.0, step / WARM_UP)
@@ -180,13 +179,3 @@ def right_probabilities(model, processor, rows: Dataset) -> list[float]:
 def right_tokens(processor, answers: Iterable[str]) -> list[Sequence[int]]:
     """Token ids of right responses, end of sequence included."""
     return [processor(answer + processor.eos_token, add_special_tokens=False)["input_ids"] for answer in answers]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

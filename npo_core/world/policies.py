@@ -6,7 +6,6 @@ word-level tokenizer, and a processor without a video part (that one needs torch
 """
 
 import ctypes
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import CHAT_TEMPLATE_FILE, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from ..files import read_json
 from ..guidance.fingerprints import tokenizer_of
 from ..processes import own_device
 from .speed.prompts import SharedPrompts
@@ -360,7 +360,7 @@ def _base_folder(folder: str | Path) -> Path:
     adapter = Path(folder) / "adapter_config.json"
     if not adapter.is_file():
         return Path(folder)
-    name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    name = read_json(adapter)["base_model_name_or_path"]
     if not name:
         raise ValueError(
             f"{adapter} names no base policy, as the trainer was given one that came from no folder; write its folder "
@@ -384,7 +384,7 @@ def _base_folder(folder: str | Path) -> Path:
 def _has_video_part(folder: Path) -> bool:
     """Whether a processor was saved with its video part: in a file of its own, or as transformers 5 does, in one."""
     whole = folder / "processor_config.json"
-    within = whole.is_file() and "video_processor" in json.loads(whole.read_text(encoding="utf-8"))
+    within = whole.is_file() and "video_processor" in read_json(whole)
     return within or (folder / "video_preprocessor_config.json").is_file()
 
 

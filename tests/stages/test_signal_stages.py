@@ -230,7 +230,7 @@ def test_what_a_run_of_ours_sampled_is_kept_whatever_is_measured_from_it(monkeyp
     monkeypatch.setattr(signal_run, "Measurement", Seen)
     monkeypatch.setattr(signal_run, "teacher_folder", lambda *_: tmp_path / "teacher")
     monkeypatch.setattr(signal_run, "complete_checkpoints", lambda *_, **__: {5: tmp_path / "5"})
-    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path, branch=lambda _: tmp_path / "00"))
     prepared = SimpleNamespace(base=tmp_path / "base", processor=None, train=rows, verifier=None)
     monkeypatch.setattr(stages, "prepare", lambda *_: prepared)
     same = [{}, {"scored": 2}, {"gradients": 3}, {"parameters": "norm"}, {"c": 9.0}, {"resamples": 5}]

@@ -14,7 +14,6 @@ from npo_core.study.comparisons import (
     between,
     broken,
     by_suite,
-    entropy_widening,
     primary,
     secondary_markdown,
     speed_up,
@@ -175,13 +174,6 @@ def test_entropy_and_all_wrong_groups_are_compared_at_equal_policy_step():
         found.scores[name] = found.scores["policy_step"] / 100
     row = next(row for row in secondary_markdown(found).splitlines() if row.startswith("| NPO"))
     assert row.strip("| ").split(" | ")[6:8] == ["+0.000 (+0.000 to +0.000)"] * 2
-
-
-def test_entropy_of_a_replay_over_that_of_the_first_pass():
-    found = evidence({"NPO": GAINS}, ends={"NPO": 20})
-    # the made-up entropy is 1.2 times as high in the replay of the same policy steps
-    assert entropy_widening(found, "NPO").tolist() == pytest.approx([1.2] * 3)
-    assert entropy_widening(found, "GRPO").empty
 
 
 def test_the_speed_up_counts_scout_and_offline_rollouts():

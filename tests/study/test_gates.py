@@ -172,7 +172,7 @@ def test_the_premise_is_sampled_with_the_seed_of_the_run(tmp_path, monkeypatch):
         seeds.append(settings.seed)
         raise Asked
 
-    monkeypatch.setattr(gates, "Measurement", measurement)
+    monkeypatch.setattr("npo_core.stages.signal_run.Measurement", measurement)
     for seed in (0, 3):
         with pytest.raises(Asked):
             gates.measure_premise(resolve_config("grpo", "smoke", seed), tmp_path, quiet=True)

@@ -174,9 +174,14 @@ def test_the_end_of_the_run_is_no_part_of_the_curves(tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [None, SMALL])
-def test_a_seed_is_measured_on_the_run_of_the_study_of_arms(overrides):
+def test_a_seed_is_measured_on_the_run_of_the_study_of_arms(overrides, tmp_path, monkeypatch):
     """Its checkpoints all stay resumable: windows begin at step 100 of 400, and preset cpu keeps twenty of forty."""
-    config = signal_study.grpo_config("cpu", 3, overrides)
+    measured = []
+    monkeypatch.setattr(signal_study, "measure_seed", lambda config, *_: measured.append(config) or {"seed": 3})
+    monkeypatch.setattr(signal_study, "summarise_seeds", lambda *_: {})
+    plan = {"plan": PLAN} if overrides else {}
+    signal_study.run_signal_study("cpu", [3], overrides, **plan, root=tmp_path, out=tmp_path)
+    (config,) = measured
     assert config == arm_config("GRPO", "cpu", 3, overrides) and config.checkpoint_keep == 0
 
 
@@ -238,7 +243,7 @@ def test_two_studies_at_once_on_one_folder_share_the_work(alone, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     command = [sys.executable, "-c", AT_ONCE, str(runs), str(out), "0", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = RunFolder(signal_study.grpo_config("smoke", 0, SMALL), runs)
+    first = RunFolder(arm_config("GRPO", "smoke", 0, SMALL), runs)
     with Lock(first.path / "lock.json", "The run").holding():  # until both are there
         both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         met = [any("waiting for it" in line for line in iter(study.stdout.readline, "")) for study in both]

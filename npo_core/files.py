@@ -6,6 +6,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -51,6 +52,25 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)  # a part of a file would only fill the disk
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
+    """A folder under another name to write into, which is renamed when all is written, and goes if it is not.
+
+    Args:
+        folder: Where it ends.
+        replace: Take the place of what is there; otherwise that is an OSError.
+    """
+    unfinished = unfinished_name(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield unfinished
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager

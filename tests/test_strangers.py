@@ -16,7 +16,7 @@ from worlds import trainer_of, world
 from npo_core.guidance.trajectories import GuidanceCache
 from npo_core.runs.checkpoints import mark_complete, require_complete
 from npo_core.world.data import DataSettings, load_data
-from npo_core.world.policies import load_policy, load_processor, load_weights, save_policy
+from npo_core.world.policies import load_policy, load_processor, save_policy
 from npo_core.world.pretrained import check_policy
 
 ROW = {"uid": ["a"], "prompt": ["add 1 and 2"], "answer": ["3"]}
@@ -72,9 +72,8 @@ def test_pickled_weights_are_not_read(tmp_path, sign):
 def test_a_pickle_that_is_named_as_weights_is_refused(tmp_path, sign):
     folder = policy(tmp_path / "policy")
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(sign)))
-    for load in (lambda: load_policy(folder), lambda: load_weights(world("text").build(), folder)):
-        with pytest.raises(ValueError, match="cannot be read as safetensors"):
-            load()
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("kind", ["text", "pictures"])

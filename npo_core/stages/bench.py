@@ -43,7 +43,7 @@ from ..trainer.dataset import training_schedule
 from ..trainer.inputs import encode_prompts
 from ..trainer.pictures import left_out
 from ..trainer.sampling import completion_logps
-from ..world.policies import keep_freed_memory, load_policy, load_weights, quiet_transformers
+from ..world.policies import keep_freed_memory, load_policy, quiet_transformers
 from ..world.tasks import make_dataset, parse_uid, write_response
 from . import run as stages
 from .clocks import wall_clock, work_clock
@@ -316,7 +316,7 @@ def checkpoint_ratios(config: RunConfig, world: stages.World) -> list[dict[str, 
             mark_complete(target)
             writes.append(now() - begin)
             begin = now()
-            load_weights(trainer.accelerator.unwrap_model(trainer.model), target)
+            trainer._load_from_checkpoint(str(target))
             trainer._load_optimizer_and_scheduler(str(target))
             trainer._load_rng_state(str(target))
             restores.append(now() - begin)

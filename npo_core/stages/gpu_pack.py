@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import unfinished_name
+from ..files import whole_folder
 from ..runs.folder import checkout
 from ..world import smollm
 
@@ -186,9 +186,8 @@ def write_parcels(files: Sequence[Path], folder: Path, mib: int, made_from: str)
     Returns:
         Folders of the parcels, in order.
     """
-    unfinished = unfinished_name(folder)
     places = []
-    try:
+    with whole_folder(folder, replace=False) as unfinished:
         for number, pieces in enumerate(cut(files, mib * 2**20 - SPARE), 1):
             place = unfinished / f"parcel-{number:02d}"
             place.mkdir(parents=True)
@@ -201,8 +200,4 @@ def write_parcels(files: Sequence[Path], folder: Path, mib: int, made_from: str)
         (places[-1] / SUMS).write_text("".join(sums), encoding="utf-8")
         (places[-1] / REVISION).write_text(f"{made_from}\n", encoding="utf-8")
         shutil.copy(Path(__file__).with_name("gpu_run.sh"), places[-1] / SCRIPT)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return [folder / place.name for place in places]

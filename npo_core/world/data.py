@@ -39,16 +39,6 @@ HOW: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """What a reader must be told: an answer may be the word None, or NA."""
 
-MMFINEREASON: Mapping[str, str] = MappingProxyType(
-    {"uid": "source/id", "prompt": "question", "image": "image", "answer": "answer", "suite": "source"}
-)
-"""Columns of OpenDataArena's MMFineReason sets (123K, 586K, 1.8M); `id` counts within a `source` only. Source: "Data
-Schema" in the README of LHL3341/MMFineReason, and rows of the published files. Their other columns (the teacher's
-response, the pass rate of a 4B policy, …) are not used; about one row in 25 has no answer, hence skip_refused."""
-
-SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType({"mmfinereason": MMFINEREASON})
-"""Named schemas: our columns to those of a published data set."""
-
 BATCH = 256
 """Rows in memory at a time, with their encoded pictures."""
 
@@ -112,17 +102,6 @@ def _suffixes(path: Path) -> tuple[str, str]:
     if path.suffix in PACKED:
         return Path(path.stem).suffix, path.suffix
     return path.suffix, ""
-
-
-def schema(name: str) -> Mapping[str, str]:
-    """Columns of a published data set, for `DataSettings.columns`.
-
-    Raises:
-        ValueError: No such schema.
-    """
-    if name not in SCHEMAS:
-        raise ValueError(f"Unknown schema {name!r}{nearest(name, SCHEMAS)} Known: {', '.join(SCHEMAS)}.")
-    return SCHEMAS[name]
 
 
 def read_rows(source: str | Path, split: str | None = None) -> Dataset:

@@ -10,7 +10,6 @@ is kept under a hash of all that decides its weights, but for the rounding of th
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from ..files import unfinished_name, write_json
-from ..lock import Lock, remove_unfinished
+from ..files import whole_folder, write_json
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder
 from ..trainer.sampling import completion_logps, forced_logps
 from . import letters
 from .computing import precision, threads
+from .kept import made_once
 from .policies import load_processor, placed_policy, save_policy
 from .smollm import FORMAT as CONVERSION
 from .smollm import WHEEL_SHA256, smollm_folder
@@ -89,11 +88,7 @@ def real_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     if not config.warmstart_pass_rate:
         return pretrained
     folder = real_folder(config)
-    with Lock(folder.with_name(f"{folder.name}.lock.json"), f"The policy {folder}").holding():
-        if not (folder / "model.safetensors").is_file():
-            remove_unfinished(folder.parent)
-            warm_start(config, pretrained, folder, quiet)
-    return folder
+    return made_once(folder, lambda: warm_start(config, pretrained, folder, quiet))
 
 
 def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = False) -> list[Check]:
@@ -144,11 +139,9 @@ def warm_start(config: RunConfig, pretrained: Path, folder: Path, quiet: bool = 
                 f"After warmstart_steps = {config.warmstart_steps} the pass rate is {reached}, and warmstart_pass_rate "
                 f"is {config.warmstart_pass_rate}. Give more steps, a higher warmstart_learning_rate, or ask for less."
             )
-    unfinished = unfinished_name(folder)
-    save_policy(model, processor, unfinished)
-    write_json(unfinished / TRAIL, [asdict(one) for one in checks])
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        save_policy(model, processor, unfinished)
+        write_json(unfinished / TRAIL, [asdict(one) for one in checks])
     return checks
 
 

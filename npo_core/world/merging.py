@@ -1,12 +1,11 @@
 """A checkpoint with adapters as a policy of its own, which any program can load: vLLM, lmms-eval, transformers."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
 
-from ..files import unfinished_name
+from ..files import whole_folder
 from .policies import load_policy, load_processor, save_policy
 from .pretrained import policy_config
 
@@ -39,10 +38,6 @@ def merge(checkpoint: str | Path, out: str | Path) -> Path:
     policy = load_policy(checkpoint, dtype="float32", share=False).merge_and_unload()
     base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
     policy.to(policy_config(base).dtype or torch.float32)
-    unfinished = unfinished_name(out)
-    try:
+    with whole_folder(out, replace=False) as unfinished:
         save_policy(policy, load_processor(checkpoint), unfinished)
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return out

@@ -19,7 +19,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence as PreSequence
@@ -295,28 +294,6 @@ def placed_policy(folder: str | Path, *settings: Any, **named: Any) -> PreTraine
     """`load_policy`, on the device of this process: for work outside a trainer, which places its policy itself."""
     policy = load_policy(folder, *settings, **named)
     return policy.to(own_device())  # pyright: ignore[reportArgumentType] (a decorator of transformers hides `self`)
-
-
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
-    """Overwrite the weights of `model` in place with those of a checkpoint folder of the same architecture.
-
-    Raises:
-        FileNotFoundError: The folder holds no `model.safetensors`.
-        ValueError: The weights are those of another architecture.
-    """
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder holds model.safetensors.")
-    try:
-        with _weights_of(path):
-            missing, unexpected = load_model(model, path, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path} belongs to another architecture: {error}") from error
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} belongs to another architecture: missing {sorted(missing)[:3]}, "
-            f"unexpected {sorted(unexpected)[:3]}."
-        )
 
 
 @contextmanager

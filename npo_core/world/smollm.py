@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ..files import unfinished_name
-from ..lock import Lock, remove_unfinished
+from ..files import unfinished_name, whole_folder
 from ..progress import tell
 from ..runs.folder import runs_folder
 from ..trainer.memory import device_memory
+from .kept import made_once
 from .policies import quiet_transformers, save_policy
 
 NAME = "smollm2"
@@ -67,8 +67,6 @@ def smollm_config() -> LlamaConfig:
 def smollm_folder(quiet: bool = False) -> Path:
     """Folder of the model, fetched and converted now if it is not there yet.
 
-    A conversion that was interrupted left another name behind, and is started over.
-
     Args:
         quiet: Say nothing.
 
@@ -78,21 +76,18 @@ def smollm_folder(quiet: bool = False) -> Path:
         OSError: Too little disk.
     """
     folder = runs_folder() / "base" / f"smollm2-135m-instruct-{WHEEL_SHA256[:8]}-{FORMAT}"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with Lock(folder.with_name(f"{folder.name}.lock.json"), f"The policy {folder}").holding():
-        if not (folder / "model.safetensors").is_file():
-            require_means(folder.parent)
-            remove_unfinished(folder.parent)
-            if not quiet:
-                tell(NAME, f"fetching {PACKAGE} {VERSION} (93 MB), then converting it, about a minute")
-            aside = unfinished_name(folder.with_name(PACKAGE))
-            try:
-                convert(unpacked(fetch(aside), aside), folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    return folder
+
+    def make() -> None:
+        require_means(folder.parent)
+        if not quiet:
+            tell(NAME, f"fetching {PACKAGE} {VERSION} (93 MB), then converting it, about a minute")
+        aside = unfinished_name(folder.with_name(PACKAGE))
+        try:
+            convert(unpacked(fetch(aside), aside), folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    return made_once(folder, make)
 
 
 def require_means(parent: Path) -> None:
@@ -158,7 +153,5 @@ def convert(weights: Path, folder: Path) -> None:
     settings |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(read.state_dict())
-    unfinished = unfinished_name(folder)
-    save_policy(model, tokenizer, unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        save_policy(model, tokenizer, unfinished)

@@ -12,7 +12,6 @@ distribution.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 
 from ..declaration import declarations
-from ..files import unfinished_name
-from ..lock import Lock
+from ..files import whole_folder
 from ..progress import progress
 from ..runs.config import RunConfig
 from ..runs.folder import runs_folder, shipped_policies
 from . import smollm
 from .finetune import real_policy_folder
+from .kept import made_once
 from .policies import TinyPolicySpec, build_processor, build_tiny_policy, save_policy
 from .pretrained import policy_folder
 from .speed.sharing import share_work
@@ -105,14 +104,10 @@ def base_policy_folder(config: RunConfig, quiet: bool = False) -> Path:
     if config.policy != "tiny":
         return policy_folder(config.policy)
     name = f"tiny-{base_digest(config)}"
-    for folder in (shipped_policies() / name, runs_folder() / "base" / name):
-        if (folder / "model.safetensors").is_file():
-            return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with Lock(folder.with_name(f"{name}.lock.json"), f"The policy {folder}").holding():  # side by side, runs want one
-        if (folder / "model.safetensors").is_file():
-            return folder
-        return warm_start(config, folder, quiet=quiet)
+    if (shipped_policies() / name / "model.safetensors").is_file():
+        return shipped_policies() / name
+    folder = runs_folder() / "base" / name
+    return made_once(folder, lambda: warm_start(config, folder, quiet))
 
 
 def teacher_folder(config: RunConfig, quiet: bool = False) -> Path:
@@ -207,11 +202,8 @@ def warm_start(config: RunConfig, folder: Path, quiet: bool = False) -> Path:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             bar.advance(loss=f"{loss.item():.3f}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_name(folder)
-    save_policy(model, processor, unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        save_policy(model, processor, unfinished)
     return folder
 
 

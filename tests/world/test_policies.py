@@ -15,7 +15,6 @@ from npo_core.world.policies import (
     build_tiny_policy,
     load_policy,
     load_processor,
-    load_weights,
     save_policy,
 )
 from npo_core.world.tasks import make_dataset, sample_problems, vocabulary
@@ -98,29 +97,6 @@ def test_every_allowed_size_runs(processor, spec):
         logits = policy(**encode_prompts(processor, rows_of([1]))).logits
     assert logits.shape[-1] == len(processor.tokenizer)
     assert logits.isfinite().all()
-
-
-def test_weights_are_overwritten_in_place(saved, processor, model):
-    other = build_tiny_policy(processor, SPEC, seed=9)
-    place = next(other.parameters()).data_ptr()
-    load_weights(other, saved)
-    assert next(other.parameters()).data_ptr() == place
-    weights = model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in other.state_dict().items())
-    assert other.lm_head.weight is other.model.language_model.embed_tokens.weight
-
-
-@pytest.mark.parametrize(
-    "spec", [TinyPolicySpec(32, 1, 2, 32, 2), TinyPolicySpec(32, 3, 2, 32, 2), TinyPolicySpec(64, 2, 2, 32, 2)]
-)
-def test_weights_of_another_architecture_are_refused(saved, processor, spec):
-    with pytest.raises(ValueError, match="another architecture"):
-        load_weights(build_tiny_policy(processor, spec, 0), saved)
-
-
-def test_a_folder_without_weights_is_refused(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
-        load_weights(model, tmp_path)
 
 
 def test_freezing_vision_leaves_the_language_model_to_train(saved):

@@ -14,7 +14,7 @@ from npo_core.runs.config import RunConfig, resolve_config
 from npo_core.runs.folder import project_folder
 from npo_core.world import warmstart
 from npo_core.world.policies import TinyQwen3VLProcessor, load_policy, load_processor
-from npo_core.world.tasks import FAMILIES, Problem, all_facts, sample_problems, vocabulary
+from npo_core.world.tasks import FAMILIES, Problem, sample_problems, vocabulary
 from npo_core.world.warmstart import (
     WORLD_FIELDS,
     base_digest,
@@ -28,6 +28,9 @@ from npo_core.world.warmstart import (
 )
 
 CONFIG = resolve_config("grpo", "smoke", overrides={"warmstart_steps": 3, "warmstart_batch": 4})
+
+FACTS = [fact for family in FAMILIES for fact in family.facts]
+"""Every elementary fact, in a fixed order."""
 
 
 @pytest.mark.parametrize("setting", fields(RunConfig), ids=lambda setting: setting.name)
@@ -52,7 +55,7 @@ def test_the_digest_depends_on_the_words_and_on_the_format(monkeypatch):
 def test_facts_are_easy_middling_and_hard_in_the_given_shares(easy, middling):
     config = RunConfig(easy_share=easy, middling_share=middling, easy_error=0.1, middling_error=0.5, hard_error=0.9)
     errors = fact_errors(config)
-    assert list(errors) == all_facts()
+    assert list(errors) == FACTS
     assert set(errors.values()) <= {0.1, 0.5, 0.9}
     for family in FAMILIES:  # and so in every family: none is all easy or all hard
         counts = Counter(errors[fact] for fact in family.facts)
@@ -76,7 +79,7 @@ def test_no_fact_of_the_presets_is_out_of_reach():
 
 
 def test_a_corpus_without_errors_is_the_exact_solution():
-    errors = dict.fromkeys(all_facts(), 0.0)
+    errors = dict.fromkeys(FACTS, 0.0)
     for problem in sample_problems("train", 40, 0):
         assert imperfect_states(problem, errors, np.random.default_rng(0)) == problem.states()
 
@@ -85,7 +88,7 @@ def test_the_chain_goes_on_from_the_wrong_state():
     # the first fact is always wrong and all others are right: what follows is exact from what was written
     for problem in sample_problems("train", 80, 0):
         first = (problem.suite, problem.start, problem.glyphs[0])
-        errors = dict.fromkeys(all_facts(), 0.0) | {first: 1.0}
+        errors = dict.fromkeys(FACTS, 0.0) | {first: 1.0}
         states = imperfect_states(problem, errors, np.random.default_rng(0))
         before = [problem.start, *states[:-1]]
         for state, glyph, following in zip(before, problem.glyphs, states, strict=True):

@@ -139,22 +139,32 @@ def _shared_prefix_forward(
         shared["deepstack_visual_embeds"] = [layer[kept] for layer in deepstack_visual_embeds]
     if not _repeats(seen, first, inverse, width, inputs_embeds, visual_pos_masks, deepstack_visual_embeds):
         return plain()
+    rest = {
+        "inputs_embeds": inputs_embeds[:, width:],
+        "position_ids": position_ids[:, :, width:],
+        "visual_pos_masks": None,
+        "deepstack_visual_embeds": None,
+    }
     cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+    hidden = computed_once(plain, shared, rest if width < columns else None, inverse, cache)
+    returned = None if past_key_values is None and use_cache is False else cache
+    return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: returned})
+
+
+def computed_once(
+    plain: Callable[..., Any], shared: dict[str, Any], rest: dict[str, Any] | None, inverse: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Last hidden states of all rows, of which each distinct beginning is computed once; `cache` holds them afterwards.
+
+    `shared` and `rest` are what the forward pass of transformers (`plain`) gets of the beginnings, and of the rows
+    behind them, None where nothing is left; `inverse` has for each row the place of its beginning.
+    """
     prefix = plain(use_cache=True, **shared, **{CACHE: cache})
     copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
     hidden = prefix.last_hidden_state.index_select(0, inverse)
-    if width < columns:
-        rest = plain(
-            inputs_embeds=inputs_embeds[:, width:],
-            position_ids=position_ids[:, :, width:],
-            use_cache=True,
-            visual_pos_masks=None,
-            deepstack_visual_embeds=None,
-            **{CACHE: cache},
-        )
-        hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
-    returned = None if past_key_values is None and use_cache is False else cache
-    return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: returned})
+    if rest is None:
+        return hidden
+    return torch.cat([hidden, plain(use_cache=True, **rest, **{CACHE: cache}).last_hidden_state], dim=1)
 
 
 def copy_rows(cache: DynamicCache, rows: Tensor, room: int | None) -> None:

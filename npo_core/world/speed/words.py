@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .conditions import nothing_before, nothing_recorded
-from .sharing import CACHE, ROOM, WORTHWHILE, MethodOf, cheapest_sharing, copy_rows
+from .sharing import CACHE, WORTHWHILE, MethodOf, cheapest_sharing, computed_once
 
 
 def share_words(model: PreTrainedModel) -> None:
@@ -65,24 +65,14 @@ def _shared_forward(
     width, first, inverse = cheapest_sharing(_seen(input_ids, attention_mask, position_ids))
     if len(first) * width + rows * (columns - width) > WORTHWHILE * rows * columns:
         return plain()
+    shared = {
+        "input_ids": input_ids[first, :width],
+        "attention_mask": None if attention_mask is None else attention_mask[first, :width],
+        "position_ids": position_ids[first, :width],
+    }
+    rest = {"input_ids": input_ids[:, width:], "position_ids": position_ids[:, width:]}
     cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-    prefix = plain(
-        input_ids=input_ids[first, :width],
-        attention_mask=None if attention_mask is None else attention_mask[first, :width],
-        position_ids=position_ids[first, :width],
-        use_cache=True,
-        **{CACHE: cache},
-    )
-    copy_rows(cache, inverse, room=None if torch.is_grad_enabled() else ROOM)
-    hidden = prefix.last_hidden_state.index_select(0, inverse)
-    if width < columns:
-        rest = plain(
-            input_ids=input_ids[:, width:],
-            position_ids=position_ids[:, width:],
-            use_cache=True,
-            **{CACHE: cache},
-        )
-        hidden = torch.cat([hidden, rest.last_hidden_state], dim=1)
+    hidden = computed_once(plain, shared, rest if width < columns else None, inverse, cache)
     returned = None if past_key_values is None and use_cache is False else cache
     return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: returned})
 

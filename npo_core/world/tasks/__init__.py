@@ -1,7 +1,7 @@
 """Procedural visual tasks: eight families, one per benchmark suite, each with an exact solver and a picture."""
 
 from .dataset import conversation, make_dataset
-from .families import FAMILIES, SUITES, Family, all_facts, family_of
+from .families import FAMILIES, SUITES, Family, family_of
 from .problems import Problem, parse_uid, sample_problems, split_of, vocabulary, write_response
 from .verifier import PathVerifier
 
@@ -11,7 +11,6 @@ __all__ = [
     "Family",
     "PathVerifier",
     "Problem",
-    "all_facts",
     "conversation",
     "family_of",
     "make_dataset",

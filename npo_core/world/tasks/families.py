@@ -204,8 +204,3 @@ def family_of(suite: str) -> Family:
         if family.suite == suite:
             return family
     raise ValueError(f"Unknown suite {suite!r}. Allowed: {', '.join(SUITES)}.")
-
-
-def all_facts() -> list[tuple[str, int, int]]:
-    """Every elementary fact of every family as (suite, state, glyph index), in a fixed order."""
-    return [fact for family in FAMILIES for fact in family.facts]

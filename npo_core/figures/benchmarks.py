@@ -1,7 +1,5 @@
 """Real benchmark scores, the paper's Table 1 below them."""
 
-import re
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,19 +9,18 @@ from ..runs.validation import SUITES
 from ..study.findings import paper_table
 from ..study.lmms_eval import AVERAGE, BASE, GAIN, LEVEL
 from .estimates import signed
-from .grids import _cell_text, _draw_cells, _legend_of_cells
-from .style import GREY, WIDTH, canvas, settle, style
+from .grids import _cell_text, _draw_cells, _legend_of_cells, in_two_lines, name_cells
+from .style import WIDTH, canvas, settle, style
 
 OTHER_QUESTIONS = {"zerobench": "† the paper's ZeroBench: 334 sub-questions, not the 100 main ones"}
 """Suites of which lmms-eval asks other questions than the paper, and how they differ."""
 
 
-def benchmark_table(comparison: pd.DataFrame, paper: pd.DataFrame | None = None) -> Figure:
+def benchmark_table(comparison: pd.DataFrame) -> Figure:
     """Gains over the base by model and suite, the paper's over its own base below (paper: Table 1).
 
     Args:
-        comparison: Table of `npo_core.benchmarks.compare`.
-        paper: Table 1 by method, in percent; that of the repository if None.
+        comparison: Table of `study.lmms_eval.compare`.
 
     Raises:
         ValueError: The comparison has no base or no trained model.
@@ -31,7 +28,7 @@ def benchmark_table(comparison: pd.DataFrame, paper: pd.DataFrame | None = None)
     labels = list(dict.fromkeys(comparison["label"]))
     if labels[:1] != [BASE] or len(labels) < 2:
         raise ValueError(f"The comparison holds {labels}; it must hold {BASE!r} first, then trained models.")
-    paper = paper_table() if paper is None else paper
+    paper = paper_table()
     names = dict(zip((AVERAGE, *SUITES), paper.columns, strict=True))
     suites = [suite for suite in names if suite in set(comparison["suite"])]
     theirs = paper[[names[suite] for suite in suites]].copy()
@@ -46,9 +43,7 @@ def benchmark_table(comparison: pd.DataFrame, paper: pd.DataFrame | None = None)
     cells[..., 2] = cells[..., 0] + (cells[..., 2] - cells[..., 1]) / 2
     ours_text = [[_cell_text(cell, absolute=i == 0) for cell in row] for i, row in enumerate(cells)]
     theirs_text = [[f"{v:.2f}" for v in theirs.loc["Base"]], *([signed(v, 2) for v in row] for row in gains)]
-    # a name of two words takes two lines, or neighbours would touch
-    split = [re.sub("(?<=-)|(?<=[a-z])(?=[A-Z])", "\n", names[suite]) for suite in suites]
-    marks = ["mean", *(f"{t}†" if s in OTHER_QUESTIONS else t for s, t in zip(suites[1:], split[1:], strict=True))]
+    marks = ["mean", *(in_two_lines(names[s]) + "†" * (s in OTHER_QUESTIONS) for s in suites[1:])]
     counts = [f"{text}\nn = {at.loc[(BASE, suite), 'items']}" for text, suite in zip(marks, suites, strict=True)]
     limit = comparison["limit"].iloc[0]
     subset = "" if np.isnan(limit) else f", first {limit:g} rows of a task only"
@@ -64,11 +59,7 @@ def benchmark_table(comparison: pd.DataFrame, paper: pd.DataFrame | None = None)
             (grid[1, 0], gains, theirs_text, np.zeros(theirs.shape, bool), marks, list(theirs.index), titles[1]),
         ):
             shades = _draw_cells(axes, np.vstack([np.full(len(suites), np.nan), values]), texts, marked)
-            axes.set_xticks(np.arange(len(suites)) + 0.5, ticks)
-            axes.set_yticks(np.arange(len(models)) + 0.5, [f"{models[0]}\n(percent)", *models[1:]])
-            axes.axhline(1, color=GREY, lw=1.0)
-            axes.axvline(1, color=GREY, lw=1.0)
-            axes.set_title(title, loc="left")
+            name_cells(axes, ticks, models, title)
             # a fixed number: an automatic one depends on the session's font, and moves the label
             figure.colorbar(shades, ax=axes, label="points", aspect=16, pad=0.01, ticks=MaxNLocator(4))
         other = [text for suite, text in OTHER_QUESTIONS.items() if suite in suites]

@@ -42,13 +42,13 @@ def signed(value: float, digits: int) -> str:
     return f"{shown:{'+' if shown else ''}.{digits}f}".replace("-", "−")
 
 
-def difference_text(values: np.ndarray, digits: int) -> str:
+def difference_text(values: np.ndarray) -> str:
     """ "+0.012 [−0.003, +0.027]" of one difference per seed; "no seed" without any."""
     mean, low, high = interval(values)
     if np.isnan(mean):
         return "no seed"
-    ends = "" if np.isnan(low) else f" [{signed(low, digits)}, {signed(high, digits)}]"
-    return signed(mean, digits) + ends
+    ends = "" if np.isnan(low) else f" [{signed(low, 3)}, {signed(high, 3)}]"
+    return signed(mean, 3) + ends
 
 
 def axis_of(found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[tuple[float, float], set[str]]:

@@ -46,9 +46,6 @@ def arm_differences(evidence: Evidence) -> Figure:
     groups where they have spent as many. Arms that spend more than GRPO by plan are references and left out. Where an
     interval is much longer than the seeds lie apart, the frame cuts it off.
 
-    Args:
-        evidence: Results of the study.
-
     Raises:
         ValueError: There is no GRPO, or nothing but GRPO.
     """
@@ -160,9 +157,6 @@ def correction_ablation(evidence: Evidence) -> Figure:
     Above the curves stands the difference at the end, paired by seed: of the test pass rate, and of the entropy over
     the last steps, as `Evidence` holds them.
 
-    Args:
-        evidence: Results of the study.
-
     Raises:
         ValueError: The evidence lacks one of the four arms.
     """
@@ -197,9 +191,6 @@ def correction_ablation(evidence: Evidence) -> Figure:
 
 def controls(evidence: Evidence) -> Figure:
     """Final test pass rate of NPO, of its controls and of GRPO on both clocks: what the gain is due to (ours).
-
-    Args:
-        evidence: Results of the study.
 
     Raises:
         ValueError: The evidence lacks GRPO, NPO, or every control of NPO.
@@ -251,7 +242,7 @@ def controls(evidence: Evidence) -> Figure:
 def _paired_text(differences: pd.Series) -> str:
     """Difference paired by seed, with the number of pairs where seeds are missing."""
     values = differences.dropna().to_numpy()
-    return difference_text(values, 3) + (f", n = {len(values)}" if len(values) < len(differences) else "")
+    return difference_text(values) + (f", n = {len(values)}" if len(values) < len(differences) else "")
 
 
 def _grpo_where_it_ends(evidence: Evidence, arm: str) -> pd.Series:
@@ -268,7 +259,7 @@ def _draw_arrow(axes: Axes, place: float, values: np.ndarray, color: str, name: 
     edge, text, side, marker = (0.015, 0.035, "left", "<") if below else (0.985, 0.965, "right", ">")
     where = {"transform": axes.get_yaxis_transform()}
     axes.plot(edge, place, color=color, marker=marker, ms=6, label=name, **MEAN, **where)
-    axes.text(text, place, difference_text(values, 3), ha=side, va="center", **where)
+    axes.text(text, place, difference_text(values), ha=side, va="center", **where)
 
 
 def _draw_estimate(axes: Axes, place: float, values: np.ndarray, color: str, marker: str, name: str) -> None:

@@ -63,8 +63,7 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
     )
     ours_text = [[_cell_text(cell, absolute=i == 0) for cell in row] for i, row in enumerate(ours)]
     theirs_text = [[f"{v:.2f}" if i == 0 else signed(v, 2) for v in row] for i, row in enumerate(theirs)]
-    # a name of two words takes two lines, or neighbours would touch
-    columns = ["mean", *(re.sub("(?<=-)|(?<=[a-z])(?=[A-Z])", "\n", name) for name in paper.columns[1:])]
+    columns = ["mean", *map(in_two_lines, paper.columns[1:])]
     with style():
         figure, grid = canvas(2, 1, (WIDTH, 6.6), gridspec_kw={"height_ratios": [1.35, 1]})
         for axes, cells, texts, names, coloured, marked, title in (
@@ -73,11 +72,7 @@ def suite_table(evidence: Evidence, paper: pd.DataFrame) -> Figure:
         ):
             limit = np.nanmax(np.abs(cells[1:]), initial=0.0)
             shades = _draw_cells(axes, np.where(coloured, cells, np.nan), texts, marked, limit)
-            axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-            axes.set_yticks(np.arange(len(arms)) + 0.5, ["GRPO\n(percent)", *names[1:]])
-            axes.axhline(1, color=GREY, lw=1.0)
-            axes.axvline(1, color=GREY, lw=1.0)
-            axes.set_title(title, loc="left")
+            name_cells(axes, columns, names, title)
             figure.colorbar(shades, ax=axes, label="gain over GRPO (points)", aspect=16, pad=0.01)
         measure = _measure("± half of the 95 % t interval over n seeds", counts)
         if alike.any():
@@ -167,6 +162,20 @@ def _draw_cells(
     axes.grid(visible=False)
     axes.tick_params(length=0)
     return shades
+
+
+def in_two_lines(name: str) -> str:
+    """A name of two words in two lines, or neighbours would touch."""
+    return re.sub("(?<=-)|(?<=[a-z])(?=[A-Z])", "\n", name)
+
+
+def name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], title: str) -> None:
+    """Names of the columns and rows of a table whose first column is a mean, and whose first row is in percent."""
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{rows[0]}\n(percent)", *rows[1:]])
+    axes.axhline(1, color=GREY, lw=1.0)
+    axes.axvline(1, color=GREY, lw=1.0)
+    axes.set_title(title, loc="left")
 
 
 def _measure(interval_name: str, counts: Sequence[int]) -> str:

@@ -13,6 +13,9 @@ from .signal import MeasuredSignal, read_premise
 FIRST = 10
 """Steps whose mean is where a run began."""
 
+GRPO = "GRPO"
+"""Label of the run that others are held against."""
+
 ONE_SEED = "One seed is no verdict."
 
 
@@ -39,24 +42,23 @@ def grpo(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
     )
 
 
-def interventions(results: Mapping[str, Mapping[str, Any]], reference: str = "GRPO") -> str:
-    """How runs with interventions stand to a run without, at equal compute.
+def interventions(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """How runs with interventions stand to GRPO at equal compute.
 
     Args:
-        results: `RunFolder.result()` by label, that of `reference` among them.
-        reference: Label of the run without.
+        results: `RunFolder.result()` by label, GRPO's among them.
     """
-    plain = results[reference]
+    plain = results[GRPO]
     found = []
     for label, result in results.items():
-        if label != reference:
+        if label != GRPO:
             gain = result["final"]["average"] - plain["final"]["average"]
             found.append(
                 f"{label} {gain:+.3f} (it stands at policy step {result['policy_steps']}, and sampled "
                 f"{result['offline_rollouts']:,} rollouts off line)"
             )
     return _signs(
-        f"Test pass rate after {plain['compute_steps']} executed steps, less {reference}'s "
+        f"Test pass rate after {plain['compute_steps']} executed steps, less {GRPO}'s "
         f"{plain['final']['average']:.3f}: {'; '.join(found)}. {ONE_SEED}"
     )
 
@@ -99,24 +101,18 @@ def signal(measured: MeasuredSignal) -> str:
     return "\n\n".join(told)
 
 
-def arms(results: Mapping[str, Mapping[str, Any]], reference: str = "GRPO") -> str:
-    """Arms in the order of their test pass rates, best first.
+def arms(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Arms in the order of their test pass rates, best first, each less GRPO's where that is among them.
 
     Args:
         results: `RunFolder.result()` by arm.
-        reference: Arm that the others are counted from, where it is among them.
     """
     scores = {label: result["final"]["average"] for label, result in results.items()}
-    order = sorted(scores, key=scores.__getitem__, reverse=True)
-    if reference in scores:
-        listed = [
-            f"{label} {scores[label]:.3f}"
-            + (f" ({scores[label] - scores[reference]:+.3f})" if label != reference else "")
-            for label in order
-        ]
-    else:
-        listed = [f"{label} {scores[label]:.3f}" for label in order]
-    less = f", in brackets less {reference}'s" if reference in scores else ""
+    listed, plain = [], scores.get(GRPO)
+    for label in sorted(scores, key=scores.__getitem__, reverse=True):
+        less = "" if plain is None or label == GRPO else f" ({scores[label] - plain:+.3f})"
+        listed.append(f"{label} {scores[label]:.3f}{less}")
+    less = "" if plain is None else f", in brackets less {GRPO}'s"
     return _signs(f"Test pass rates of this seed, best first{less}: {', '.join(listed)}. {ONE_SEED}")
 
 

@@ -17,12 +17,7 @@ from .results import Evidence
 
 
 def ends(evidence: Evidence, arm: str, clock: str) -> dict[int, int]:
-    """What each seed of an arm has counted at its end on a clock.
-
-    Args:
-        evidence: Results.
-        arm: Arm.
-        clock: Name in `CLOCKS`.
+    """What each seed of an arm has counted at its end on a clock, one of `CLOCKS`.
 
     Raises:
         ValueError: Unknown clock.
@@ -73,10 +68,7 @@ def score_between(evidence: Evidence, arm: str, at: Mapping[int, int]) -> pd.Ser
     Args:
         evidence: Results.
         arm: Arm.
-        at: Rollouts by seed.
-
-    Returns:
-        A score per seed; seeds without a scored checkpoint on either side are missing.
+        at: Rollouts by seed; seeds without a scored checkpoint on either side are left out.
     """
     found = {}
     for seed, count in at.items():
@@ -104,28 +96,13 @@ def _common(evidence: Evidence, arm: str, other: str, clock: str) -> dict[int, i
 def at_equal(
     evidence: Evidence, arm: str, other: str, clock: str = "compute", measure: str = "pass_rate", margin: float = 0.0
 ) -> Difference:
-    """An arm minus another where both have counted as much as the one that ends first, paired by seed.
-
-    Args:
-        evidence: Results.
-        arm: Arm.
-        other: What it is compared with.
-        clock: Name in `CLOCKS`.
-        measure: Column of the scores; sampled as the paper evaluates.
-        margin: What the difference is tested against.
-    """
+    """An arm minus another, `paired`; the difference is tested against the margin."""
     scores = paired(evidence, arm, other, clock, measure)
     return difference(*scores, names=(arm, other), clock=clock, measure=measure, margin=margin)
 
 
 def reference(evidence: Evidence, arm: str, clock: str = "compute", measure: str = "pass_rate") -> str:
     """The arm that another is held against on a clock; of several the one with the larger mean over the seeds.
-
-    Args:
-        evidence: Results.
-        arm: Arm.
-        clock: Name in `CLOCKS`.
-        measure: Column of the scores.
 
     Raises:
         ValueError: The results hold no reference of that clock.
@@ -142,7 +119,7 @@ def reference(evidence: Evidence, arm: str, clock: str = "compute", measure: str
 def against_reference(
     evidence: Evidence, arm: str, clock: str = "compute", measure: str = "pass_rate", margin: float = 0.0
 ) -> Difference:
-    """An arm minus the `reference` of a clock; arguments and errors as there, `margin` as in `at_equal`."""
+    """An arm minus the `reference` of a clock; errors as there."""
     return at_equal(evidence, arm, reference(evidence, arm, clock, measure), clock, measure, margin)
 
 

@@ -47,6 +47,16 @@ NEEDED = {
 """Files of tests/explore that need a program from outside: whether it is here, and what to say if not."""
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Tables that `datasets` writes beside what it reads stay out of the user's cache."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.hookimpl(trylast=True)  # what is left out is gone by then
 def pytest_collection_modifyitems(items):
     """Files with long tests first, then those with many: workers take whole files, and the last should be short."""

@@ -1,6 +1,7 @@
 """Policies with other people's habits: text tokenizers that pad on either side or not at all, and models for them."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from npo_core.world.policies import save_policy
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>")
 
@@ -98,3 +101,10 @@ def boxed_policy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         for before, after in ids:
             model.lm_head.weight[after, before] = 2.0
     return model
+
+
+def byte_llama(folder: Path) -> Path:
+    """Write a random Llama of one layer, and the tokenizer of bytes that it reads with, to a folder; return that."""
+    tokenizer = byte_tokenizer()
+    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
@@ -20,7 +20,6 @@ from npo_core.study.cells import plan_cells, run_cell
 from npo_core.study.families import needed_arms
 from npo_core.study.results import has_evidence
 from npo_core.world import smollm
-from npo_core.world.policies import save_policy
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 pytestmark = pytest.mark.slow
@@ -253,9 +252,7 @@ def test_00_idea_says_what_its_text_promises(execute, tmp_path):
 
 def test_07_real_model_runs_on_any_text_policy(execute, runs, tmp_path):
     """With a policy of one layer, which lies where SmolLM2 is once it is fetched: precisions are measured on it."""
-    tokenizer = byte_tokenizer()
-    policy = runs / "base" / f"smollm2-135m-instruct-{smollm.WHEEL_SHA256[:8]}-{smollm.FORMAT}"
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, policy)
+    policy = byte_llama(runs / "base" / f"smollm2-135m-instruct-{smollm.WHEEL_SHA256[:8]}-{smollm.FORMAT}")
     small = {
         "policy": str(policy),
         "data": "letters:2-3",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 
 from npo_core.runs.config import preset_names, resolve_config
 from npo_core.runs.launchers import Launcher, read_launcher
@@ -15,7 +15,6 @@ from npo_core.stages.cost import GIB, amount, checkpoint_bytes, fits, require_ro
 from npo_core.stages.factory import batch_shape
 from npo_core.trainer import memory
 from npo_core.trainer.memory import fitting, scoring_bytes
-from npo_core.world.policies import save_policy
 from npo_core.world.pretrained import PolicySize, policy_config, policy_size
 from npo_core.world.warmstart import base_policy_folder
 
@@ -191,8 +190,7 @@ def test_what_is_on_disk_already_needs_no_room(tmp_path, monkeypatch):
 
 def test_room_is_asked_for_the_policy_that_is_trained_and_not_for_what_its_name_means(tmp_path):
     """A rehearsal with a random Llama in the place of SmolLM2 writes a thousandth of what SmolLM2 would."""
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer), tokenizer, tmp_path / "llama")
+    byte_llama(tmp_path / "llama")
     config = resolve_config("npo", "real-smoke")
     size = policy_size(config, policy_config(str(tmp_path / "llama")))
     needed = require_room(config, tmp_path / "run", tmp_path / "llama")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 
 from npo_core.runs.config import resolve_config
 from npo_core.runs.measurement import plan_pairs
@@ -12,15 +12,12 @@ from npo_core.runs.settings import SignalSettings
 from npo_core.stages import precision
 from npo_core.stages import run as stages
 from npo_core.stages.measure import Measurement
-from npo_core.world.policies import load_policy, save_policy
+from npo_core.world.policies import load_policy
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer), tokenizer, folder)
-    return folder
+    return byte_llama(tmp_path_factory.mktemp("policy"))
 
 
 def line(name, trained, sampled):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 
 from npo_core.control.baselines import GuidedByPolicy
 from npo_core.runs.checkpoints import mark_complete
@@ -32,10 +32,7 @@ LIKE = {
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
-    return folder
+    return byte_llama(tmp_path_factory.mktemp("policy"))
 
 
 def checkpoints(run, processor, policy):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 
 from npo_core.__main__ import main
 from npo_core.method.curve import SUMS
@@ -18,7 +18,7 @@ from npo_core.study.cells import Cell
 from npo_core.study.results import ResultsRefused
 from npo_core.study.scores import finished
 from npo_core.world import finetune, letters
-from npo_core.world.policies import load_policy, load_processor, save_policy
+from npo_core.world.policies import load_policy, load_processor
 
 TINY = {
     "data": "letters:2-3",
@@ -36,10 +36,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
-    return str(folder)
+    return str(byte_llama(tmp_path_factory.mktemp("policy")))
 
 
 def test_the_plan_is_arms_times_seeds_of_at_least_sixty_steps():

@@ -34,12 +34,7 @@ MMFINEREASON = dict(item.split("=", 1) for item in resolve_config("grpo", "gpu")
 WORDS = ["What", "Which", "one", "is", "the", "area", "of", "figure", "?", "add", "1", "and", "2", "be", "brief"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """Tables that `datasets` writes beside what it reads stay out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

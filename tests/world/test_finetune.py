@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from foreign import byte_tokenizer, tiny_model
+from foreign import byte_llama
 
 from npo_core.runs.config import resolve_config
 from npo_core.trainer.inputs import encode_prompts
 from npo_core.world import finetune, letters
-from npo_core.world.policies import load_policy, load_processor, save_policy
+from npo_core.world.policies import load_policy, load_processor
 
 REAL = {
     "policy": "smollm2",
@@ -29,10 +29,7 @@ def config_of(**changes):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
-    return folder
+    return byte_llama(tmp_path_factory.mktemp("pretrained"))
 
 
 def test_a_check_is_the_probability_of_the_right_response_token_by_token(pretrained):

@@ -8,7 +8,6 @@ import json
 import lzma
 import zlib
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -24,12 +23,7 @@ from npo_core.world.data import DataSettings, load_data, read_rows
 TEXT = {"uid": "a", "prompt": "add 1 and 2", "answer": "3"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """Tables that `datasets` writes beside what it reads stay out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def png(seed=0, size=(40, 24)):

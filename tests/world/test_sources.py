@@ -6,7 +6,7 @@ import re
 
 import pyarrow.parquet as pq
 import pytest
-from foreign import boxed_policy, byte_tokenizer, tiny_model
+from foreign import boxed_policy, byte_llama, byte_tokenizer
 
 from npo_core.__main__ import main
 from npo_core.runs.config import resolve_config
@@ -25,10 +25,7 @@ LETTERS = {"data": "letters:2-3", "train_problems": 60, "eval_problems": 8}
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = byte_tokenizer()
-    save_policy(tiny_model("Llama", tokenizer, initializer_range=0.02), tokenizer, folder)
-    return str(folder)
+    return str(byte_llama(tmp_path_factory.mktemp("policy")))
 
 
 def test_files_and_hub_names_are_none_of_these(policy):

@@ -28,7 +28,11 @@ def unfinished_name(path: Path) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a half."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_whole` does."""
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 

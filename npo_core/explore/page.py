@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_text
 from .reading import find_run, read_run
 from .still import still_figure
 
@@ -45,7 +45,7 @@ def write_page(
     target = find_run(runs[0]) / PAGE if out is None else Path(out)
     text = page(shown, limit_mb)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(target, text)
     return target, shown
 
 

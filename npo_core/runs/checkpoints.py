@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..files import read_json, write_whole
+from ..files import read_json, write_text
 
 MARKER = "complete.json"
 
@@ -75,11 +75,7 @@ def mark_complete(folder: Path) -> None:
         if entry.is_file()
     }
     sizes.pop(MARKER, None)
-    _write_marker(Path(folder), sizes)
-
-
-def _write_marker(folder: Path, sizes: dict[str, int]) -> None:
-    write_whole(folder / MARKER, lambda unfinished: unfinished.write_text(json.dumps(sizes), encoding="utf-8"))
+    write_text(Path(folder) / MARKER, json.dumps(sizes))
 
 
 def require_complete(folder: str | Path, resumable: bool = True) -> Path:
@@ -132,7 +128,7 @@ def slim(folder: Path) -> None:
     # the marker first: a kill in between leaves a folder that claims less than it holds, never more
     sizes = read_json(folder / MARKER)
     kept = {name: size for name, size in sizes.items() if WEIGHTS.fullmatch(name) or KEPT.fullmatch(name)}
-    _write_marker(folder, kept)
+    write_text(folder / MARKER, json.dumps(kept))
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..declaration import declarations
-from ..files import append_line, as_json, read_json, read_lines, unfinished_name, write_json, write_whole
+from ..files import append_line, as_json, read_json, read_lines, unfinished_name, write_json, write_text
 from ..lock import Lock, remove_unfinished
 from ..progress import ProgressBar, progress
 from .config import RunConfig
@@ -205,8 +205,7 @@ class RunFolder:
 
     def _rewrite_metrics(self, kept: Sequence[Mapping[str, Any]]) -> None:
         self._lock.require()
-        text = "".join(json.dumps(as_json(record)) + "\n" for record in kept)
-        write_whole(self.metrics_path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text(self.metrics_path, "".join(json.dumps(as_json(record)) + "\n" for record in kept))
 
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is not finished."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..files import read_json, write_json, write_whole
+from ..files import read_json, write_json, write_text
 from ..progress import duration
 from ..runs.config import preset_names
 from ..runs.folder import checkout, environment
@@ -129,7 +129,7 @@ def make_book(
         shelf[path.stem] = chapter
         # what is there can be read before the rest is done
         write_json(out / SHELF, [asdict(shelf[name]) for name in order if name in shelf])
-        _write(out / "index.html", _index([shelf[name] for name in order if name in shelf]))
+        write_text(out / "index.html", _index([shelf[name] for name in order if name in shelf]))
     return done
 
 
@@ -169,7 +169,7 @@ def _chapter(path: Path, out: Path, given: dict[str, Any], order: Sequence[str],
     notebook = nbformat.read(executed, as_version=4)
     place = order.index(path.stem)
     neighbours = ["".join(order[max(0, place - 1) : place]), "".join(order[place + 1 : place + 2])]
-    _write(out / f"{path.stem}.html", _page(notebook, path.stem, neighbours))
+    write_text(out / f"{path.stem}.html", _page(notebook, path.stem, neighbours))
     executed.unlink()
     return Chapter(path.stem, _title(notebook), _ending(notebook), time.monotonic() - started, failed, parameters)
 
@@ -243,7 +243,3 @@ def _index(chapters: Sequence[Chapter]) -> str:
         ]
         entries.append(" ".join(parts) + "</li>")
     return INDEX.substitute(chapters="\n".join(entries), about=html.escape(about))
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

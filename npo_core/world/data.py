@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..declaration import nearest, require
-from ..files import write_whole
+from ..files import write_text
 from ..guidance.fingerprints import tokenizer_of
 from ..runs.validation import DATA_COLUMNS
 from .rows import RowCheck
@@ -266,8 +266,7 @@ def _report(settings: DataSettings, check: RowCheck, refused: Path | None) -> No
     lines = [{"index": index, "uid": uid, "reason": why} for index, (uid, why) in sorted(check.refusals.items())]
     if refused is not None:
         refused.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(refused, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text(refused, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if not lines:
         return
     counts = Counter(line["reason"].partition(":")[0] for line in lines)

@@ -68,23 +68,16 @@ def reference_answer(value: Any) -> str:
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """Value of a row's column, or of the field inside of one that a name with dots stands for; None where it is not."""
+    """Value of a row's column, or of the field inside of one that a name with dots stands for; None where it is not.
+
+    So too the feature of a column among those of a source, whose fields inside of JSON are not known.
+    """
     if name in row:
         return row[name]
     value: Any = row
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def feature_of(features: Features, name: str) -> Any:
-    """Feature of a column, or of a field inside of one; None where it is not known, as inside of JSON."""
-    if name in features:
-        return features[name]
-    feature: Any = features
-    for part in name.split("."):
-        feature = feature.get(part) if isinstance(feature, Mapping) else None
-    return feature
 
 
 def _holds_pictures(column: pa.ChunkedArray | None) -> bool:
@@ -191,7 +184,7 @@ class RowCheck:
         shape = {name: Value("string") for name in ("uid", "answer", "suite")}
         shape["prompt"] = List({"role": Value("string"), "content": Value("string")})
         if "difficulty" in columns:
-            shape["difficulty"] = feature_of(features, columns["difficulty"][0])
+            shape["difficulty"] = value_of(features, columns["difficulty"][0])
         self.features = Features({name: shape[name] for name in DATA_COLUMNS if name in shape and name in self.columns})
         self.pictured = Features({self.kind: Image() if self.kind == "image" else List(Image())}) if self.kind else None
         self.count, self.shown, self.by_path = 0, 0, False
@@ -282,7 +275,7 @@ class RowCheck:
 
     def _as_written(self, answer: Any) -> Any:
         """A number of single or half precision in the digits that tell it apart: 0.1, and not 0.10000000149."""
-        kind = feature_of(self.source, self.columns["answer"][0])
+        kind = value_of(self.source, self.columns["answer"][0])
         if isinstance(answer, float) and isinstance(kind, Value) and kind.dtype in SHORT_FLOATS:
             return float(str(SHORT_FLOATS[kind.dtype](answer)))
         return answer

@@ -117,15 +117,11 @@ class BenchmarkScores:
         suites: Score by suite.
         settings: What compared models share: harness, version, backend and its arguments, judge ("none" for rules
             alone), limit (None for all rows), offset, seeds; by task: sampling, prompt's function, `n_shot`, version.
-        dates: Start of each run, as lmms-eval writes it.
-        unread: Tasks in the files that measure none of the suites.
     """
 
     model: str
     suites: Mapping[str, SuiteScore]
     settings: Mapping[str, Any]
-    dates: tuple[str, ...]
-    unread: tuple[str, ...]
 
 
 def command(
@@ -133,7 +129,6 @@ def command(
     suites: Iterable[str],
     out: str | Path,
     *,
-    harness: str = HARNESS,
     backend: str = "vllm",
     judge: str | None = None,
     limit: int | None = None,
@@ -146,7 +141,6 @@ def command(
         checkpoint: Folder or hub name of the model.
         suites: Suites to measure.
         out: Folder for the output of this one model.
-        harness: "lmms-eval".
         backend: "vllm", or "hf" for transformers; their prompts differ by a system message.
         judge: LLM to ask about answers that rules call wrong, rules alone if None. Its address and key are taken from
             JUDGE_BASE_URL and JUDGE_API_KEY.
@@ -159,7 +153,6 @@ def command(
     """
     suites = tuple(suites)
     check_suites(suites)
-    require(harness == HARNESS, "harness", harness, f"{HARNESS!r}; the module says why VLMEvalKit is not read")
     require(backend in BACKENDS, "backend", backend, f"one of {', '.join(BACKENDS)}")
     model, argument, batch = BACKENDS[backend]
     # of a fraction, lmms-eval would apply the first task's number of rows to all tasks
@@ -202,7 +195,7 @@ def read_scores(folder: str | Path, *, judge: str | None = None) -> BenchmarkSco
     folder = Path(folder)
     files = [path for path in sorted(folder.rglob("*_results.json")) if RESULTS.fullmatch(path.name)]
     if not files:
-        raise FileNotFoundError(f"{folder} holds no <date>_results.json of {HARNESS}; benchmarks.command makes it.")
+        raise FileNotFoundError(f"{folder} holds no <date>_results.json of {HARNESS}; `lmms_eval.command` makes it.")
     contents = {path: read_json(path) for path in files}
     places: dict[str, Path] = {}
     settings: dict[str, Any] = {}
@@ -225,8 +218,7 @@ def read_scores(folder: str | Path, *, judge: str | None = None) -> BenchmarkSco
             require(found == parts, f"the tasks of {suite} in {folder}", found, f"{parts}, which make one score")
             credit = {item: v for n in parts for item, v in _credit(places[n], contents[places[n]], TASKS[n]).items()}
             suites[suite] = SuiteScore(100 * float(np.mean([*credit.values()])), credit)
-    dates = tuple(_entry(content, "date", path) for path, content in contents.items())
-    return BenchmarkScores(models[0], suites, settings, dates, unread=tuple(sorted(places.keys() - set(read))))
+    return BenchmarkScores(models[0], suites, settings)
 
 
 def read_models(folder: str | Path, *, judge: str | None = None) -> dict[str, BenchmarkScores]:

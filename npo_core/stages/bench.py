@@ -82,12 +82,12 @@ def main() -> int:
 
     rows = [*_step_ratios(config, world), *checkpoint_ratios(config, world), _run_memory(), *real_rows()]
     print(f"{'':<62}{'value':>9}  {'unit':<7}{'limit':>7}")
-    for row in rows:
-        limit = "" if row["limit"] is None else f"{row['limit']:.2f}"
-        print(f"{row['name']:<62}{row['value']:>9.3f}  {row['unit']:<7}{limit:>7}")
+    for one in rows:
+        limit = "" if one["limit"] is None else f"{one['limit']:.2f}"
+        print(f"{one['name']:<62}{one['value']:>9.3f}  {one['unit']:<7}{limit:>7}")
     runs_folder().mkdir(parents=True, exist_ok=True)
     write_json(runs_folder() / "bench.json", rows)
-    missed = [row["name"] for row in rows if row["limit"] is not None and row["value"] > row["limit"]]
+    missed = [one["name"] for one in rows if one["limit"] is not None and one["value"] > one["limit"]]
     if missed:
         print("over the limit:", ", ".join(missed), file=sys.stderr)
     return 1 if missed else 0
@@ -199,23 +199,23 @@ def _step_ratios(config: RunConfig, world: stages.World) -> list[dict[str, Any]]
 
     def ratio(name: str, above: str, below: str, limit: float | None) -> dict[str, Any]:
         turns = [one / other for one, other in zip(seconds[above], seconds[below], strict=True)]
-        return {"name": name, "value": statistics.median(turns), "unit": "ratio", "limit": limit}
+        return measured(name, statistics.median(turns), "ratio", limit)
 
     return [
-        {"name": "GRPOTrainer step", "value": median["GRPOTrainer"], "unit": "CPU s", "limit": None},
-        {"name": "hand-written loop step", "value": median["hand-written loop"], "unit": "CPU s", "limit": None},
+        measured("GRPOTrainer step", median["GRPOTrainer"], "CPU s"),
+        measured("hand-written loop step", median["hand-written loop"], "CPU s"),
         ratio("NPOTrainer step / hand-written loop step", "NPOTrainer", "hand-written loop", 1.3),
         ratio("NPOTrainer / GRPOTrainer step, no guidance", "NPOTrainer", "GRPOTrainer", 1.02),
         ratio("NPOTrainer / GRPOTrainer step, with guidance", "NPOTrainer, guided", "GRPOTrainer", 1.05),
         ratio("vision / text-only step", "GRPOTrainer", "text", 1.4),
         ratio("vision / text-only step, no work shared", "GRPOTrainer, unshared", "text, unshared", None),
-        {
-            "name": f"whole run, projected: {steps} median NPOTrainer steps, {config.threads} thread",
-            "value": minutes,
-            "unit": "min",
-            "limit": None,
-        },
+        measured(f"whole run, projected: {steps} median NPOTrainer steps, {config.threads} thread", minutes, "min"),
     ]
+
+
+def measured(name: str, value: float, unit: str, limit: float | None = None) -> dict[str, Any]:
+    """A row of the table; a limit is the most that it may be."""
+    return {"name": name, "value": value, "unit": unit, "limit": limit}
 
 
 def timed(trainer: GRPOTrainer) -> list[float]:
@@ -322,20 +322,10 @@ def checkpoint_ratios(config: RunConfig, world: stages.World) -> list[dict[str, 
             restores.append(now() - begin)
         size = sum(entry.stat().st_size for entry in target.iterdir()) / 2**20
     return [
-        {
-            "name": "writing a checkpoint / training step",
-            "value": statistics.median(writes) / step,
-            "unit": "ratio",
-            "limit": 0.2,
-        },
-        {
-            "name": "restoring a checkpoint / training step",
-            "value": statistics.median(restores) / step,
-            "unit": "ratio",
-            "limit": 1.0,
-        },
-        {"name": "checkpoint that can be resumed from", "value": size, "unit": "MiB", "limit": None},
-        {"name": "CPU threads", "value": float(torch.get_num_threads()), "unit": "", "limit": None},
+        measured("writing a checkpoint / training step", statistics.median(writes) / step, "ratio", 0.2),
+        measured("restoring a checkpoint / training step", statistics.median(restores) / step, "ratio", 1.0),
+        measured("checkpoint that can be resumed from", size, "MiB"),
+        measured("CPU threads", float(torch.get_num_threads()), ""),
     ]
 
 
@@ -344,8 +334,7 @@ def _run_memory() -> dict[str, Any]:
     settings = ["--preset", "cpu", "--set", f"compute_steps={MEMORY_STEPS}", "--quiet"]
     with tempfile.TemporaryDirectory() as root:
         peak = _peak_memory([sys.executable, "-m", "npo_core", "grpo", *settings, "--root", root])
-    name = f"resident memory, peak of a process that runs {MEMORY_STEPS} steps"
-    return {"name": name, "value": peak, "unit": "GiB", "limit": 1.5}
+    return measured(f"resident memory, peak of a process that runs {MEMORY_STEPS} steps", peak, "GiB", 1.5)
 
 
 def _peak_memory(command: list[str]) -> float:

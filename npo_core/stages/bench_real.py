@@ -25,7 +25,7 @@ from ..trainer.sampling import completion_logps, sample_rollouts
 from ..world.computing import precision, run_policy
 from ..world.finetune import real_folder, right_tokens
 from . import run as stages
-from .bench import timed
+from .bench import measured, timed
 from .clocks import work_clock, work_unit
 from .precision import compare_precisions
 
@@ -52,11 +52,10 @@ def real_rows() -> list[dict[str, Any]]:
 def speed_rows(base: Path, **settings: Any) -> list[dict[str, Any]]:
     """Tokens per second, sampled and trained on, in both precisions; settings are those of `compare_precisions`."""
     return [
-        {"name": f"{MODEL}, {line['matrix products in']}, {what}", "value": line[f"{what} tokens/s"],
-         "unit": "token/s", "limit": None}
+        measured(f"{MODEL}, {line['matrix products in']}, {what}", line[f"{what} tokens/s"], "token/s")
         for line in compare_precisions(base, **settings)
         for what in ("sampled", "trained")
-    ]  # fmt: skip
+    ]
 
 
 def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
     device = model.device
     now = work_clock(device)
     rows, k = list(world.train.select(range(config.prompts_per_step))), config.num_generations
-    inputs = encode_prompts(world.processor, [row for row in rows for _ in range(k)])
+    inputs = encode_prompts(world.processor, [each for each in rows for _ in range(k)])
     inputs = {name: value.to(device) for name, value in inputs.items()}
     settings = Sampling().settings(model, world.processor, config.max_completion_length)
 
@@ -88,8 +87,7 @@ def offline_row(config: RunConfig, world: stages.World) -> dict[str, Any]:
     with precision(config):
         plain()  # kernels are chosen and weights are cast
         turns = [seconds(offline) / seconds(plain) for _ in range(TURNS)]
-    name = f"{MODEL}, off-line sampling / plain generate"
-    return {"name": name, "value": statistics.median(turns), "unit": "ratio", "limit": LIMIT}
+    return measured(f"{MODEL}, off-line sampling / plain generate", statistics.median(turns), "ratio", LIMIT)
 
 
 def step_rows(config: RunConfig, world: stages.World) -> list[dict[str, Any]]:
@@ -115,8 +113,8 @@ def rows_of_turns(config: RunConfig, turns: Sequence[Mapping[str, float]]) -> li
     unit = work_unit(own_device())
     ratio = statistics.median(turn["NPO"] / turn["GRPO"] for turn in turns)
     return [
-        {"name": step, "value": statistics.median(turn["GRPO"] for turn in turns), "unit": unit, "limit": None},
-        {"name": f"{MODEL}, NPO / GRPO step", "value": ratio, "unit": "ratio", "limit": 1.05},
+        measured(step, statistics.median(turn["GRPO"] for turn in turns), unit),
+        measured(f"{MODEL}, NPO / GRPO step", ratio, "ratio", 1.05),
     ]
 
 

@@ -35,6 +35,11 @@ class BackgroundRun:
     process: subprocess.Popen | None
     root: Path | None
 
+    @property
+    def folder(self) -> RunFolder:
+        """Its run folder."""
+        return RunFolder(self.config, self.root)
+
     def wait(self) -> RunFolder:
         """Wait for the end of the run and return its folder.
 
@@ -42,10 +47,10 @@ class BackgroundRun:
             RuntimeError: The process failed; the message holds the end of its output.
         """
         if self.process is not None and self.process.wait() != 0:
-            log = RunFolder(self.config, self.root).path / "process.log"
+            log = self.folder.path / "process.log"
             end = log.read_text(encoding="utf-8", errors="replace")[-2000:]
             raise RuntimeError(f"The run {self.config.run_name} failed; the end of {log}:\n{end}")
-        return RunFolder(self.config, self.root)
+        return self.folder
 
     def follow(self, quiet: bool = False, label: str = "") -> RunFolder:
         """Wait for the end of the run with a progress bar here, which reads its metric lines; return its folder."""
@@ -57,16 +62,16 @@ class BackgroundRun:
         label = label or self.config.method
         if self.process is None:
             if not quiet:
-                tell(label, f"loaded, {stages.loaded_words(RunFolder(self.config, self.root).result())}")
+                tell(label, f"loaded, {stages.loaded_words(self.folder.result())}")
             return None
-        done = RunFolder(self.config, self.root).steps_done()
+        done = self.folder.steps_done()
         return progress(self.config.compute_steps, label, quiet, start=done)
 
     def draw(self, bar: ProgressBar | None) -> None:
         """Move a bar on with the metric lines until the process ends."""
         if bar is None:
             return
-        folder = RunFolder(self.config, self.root)
+        folder = self.folder
         with bar:
             seen, done = folder.steps_done(), False
             while not done:
@@ -119,7 +124,7 @@ def run_all(configs: Mapping[str, RunConfig], root: Path | None = None, quiet: b
 
 
 def _reached(started: Iterable[BackgroundRun]) -> str:
-    return ", ".join(RunFolder(background.config, background.root).reached() for background in started)
+    return ", ".join(background.folder.reached() for background in started)
 
 
 def run_launched(config: RunConfig, root: Path | None = None, quiet: bool = False, label: str = "") -> RunFolder:

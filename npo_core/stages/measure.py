@@ -182,7 +182,7 @@ class Measurement:
     def _measure(self) -> dict[str, Any]:
         origins = list(dict.fromkeys(pair.origin for pair in self.pairs))
         names = [f"{origin:06d}" for origin in origins]
-        samples = [*[(name, stream) for name in names for stream in (0, 1)]]
+        samples = [(name, stream) for name in names for stream in (0, 1)]
         samples += [(name, 0) for name in self.policies if name not in names]
         if not all(self._sample_file(*each).exists() for each in samples):
             config = AutoConfig.from_pretrained(next(iter(self.policies.values())), trust_remote_code=False)

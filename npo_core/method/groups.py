@@ -42,8 +42,8 @@ def gate(
 ) -> Bool[Tensor, " groups"]:
     """Which groups receive a guide: those with a pass rate of at most `tau` for which the cache holds a trajectory.
 
-    The rule is the paper's; the value 0.6 comes from one reader's note. The bound is inclusive, and is compared in
-    float64 with a slack of 1e-6 (ours), so that 3 of 5 passes `tau=0.6` whatever the rounding.
+    The rule is the paper's; the value 0.6 comes from one reader's note. The bound is inclusive, and is compared with a
+    slack of 1e-6 (ours), so that 3 of 5 passes `tau=0.6` whatever the rounding.
 
     Args:
         pass_rate: `[groups]`, fractions in [0, 1], from `pass_rate`.
@@ -65,10 +65,9 @@ def gate(
             f"pass_rate has shape {tuple(pass_rate.shape)}, has_guide {tuple(has_guide.shape)} ({has_guide.dtype}); "
             "both must be [groups], the second bool: give one value per group, not per rollout."
         )
-    rate = pass_rate.double()
-    if not bool(((rate >= 0.0) & (rate <= 1.0)).all()):
+    if not bool(((pass_rate >= 0.0) & (pass_rate <= 1.0)).all()):
         raise ValueError(f"pass_rate holds {pass_rate.tolist()}; every value must lie in [0, 1]. Use groups.pass_rate.")
-    return (rate <= tau + _RATE_SLACK) & has_guide
+    return (pass_rate <= tau + _RATE_SLACK) & has_guide
 
 
 def place_guides(

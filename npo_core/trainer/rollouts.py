@@ -12,6 +12,14 @@ from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory
 from ..guidance.verdicts import completion_text
 
+WITHOUT_DOUBLE = ("mps",)
+"""Kinds of devices that have no numbers of 64 bits: Apple's GPUs."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Type that the sums behind metrics are taken in: double precision, where the device has it."""
+    return torch.float32 if device.type in WITHOUT_DOUBLE else torch.float64
+
 
 @dataclass
 class StepRollouts:

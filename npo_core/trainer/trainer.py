@@ -39,7 +39,7 @@ from ..method.ratios import MAX_LOG_WEIGHT, gradient_weight
 from .admission import RefusedGuides, check_arguments, check_guide, check_source, empty_cache
 from .config import PAPER, NPOConfig, own_arguments
 from .pictures import collapse_pictures, keep_pictures_out, left_out, left_out_of_loss, rows_as_seen
-from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts
+from .rollouts import RolloutTable, StepRollouts, mask_given, response_texts, widest
 
 
 class NPOTrainer(GRPOTrainer):
@@ -297,7 +297,7 @@ class NPOTrainer(GRPOTrainer):
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
             self.group_pass_rates = {uid: rate for part in gather_object([own_rates]) for uid, rate in part.items()}
-        totals = torch.stack([value.to(is_guide.device, torch.float64) for value in [*sums, torch.tensor(groups)]])
+        totals = torch.stack([value.to(own.device, widest(own.device)) for value in [*sums, torch.tensor(groups)]])
         totals = cast(torch.Tensor, self.accelerator.reduce(totals, reduction="sum")).tolist()
         reward, rows, replaced, gated, rate, wrong, refused, advantage, solved, groups = totals
         metrics = self._metrics["train"]
@@ -319,10 +319,10 @@ class NPOTrainer(GRPOTrainer):
         mask = self._token_mask(inputs)
         guide = inputs["is_guide"].unsqueeze(1) & mask
         own = inputs["is_own"].unsqueeze(1) & mask
-        log_ratio = (logps - inputs["guide_logps"])[guide].double()
+        log_ratio = (logps - inputs["guide_logps"])[guide].to(widest(logps.device))
         weight = log_ratio.clamp(max=MAX_LOG_WEIGHT).exp()
         sums = [entropies[own].sum(), own.sum(), guide.sum(), log_ratio.sum(), weight.sum(), weight.square().sum()]
-        part = torch.stack([value.detach().to(logps.device, torch.float64) for value in sums])
+        part = torch.stack([value.detach().to(logps.device, widest(logps.device)) for value in sums])
         totals = part if self._token_sums is None else self._token_sums + part
         self._token_sums = None if self.accelerator.sync_gradients else totals
         if not self.accelerator.sync_gradients:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from foreign import TURNS, byte_tokenizer, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.chat_template_utils import qwen3_template
@@ -15,6 +17,7 @@ from worlds import WIDTH, Guides, TinyWorld, responses, trainer_of, world
 
 from npo_core.guidance.verdicts import verifier_reward
 from npo_core.guidance.verifiers import BoxedVerifier
+from npo_core.trainer import rollouts
 from npo_core.trainer.config import NPOConfig, own_arguments
 from npo_core.trainer.sampling import sample_rollouts
 from npo_core.trainer.trainer import NPOTrainer
@@ -322,3 +325,28 @@ def test_gate_reward_and_off_line_rollouts_judge_the_same_text(tmp_path, monkeyp
     assert line["reward"] == line["npo/pass_rate"] == float(right)
     assert line["npo/replaced_slots"] == right
     assert responses(trainer.generated[0])[-1] == ids and len(ids) > WIDTH
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without numbers of 64 bits, such as Apple's GPUs: what would make one fails there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float64:
+                raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype ({func})")
+        return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"ratio_mode": "shaped"}], ids=str)
+def test_a_device_without_double_precision_trains_on_guides(tmp_path, monkeypatch, settings):
+    tiny = world("text")
+    guides = Guides({uid: tiny.guide(uid) for uid in tiny.dataset["uid"]})
+    logs = []
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(rollouts, "WITHOUT_DOUBLE", kinds)
+        trainer = trainer_of(tiny, tmp_path, NPOTrainer, guidance=guides, **settings)
+        with NoDouble() if kinds else nullcontext():
+            trainer.train()
+        logs.append({name: value for name, value in trainer.state.log_history[0].items() if name.startswith("npo/")})
+    assert logs[0]["npo/replaced_slots"] == 4 and logs[1] == pytest.approx(logs[0], rel=1e-5)

@@ -100,9 +100,10 @@ class AutoNPO(Controller):
     ) -> list[Weighed]:
         """Q̂ and V̂ of every saved distance, with the divergence behind V̂ by probed prompt.
 
-        Q̂(Δ): Q with one rollout of the current policy, its pass rate, on the probed failures since t−Δ (paper). V̂(Δ):
-        the proxy between the current policy, which sampled the tokens and would be the guide, and the policy at t−Δ,
-        which would learn from them (paper: exp of the per-token KL).
+        Q̂(Δ): Q with one rollout of the current policy, its pass rate, on the probed failures since t−Δ (paper). The
+        probe draws from the whole pool, so a near distance rests on few prompts, and may be chosen for their luck.
+        V̂(Δ): the proxy between the current policy, which sampled the tokens and would be the guide, and the policy at
+        t−Δ, which would learn from them (paper: exp of the per-token KL).
         """
         failed_at = {mistake.uid: mistake.step for mistake in mistakes}
         flat = [trajectory for group in probed for trajectory in group]

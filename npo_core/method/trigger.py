@@ -119,8 +119,8 @@ class TriggerSettings:
     Attributes:
         ema: weight of the past in the exponential moving averages, in [0, 1); 0.9 averages about ten steps.
         window: policy steps over which a change is measured, >= 1.
-        reward_tolerance: largest rise of the reward's average over a window that still counts as flat, in units of pass
-            rate, >= 0.
+        reward_tolerance: largest rise of the reward's average over a window that still counts as flat, in units of
+            reward (pass rate, where a right answer earns 1 and a wrong one 0), >= 0.
         entropy_drop: smallest relative fall of the entropy's average over a window that counts as falling, in (0, 1].
         warmup: policy steps after the start or a reset without a warning, >= 0.
         cooldown: policy steps after a warning or a reset without another, >= 0.

@@ -52,9 +52,9 @@ class NPOTrainer(GRPOTrainer):
             is what rewards get (`rollouts.response_texts`). Needed with guidance: it gives the pass rate for the gate,
             and judges each guide again before it is injected; a wrong one is left out and counted
             (`npo/refused_guides`). With a verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
-        rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of the step's rollouts
+        rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of each generated batch
             while the attribute `record_rollouts` is True. The attribute `guided_sink`, if set, is called as
-            `sink(policy_step, rows, refused)` after each step in which a guide was placed or refused, in each process
+            `sink(policy_step, rows, refused)` after each batch in which a guide was placed or refused, in each process
             with its own: rows of the guided groups, and the refused guides.
         **kwargs: Arguments of `GRPOTrainer`. Without `args`, or with a `GRPOConfig`, NPO's own settings have their
             defaults. With guidance, `train_dataset` needs the columns uid and prompt, and answer where the verifier is

@@ -15,6 +15,9 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Bool, Float, Int, Real
 
+ROUNDING = 1e-12
+"""Differences of scores that are nearer than this, or this share of the largest, are equal (ours)."""
+
 Scores = Real[np.ndarray, " items"] | Bool[np.ndarray, " items"]
 
 
@@ -120,6 +123,8 @@ def bootstrap_interval(
 def mean_interval(values: Scores) -> Estimate:
     """Mean with its 95 % interval from Student's t: for a handful of seeds, where a bootstrap is too narrow (ours).
 
+    Values that are all equal give an interval of no width, as with `bootstrap_interval`; `paired_t_test` allows for it.
+
     Args:
         values: One value per seed.
 
@@ -144,14 +149,16 @@ def paired_t_test(differences: Scores) -> float:
 
     Returns:
         p in [0, 1]; 1 when all differences are 0. When they are all equal and not 0 (scores are fractions of few
-        problems) the spread is unknown, not 0: p is then that of the sign test, 2^(1 − n).
+        problems) the spread is unknown, not 0: p is then that of the sign test, 2^(1 − n). What differs by the rounding
+        of a subtraction (0.3 − 0.2, 0.7 − 0.6) is equal.
 
     Raises:
         ValueError: Fewer than two differences, or one that is not finite.
     """
     data = _as_scores(differences, at_least=2)
-    if np.ptp(data) == 0:
-        return 1.0 if data[0] == 0 else 2.0 ** (1 - data.size)
+    rounding = ROUNDING * max(1.0, float(np.abs(data).max()))
+    if np.ptp(data) <= rounding:
+        return 1.0 if abs(data[0]) <= rounding else 2.0 ** (1 - data.size)
     result = scipy.stats.ttest_1samp(data, 0.0)
     return float(result.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy makes the result's class at run time)
 

@@ -168,6 +168,10 @@ def test_the_paired_t_test_is_scipys():
     assert paired_t_test(a - b) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
     assert paired_t_test(np.zeros(3)) == 1.0
     assert paired_t_test(np.full(3, 0.1)) == 0.25, "three signs alike"
+    rounded = np.array([0.3, 0.7, 0.8]) - np.array([0.2, 0.6, 0.7])
+    assert np.ptp(rounded) > 0 and paired_t_test(rounded) == 0.25, "a difference of 1e-16 is no spread"
+    assert paired_t_test(rounded - 0.1) == 1.0
+    assert paired_t_test(1e-6 * (a - b)) == pytest.approx(paired_t_test(a - b)), "small ones are not equal for that"
 
 
 @pytest.mark.parametrize(("n", "power"), [(3, 0.8), (10, 0.8), (10, 0.5)])

@@ -31,6 +31,11 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     "ignore_data_skip": (False, "a replay would start from the first prompts again"),
     "remove_unused_columns": (False, "the trainer reads uid and answer of every row"),
     "sync_ref_model": (False, "a checkpoint does not hold the reference policy"),
+    "cast_lm_head_to_fp32": (
+        False,
+        "policies of checkpoints, which its own is compared with, have their head as it was saved; with weights in "
+        "float32 it changes nothing",
+    ),
 }
 """Arguments with one value under which a run can be watched and rolled back, and why."""
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..guidance.sources import GuidanceSource
@@ -39,7 +41,8 @@ class Training:
         sampling: How responses are drawn; what will guide is scored at its temperature.
         tau_gate: Largest pass rate of a guided group.
         prompts_per_step: Prompts of an optimiser step, over all processes.
-        half: Type of 16 bits in which matrix products are computed; None where they have 32.
+        half: Type of 16 bits in which matrix products are computed; None where they have that of the weights.
+        weights: Type of the policy's weights; adapters may have another.
         chat_template_kwargs: Template arguments of the prompts.
     """
 
@@ -48,6 +51,7 @@ class Training:
     tau_gate: float
     prompts_per_step: int
     half: torch.dtype | None
+    weights: torch.dtype
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +64,8 @@ class Training:
             Sampling.of(trainer),
             args.tau_gate,
             args.generation_batch_size // trainer.num_generations,
-            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            half_of(trainer.accelerator),
+            trainer.model.dtype,
             trainer.chat_template_kwargs,
         )
 
@@ -82,4 +87,18 @@ class Training:
             config.tau_gate,
             config.prompts_per_step,
             torch.bfloat16 if config.mixed_precision == "bf16" else None,
+            getattr(torch, config.dtype),
         )
+
+
+def half_of(accelerator: Accelerator) -> torch.dtype | None:
+    """Type of 16 bits in which accelerate has a policy's matrix products computed; None where it leaves them alone.
+
+    The arguments `bf16` and `fp16` do not tell: without them accelerate goes by how the script was launched
+    (`accelerate launch --mixed_precision bf16`), and on a CPU fp16 is 32 bits.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it makes the weights 16 bits when training begins
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    device = accelerator.device.type
+    with accelerator.autocast():
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -163,8 +163,18 @@ class Offline:
     def _learner(self, folder: Path | None) -> PreTrainedModel:
         """Policy of a checkpoint, in evaluation mode; None is the base policy."""
         policy = self.make_trainer.policy(folder).eval()
+        if policy.dtype != self.training.weights:
+            _retype(policy, self.training.weights)
         # autocast keeps a copy in 16 bits of every weight that could be trained: memory that a GPU has not to spare,
         # and on a CPU, where `_sample` opens it once for all tokens, the point of it
         if own_device().type != "cpu":
             policy.requires_grad_(False)
         return policy.to(own_device())  # pyright: ignore[reportArgumentType] (a decorator of transformers hides `self`)
+
+
+def _retype(policy: PreTrainedModel, weights: torch.dtype) -> None:
+    """Give a policy's weights the type of the trainer's: `from_pretrained` takes that of the files, TRL 32 bits."""
+    before = policy.dtype
+    for name, weight in policy.named_parameters():
+        if weight.dtype == before and "lora_" not in name:
+            weight.data = weight.data.to(weights)

@@ -230,6 +230,8 @@ def training_arguments(config: RunConfig, output_dir: Path, processor: Any = Non
         accelerator_config=reduced_each_pass() if read_launcher(config.launcher).sharded else None,
         **_vllm_arguments(config, processor),
     )
+    # without bf16 transformers takes what a variable of the environment says
+    arguments.mixed_precision = config.mixed_precision
     return _one_gpu(arguments)
 
 

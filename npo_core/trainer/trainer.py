@@ -22,6 +22,7 @@ token, or with `mask_unsampled=False`. TRL calls the five hooks in this order, a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -177,8 +178,7 @@ class NPOTrainer(GRPOTrainer):
         if self.use_vllm and self.vllm_mode == "colocate":
             prompt_ids = collapse_pictures(prompt_ids, self.processing_class)
         # accelerate opens autocast for each token's pass, and casts all weights each time; here once for all tokens
-        device = self.accelerator.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bool(self.args.bf16) and device == "cpu"):
+        with self.accelerator.autocast() if self.accelerator.device.type == "cpu" else nullcontext():
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self.model.training:
             if self.guidance is not None:

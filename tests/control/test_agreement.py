@@ -15,7 +15,6 @@ import npo_core.control.watch
 from npo_core import GuidanceCache, training_schedule
 from npo_core.control.agreement import FIXED, keep_order, prompt_order, require_agreement, require_same_prompts
 from npo_core.control.auto import AutoNPO
-from npo_core.control.factory import Training
 from npo_core.control.scheduled import ScheduledNPO
 from npo_core.guidance.verdicts import verifier_reward
 from npo_core.guidance.verifiers import BoxedVerifier
@@ -60,12 +59,6 @@ def test_what_does_no_harm_is_the_factorys_own(trainer, monkeypatch, changes):
     require(trainer)
 
 
-@pytest.mark.parametrize(("name", "half"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("seed", None)])
-def test_off_line_work_has_the_products_of_the_trainer(trainer, monkeypatch, name, half):
-    monkeypatch.setattr(trainer.args, name, True)
-    assert Training.of(trainer).half is half
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -79,6 +72,7 @@ def test_off_line_work_has_the_products_of_the_trainer(trainer, monkeypatch, nam
         ("ignore_data_skip", True, "ignore_data_skip is True"),
         ("remove_unused_columns", True, "remove_unused_columns is True"),
         ("sync_ref_model", True, "sync_ref_model is True"),
+        ("cast_lm_head_to_fp32", True, "cast_lm_head_to_fp32 is True; .* have their head as it was saved"),
         ("max_steps", 3, "max_steps is 3; it must be at least compute_steps = 4"),
         ("max_steps", -1, "max_steps is -1; it must be at least compute_steps = 4"),
         ("steps_per_generation", 2, "steps_per_generation is 2; it must be gradient_accumulation_steps = 1"),

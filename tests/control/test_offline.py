@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from foreign import byte_tokenizer, tiny_model
 
 from npo_core.control import offline
 from npo_core.control.offline import Offline
@@ -105,7 +106,7 @@ def test_off_a_cpu_nothing_of_a_second_policy_is_trainable(monkeypatch, device, 
     """Autocast keeps a copy in 16 bits of each weight that is: with Qwen3-VL-2B 3.5 GiB beside the policy (an H200)."""
     monkeypatch.setattr(offline, "own_device", lambda: torch.device(device))
     work = Scripted(1)
-    work.make_trainer = SimpleNamespace(policy=lambda folder: torch.nn.Linear(2, 2))
+    work.make_trainer = SimpleNamespace(policy=lambda folder: tiny_model("Llama", byte_tokenizer()))
     policy = work._learner(None)
     assert {(weight.device.type, weight.requires_grad) for weight in policy.parameters()} == {(device, kept)}
     assert not policy.training

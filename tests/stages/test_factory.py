@@ -161,6 +161,15 @@ def test_settings_of_large_policies_reach_trl(tmp_path):
     assert made.run_name.startswith("grpo-smoke-s0-")
 
 
+@pytest.mark.parametrize("asked", ["no", "bf16"])
+@pytest.mark.parametrize("said", ["no", "bf16", "fp16"])
+def test_the_environment_does_not_decide_the_precision(tmp_path, monkeypatch, asked, said):
+    """`accelerate launch --mixed_precision` sets it, and transformers takes it where the arguments say nothing."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said)
+    config = resolve_config("grpo", "smoke", overrides={"mixed_precision": asked})
+    assert training_arguments(config, tmp_path).mixed_precision == asked
+
+
 def test_one_process_uses_one_of_several_gpus(tmp_path, monkeypatch):
     """transformers counts those that are visible, and TRL refuses to train on more than one without a launcher."""
     monkeypatch.setattr(NPOConfig, "n_gpu", property(lambda self: 4))

@@ -1,6 +1,7 @@
 """vLLM's CPU build made fit for training; run as a script, a whole run with it in a process of its own.
 
-Its trigger warns by the calendar. One process holds one engine: vLLM tears its process group down with the engine, and
+Its trigger warns by the calendar, and with a word more its verifier finds about every second response right, whatever
+a tiny policy knows. One process holds one engine: vLLM tears its process group down with the engine, and
 nothing distributed works after.
 """
 
@@ -40,7 +41,12 @@ if __name__ == "__main__":
     make_fit()
     import npo_core.control.watch
     from npo_core.runs.config import RunConfig
+    from npo_core.stages import factory
     from npo_core.stages import run as stages
 
+    if "lenient" in sys.argv:
+        from factories import even
+
+        factory.BoxedVerifier = lambda: even
     npo_core.control.watch.PlateauTrigger = calendar(6)
     stages.run(RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), quiet=True)

@@ -146,6 +146,8 @@ def _signal_parser(stages) -> None:
     own.add_argument("--base", help="policy that the run started from, step 0: a folder, or a name on the hub")
     own.add_argument("--processor", help="policy with processor or tokenizer, in the same way (default: the first)")
     own.add_argument("--teacher", help="policy outside the run, in the same way")
+    own.add_argument("--dtype", help="type of all weights: float32, bfloat16 or float16 (default: the checkpoints')")
+    own.add_argument("--mixed-precision", help="of matrix products: no, bf16 or fp16 (default: that of the run)")
     how = stage.add_argument_group("measurement")
     how.add_argument("--origins", type=int, nargs="+", help="policy steps to measure from")
     how.add_argument("--distances", type=int, default=20, help="distances above 0 from each origin (default: 20)")
@@ -304,6 +306,8 @@ def _signal(options: argparse.Namespace) -> int:
             distances=options.distances,
             also=options.also,
             quiet=options.quiet,
+            dtype=options.dtype,
+            mixed_precision=options.mixed_precision,
             **batches,
         )
     print(signal_stages.describe(measured))

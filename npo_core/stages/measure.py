@@ -14,13 +14,12 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..declaration import require
@@ -41,6 +40,7 @@ from ..trainer.gradients import both_sided, gradients_misfit, own_gram, require_
 from ..trainer.inputs import inherited
 from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
+from ..world.computing import IN_FLOAT32, Computing
 from ..world.policies import placed_policy
 from ..world.pretrained import laid_out
 from .comparable import check_policies, fingerprint
@@ -88,7 +88,7 @@ class Measurement:
         quiet: Without a progress bar.
         rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
         score_batch: Responses that are scored at a time, at most, in the same way.
-        bf16: Sample and score with matrix products in 16 bits, as a run with such a `mixed_precision` does.
+        computing: Types that the policies compute in, those of the run; `load` gives their weights the first.
         unsampled: Tokens that log-probs leave out, see `sampling.completion_logps`.
 
     Raises:
@@ -108,7 +108,7 @@ class Measurement:
         quiet: bool = False,
         rollout_batch: int = ROLLOUT_BATCH,
         score_batch: int = ROLLOUT_BATCH,
-        bf16: bool = False,
+        computing: Computing = IN_FLOAT32,
         unsampled: Sequence[int] | None = None,
     ):
         for name, batch in (("rollout_batch", rollout_batch), ("score_batch", score_batch)):
@@ -121,7 +121,8 @@ class Measurement:
         self.folder, self.pairs = Path(folder), list(pairs)
         self.settings = settings = with_gradients(settings, next(iter(self.policies.values())))
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
-        self.rollout_batch, self.score_batch, self.bf16, self.unsampled = rollout_batch, score_batch, bf16, unsampled
+        self.rollout_batch, self.score_batch, self.unsampled = rollout_batch, score_batch, unsampled
+        self.computing = computing
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ class Measurement:
     def _keep_settings(self) -> None:
         """Note what is measured, or refuse a folder where something else was."""
         uids = [row["uid"] for row in self.rows]
-        self._settle({"settings": self.settings.of_rollouts(), "uids": uids})
+        self._settle({"settings": self.settings.of_rollouts(), "uids": uids, "computing": asdict(self.computing)})
         # policies may be added later, but a name must go on standing for the same weights
         known = self._read("policies.json")
         found = {name: fingerprint(path) for name, path in self.policies.items()}
@@ -159,6 +160,11 @@ class Measurement:
             sampled = now.keys() - set(COMPARED)
             if known["uids"] != about["uids"] or any(before.get(name) != now[name] for name in sampled):
                 raise ValueError(f"{path} holds other settings or prompts; give another folder, or move that one away.")
+            if (computed := known.get("computing", about["computing"])) != about["computing"]:
+                raise ValueError(
+                    f"{self.folder} was measured with {computed}, now it is {about['computing']}; give another folder, "
+                    "or move that one away."
+                )
             if different := [name for name in COMPARED if before.get(name) != now[name]]:
                 old = [*(self.folder / "pairs").glob("*.parquet"), *(self.folder / "own").glob("*.parquet")]
                 logger.warning(
@@ -215,7 +221,7 @@ class Measurement:
                 )
             if settings.gradients and any(name == f"{pair.origin:06d}" for pair in self.pairs):
                 require_gradients_fit(model, settings.parameters, settings.gradients, settings.max_new_tokens)
-            with self._precision(model):
+            with self.computing.products(model.device):
                 groups = sample_rollouts(
                     model,
                     self.processor,
@@ -246,12 +252,8 @@ class Measurement:
         """Log-probs of the scored rollouts of each prompt under a policy, in nats."""
         scored = [trajectory.token_ids for group in groups for trajectory in group[: self.settings.scored]]
         rows = [row for row in self.rows for _ in range(self.settings.scored)]
-        with self._precision(model):
+        with self.computing.products(model.device):
             return completion_logps(model, self.processor, rows, scored, self.score_batch, unsampled=self.unsampled)
-
-    def _precision(self, model: PreTrainedModel) -> torch.autocast:
-        """Not for gradients: weights that were made 16 bits without one are remembered so."""
-        return torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16)
 
     @staticmethod
     def _write(path: Path, groups: Sequence[Sequence[Trajectory]]) -> None:
@@ -329,15 +331,16 @@ class Measurement:
         out = {name: np.zeros(len(groups)) for name in ("gradients", "gradient_own", *map(str, MEASURED_COSTS))}
         if count:
             chosen = [group[0] for group in groups[:count]]
-            found = source_gradients(
-                model,
-                self.processor,
-                self.rows[:count],
-                [trajectory.token_ids for trajectory in chosen],
-                [trajectory.logps for trajectory in chosen],
-                self.settings.parameters,
-                self.unsampled,
-            )
+            with self.computing.products(model.device):
+                found = source_gradients(
+                    model,
+                    self.processor,
+                    self.rows[:count],
+                    [trajectory.token_ids for trajectory in chosen],
+                    [trajectory.logps for trajectory in chosen],
+                    self.settings.parameters,
+                    self.unsampled,
+                )
             terms = both_sided(found, grams, own_log_weights[:: self.settings.scored][:count])
             out["gradients"][:count] = 1.0
             out["gradient_own"][:count] = terms["own"]
@@ -354,7 +357,8 @@ class Measurement:
         if not path.exists():
             tokens = [group[0].token_ids for group in mine[:count]]
             about = self.settings.parameters, self.unsampled
-            grams = own_gram(model, self.processor, self.rows[:count], tokens, *about)
+            with self.computing.products(model.device):
+                grams = own_gram(model, self.processor, self.rows[:count], tokens, *about)
             write_table(path, [{"gram": gram.flatten().tolist()} for gram in grams])
         flat = [np.array(row["gram"]) for row in read_table(path)]
         return [values.reshape(math.isqrt(len(values)), -1) for values in flat]
@@ -364,6 +368,7 @@ class Measurement:
     def summarise(self) -> dict[str, Any]:
         """Write `table.parquet` and `signal.json` from the pairs on disk; return the content of the latter."""
         summary = summarise(read_pairs(self.folder, self.pairs), self.settings)
+        summary["computing"] = asdict(self.computing)
         write_table(self.folder / "table.parquet", summary.pop("table"))
         write_json(self.folder / "signal.json", summary)
         return summary

@@ -1,8 +1,10 @@
 """The signal in a folder of checkpoints, whoever trained them: what a script or the command line calls."""
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ from ..method.quantities import Cost, Quality, Signal
 from ..runs.measurement import Pair, plan_pairs, read_premise
 from ..runs.settings import SignalSettings
 from ..trainer.sampling import ROLLOUT_BATCH
+from ..world.computing import Computing
 from ..world.data import DataSettings, checked_rows, load_data
-from ..world.policies import load_processor, policy_folder
+from ..world.policies import load_processor, placed_policy, policy_folder
 from ..world.pretrained import check_template
 from ..world.sources import training_prompts
 from .comparable import find_checkpoints
 from .measure import Measurement
+from .trained import ARGUMENTS, trained_dtype, trained_products
 
 TEACHER = "teacher"
 """Name of the external teacher among the sources."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ def measure_folder(
     quiet: bool = False,
     rollout_batch: int = ROLLOUT_BATCH,
     score_batch: int = ROLLOUT_BATCH,
+    dtype: str | None = None,
+    mixed_precision: str | None = None,
 ) -> MeasuredSignal:
     """Measure any run: a folder of Hugging Face checkpoints, a data set, and a verifier.
 
@@ -79,6 +87,9 @@ def measure_folder(
         quiet: Without a progress bar.
         rollout_batch: Responses that are sampled at a time, at most: fewer where memory asks for it.
         score_batch: Responses that are scored at a time, at most, in the same way.
+        dtype: Type of the weights of all policies, one of `computing.DTYPES`; by default that of the checkpoints.
+        mixed_precision: Precision of matrix products, one of `computing.PRODUCTS`; by default what the checkpoints'
+            `training_args.bin` says, and "no", with a warning, where there is none.
 
     Raises:
         FileNotFoundError: No checkpoint or data file, or a policy that is neither a folder nor on the hub.
@@ -104,6 +115,7 @@ def measure_folder(
         asked = DataSettings(named, instruction=made[2])
         rows = checked_rows(made[0], asked, reader, judged=False, others=True)
         judge = made[1] if verifier == "boxed" else judge
+    computing = _computing([path for path in found.values() if path != base], dtype, mixed_precision)
     measurement = Measurement(
         out,
         policies,
@@ -112,15 +124,31 @@ def measure_folder(
         [rows[index] for index in range(min(settings.prompts, len(rows)))],
         judge,
         settings,
+        load=partial(placed_policy, dtype=computing.dtype),
         quiet=quiet,
         rollout_batch=rollout_batch,
         score_batch=score_batch,
+        computing=computing,
     )
     return MeasuredSignal(measurement.folder, pairs, measurement.run())
 
 
+def _computing(checkpoints: list[Path], dtype: str | None, mixed_precision: str | None) -> Computing:
+    """The types given, else those of the run that left the checkpoints."""
+    dtype = trained_dtype(checkpoints) if dtype is None else dtype
+    mixed_precision = trained_products(checkpoints) if mixed_precision is None else mixed_precision
+    if mixed_precision is None:
+        logger.warning(
+            "No checkpoint has a %s that says in which precision the run computed, so matrix products have that of the "
+            "weights, %s. If the run had bf16=True, as is TRL's default, set mixed_precision to 'bf16'.",
+            ARGUMENTS,
+            dtype,
+        )
+    return Computing(dtype, mixed_precision or "no")
+
+
 def describe(measured: MeasuredSignal) -> str:
-    """The premise and Δ* of each origin in words, for a terminal."""
+    """The premise and Δ* of each origin in words, and what was computed with, for a terminal."""
     lines = []
     for origin, entry in measured.summary["origins"].items():
         if found := [read_premise(one) for one in entry["premise"]]:
@@ -141,6 +169,7 @@ def describe(measured: MeasuredSignal) -> str:
                 edge = ", at the edge" if best["at_edge"] else ""
                 interval = "unknown" if best["low"] is None else f"{best['low']:g} to {best['high']:g}"
                 lines.append(f"{origin:>11}  {name:<24} {best['distance']:>6g}  {interval}{edge}")
+    lines.append(f"Computed with {Computing(**measured.summary['computing'])}.")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 from ..runs.measurement import Pair, plan_pairs
 from ..runs.settings import SignalSettings
-from ..world.computing import run_policy, threads
+from ..world.computing import Computing, run_policy, threads
 from ..world.warmstart import teacher_folder
 from . import run as stages
 from .measure import COMPARED, Measurement
@@ -108,7 +108,7 @@ def run_measurement(
         settings,
         load=partial(run_policy, config),
         quiet=quiet,
-        bf16=config.mixed_precision == "bf16",
+        computing=Computing.of(config),
         unsampled=None if config.mask_unsampled else (),
         rollout_batch=config.rollout_batch if rollout_batch is None else rollout_batch,
         score_batch=config.score_batch if score_batch is None else score_batch,

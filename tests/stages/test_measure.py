@@ -536,7 +536,7 @@ def visual(tmp_path_factory):
 def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_its_training(
     visual, tmp_path, monkeypatch, half, masked
 ):
-    """Matrix products of gradients stay in 32 bits: weights that were made 16 bits without one are remembered so."""
+    """Gradients too: weights that were made 16 bits without one, for a score, would be remembered so."""
     (tiny, folders), seen = visual, set()
 
     def load(folder, *_):
@@ -556,7 +556,9 @@ def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_i
     changes = {"mixed_precision": "bf16" if half else "no", "mask_unsampled": masked}
     settings = replace(SETTINGS, rollouts=2, scored=1, gradients=2)
     made = signal_run.measure_run(resolve_config("grpo", "smoke", 0, changes), [0], settings, quiet=True)
-    assert seen == {(False, torch.bfloat16 if half else torch.float32), (True, torch.float32)}
+    products = torch.bfloat16 if half else torch.float32
+    assert seen == {(False, products), (True, products)}
+    assert made.summary["computing"] == {"dtype": "float32", "mixed_precision": "bf16" if half else "no"}
 
     policy, rows = load_policy(folders["000000"]).eval(), list(tiny.dataset.select(range(settings.prompts)))
     left, whole = [tiny.processor.image_token_id], ()
@@ -576,11 +578,12 @@ def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_i
     expected, other = (scored[tuple(left)], scored[whole]) if masked else (scored[whole], scored[tuple(left)])
     assert kept == pytest.approx(expected, abs=1e-5) and np.abs(kept - other).min() > 1e-3
     asked = policy, tiny.processor, rows[:2]
-    grams = own_gram(*asked, tokens["000000"][:2], unsampled=left if masked else whole)
+    behaviour = [row["logps"] for row in firsts["000010"]][:2]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        grams = own_gram(*asked, tokens["000000"][:2], unsampled=left if masked else whole)
+        found = source_gradients(*asked, tokens["000010"][:2], behaviour, unsampled=left if masked else whole)
     for row, gram in zip(read_table(made.folder / "own" / "000000.parquet"), grams, strict=True):
         assert row["gram"] == pytest.approx(gram.flatten().tolist(), rel=1e-3, abs=1e-6)
-    behaviour = [row["logps"] for row in firsts["000010"]][:2]
-    found = source_gradients(*asked, tokens["000010"][:2], behaviour, unsampled=left if masked else whole)
     pair = next(pair for pair in made.pairs if pair.source == "000010")
     table = pd.read_parquet(made.folder / "pairs" / pair.file)
     assert table["gradient_current"][:2].tolist() == pytest.approx(squared_deviations(found.plain).tolist(), rel=1e-3)

@@ -127,8 +127,8 @@ def asked(monkeypatch):
 def empty_checkpoints(folder, steps):
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir(parents=True)
-        for name in ("config.json", "model.safetensors"):
-            (folder / f"checkpoint-{step}" / name).touch()
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+        (folder / f"checkpoint-{step}" / "model.safetensors").touch()
     return folder
 
 
@@ -253,21 +253,25 @@ def test_settings_of_our_own_run_are_the_run_s_and_no_more_prompts_than_it_has()
     )
 
 
+COMPUTING = {"computing": {"dtype": "float32", "mixed_precision": "bf16"}}
+
+
 def test_the_best_distances_in_words():
     best = {"distance": 20.0, "signal": 0.3, "at_edge": False, "low": 10.0, "high": 40.0}
     edge = {"distance": 80.0, "signal": 0.3, "at_edge": True, "low": 80.0, "high": 80.0}
     optimum = {"signal_kl": best, "signal_1_gradient_exact": edge, "signal_sequence": best}
-    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": optimum, "premise": []}}}
-    _, first, second = describe(MeasuredSignal(Path(), [], summary)).splitlines()
+    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": optimum, "premise": []}}, **COMPUTING}
+    _, first, second, computed = describe(MeasuredSignal(Path(), [], summary)).splitlines()
     assert first.split() == ["10", "signal_kl", "20", "10", "to", "40"]
     assert second.split() == ["10", "signal_1_gradient_exact", "80", "80", "to", "80,", "at", "the", "edge"]
+    assert computed == "Computed with weights in float32, matrix products in bfloat16."
 
 
 def test_the_premise_comes_first():
     share = {"value": 0.25, "low": 0.15, "high": 0.35, "n": 60}
     own = {"value": 0.05, "low": 0.02, "high": 0.1, "n": 60}
     record = {"distance": 40, "shown": share, "own": own, "gain": {**share, "value": 0.2}, "p_holm": 0.001}
-    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": {}, "premise": [record]}}}
+    summary = {"settings": {"rollouts": 8}, "origins": {"10": {"optimum": {}, "premise": [record]}}, **COMPUTING}
     first, _, row, *_ = describe(MeasuredSignal(Path(), [], summary)).splitlines()
     assert first == (
         "From policy step 10: Guides from Δ = 40 solve 0.25 (0.15 to 0.35) of the 60 prompts that the policy fails in "
@@ -432,12 +436,14 @@ def test_options_arrive_where_they_belong(monkeypatch, capsys):
     text += (
         "--parameters layers.3 --max-new-tokens 9 --c 1.5 --resamples 7 --temperature 1 --origins 10 20 --distances 5 "
     )
-    text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet --rollout-batch 64 --score-batch 16"
+    text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet --rollout-batch 64 --score-batch 16 "
+    text += "--dtype bfloat16 --mixed-precision bf16"
     assert main(text.split()) == 2
     assert capsys.readouterr().err == "npo_core signal: enough\n"
     assert given.pop("folders") == (Path("run"), Path("rows"), Path("here"))
     assert given.pop("settings") == SignalSettings(8, 4, 3, 2, "layers.3", 9, 1.5, 7, 3)
     assert given == {
         "verifier": "a:b", "base": "b", "processor": "p", "teacher": "t", "origins": [10, 20],
-        "distances": 5, "also": [7, 9], "quiet": True, "rollout_batch": 64, "score_batch": 16,
+        "distances": 5, "also": [7, 9], "quiet": True, "rollout_batch": 64, "score_batch": 16, "dtype": "bfloat16",
+        "mixed_precision": "bf16",
     }  # fmt: skip

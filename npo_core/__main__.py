@@ -29,6 +29,9 @@ OWN = __name__ == "__main__"
 FIGURE_PACKAGES = ("matplotlib", "seaborn")
 """What only the extra `study` brings."""
 
+OF_ONES_OWN = ("verifier", "base", "processor", "teacher", "dtype", "mixed_precision", "chat_template_kwargs")
+"""Options of `signal` for a run of one's own that `measure_folder` has by the same names."""
+
 INTERRUPTED = 130
 """Exit status of a command that was stopped by Ctrl-C, as shells have it."""
 
@@ -148,6 +151,8 @@ def _signal_parser(stages) -> None:
     own.add_argument("--teacher", help="policy outside the run, in the same way")
     own.add_argument("--dtype", help="type of all weights: float32, bfloat16 or float16 (default: the checkpoints')")
     own.add_argument("--mixed-precision", help="of matrix products: no, bf16 or fp16 (default: that of the run)")
+    text = "template arguments of the run's prompts, such as '{\"enable_thinking\": false}'"
+    own.add_argument("--chat-template-kwargs", type=json.loads, metavar="JSON", help=text)
     how = stage.add_argument_group("measurement")
     how.add_argument("--origins", type=int, nargs="+", help="policy steps to measure from")
     how.add_argument("--distances", type=int, default=20, help="distances above 0 from each origin (default: 20)")
@@ -298,16 +303,11 @@ def _signal(options: argparse.Namespace) -> int:
             options.data,
             options.out,
             SignalSettings(**{"seed": options.seed, **given}),
-            verifier=options.verifier,
-            base=options.base,
-            processor=options.processor,
-            teacher=options.teacher,
             origins=options.origins,
             distances=options.distances,
             also=options.also,
             quiet=options.quiet,
-            dtype=options.dtype,
-            mixed_precision=options.mixed_precision,
+            **{name: getattr(options, name) for name in OF_ONES_OWN},
             **batches,
         )
     print(signal_stages.describe(measured))

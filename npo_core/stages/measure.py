@@ -90,6 +90,7 @@ class Measurement:
         score_batch: Responses that are scored at a time, at most, in the same way.
         computing: Types that the policies compute in, those of the run; `load` gives their weights the first.
         unsampled: Tokens that log-probs leave out, see `sampling.completion_logps`.
+        chat_template_kwargs: Template arguments of the prompts, as in training.
 
     Raises:
         ValueError: Policies that cannot be compared, too few rows, or a folder with rollouts of other settings.
@@ -110,6 +111,7 @@ class Measurement:
         score_batch: int = ROLLOUT_BATCH,
         computing: Computing = IN_FLOAT32,
         unsampled: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         for name, batch in (("rollout_batch", rollout_batch), ("score_batch", score_batch)):
             require(batch >= 1, name, batch, "at least 1")
@@ -121,8 +123,8 @@ class Measurement:
         self.folder, self.pairs = Path(folder), list(pairs)
         self.settings = settings = with_gradients(settings, next(iter(self.policies.values())))
         self.processor, self.verifier, self.load, self.quiet = processor, verifier, load, quiet
-        self.rollout_batch, self.score_batch, self.unsampled = rollout_batch, score_batch, unsampled
-        self.computing = computing
+        self.rollout_batch, self.score_batch, self.computing = rollout_batch, score_batch, computing
+        self._as_trained = {"unsampled": unsampled, "chat_template_kwargs": dict(chat_template_kwargs or {})}
         self.rows = [rows[index] for index in range(settings.prompts)]
         for name in ("samples", "own", "pairs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,9 @@ class Measurement:
     def _keep_settings(self) -> None:
         """Note what is measured, or refuse a folder where something else was."""
         uids = [row["uid"] for row in self.rows]
-        self._settle({"settings": self.settings.of_rollouts(), "uids": uids, "computing": asdict(self.computing)})
+        template = self._as_trained["chat_template_kwargs"]
+        about = {"computing": asdict(self.computing), "chat_template_kwargs": template}
+        self._settle({"settings": self.settings.of_rollouts(), "uids": uids, **about})
         # policies may be added later, but a name must go on standing for the same weights
         known = self._read("policies.json")
         found = {name: fingerprint(path) for name, path in self.policies.items()}
@@ -160,11 +164,12 @@ class Measurement:
             sampled = now.keys() - set(COMPARED)
             if known["uids"] != about["uids"] or any(before.get(name) != now[name] for name in sampled):
                 raise ValueError(f"{path} holds other settings or prompts; give another folder, or move that one away.")
-            if (computed := known.get("computing", about["computing"])) != about["computing"]:
-                raise ValueError(
-                    f"{self.folder} was measured with {computed}, now it is {about['computing']}; give another folder, "
-                    "or move that one away."
-                )
+            for name in ("computing", "chat_template_kwargs"):
+                if (had := known.get(name, about[name])) != about[name]:
+                    raise ValueError(
+                        f"{self.folder} was measured with {name} {had}, now it is {about[name]}; give another folder, "
+                        "or move that one away."
+                    )
             if different := [name for name in COMPARED if before.get(name) != now[name]]:
                 old = [*(self.folder / "pairs").glob("*.parquet"), *(self.folder / "own").glob("*.parquet")]
                 logger.warning(
@@ -192,7 +197,8 @@ class Measurement:
         samples += [(name, 0) for name in self.policies if name not in names]
         if not all(self._sample_file(*each).exists() for each in samples):
             config = AutoConfig.from_pretrained(next(iter(self.policies.values())), trust_remote_code=False)
-            room = Room(context_length(config), self.settings.max_new_tokens, setting="max_new_tokens")
+            template = self._as_trained["chat_template_kwargs"]
+            room = Room(context_length(config), self.settings.max_new_tokens, template, "max_new_tokens")
             require_room(self.processor, self.rows, room)
         with progress(len(samples) + len(self.pairs), "signal", self.quiet) as bar:
             for name, stream in samples:
@@ -233,6 +239,7 @@ class Measurement:
                     source_step=int(name) if name.isdecimal() else -1,
                     score=False,
                     batch=self.rollout_batch,
+                    chat_template_kwargs=self._as_trained["chat_template_kwargs"],
                 )
             self._write(path, groups)
         groups = self._groups(name, stream)
@@ -253,7 +260,7 @@ class Measurement:
         scored = [trajectory.token_ids for group in groups for trajectory in group[: self.settings.scored]]
         rows = [row for row in self.rows for _ in range(self.settings.scored)]
         with self.computing.products(model.device):
-            return completion_logps(model, self.processor, rows, scored, self.score_batch, unsampled=self.unsampled)
+            return completion_logps(model, self.processor, rows, scored, self.score_batch, **self._as_trained)
 
     @staticmethod
     def _write(path: Path, groups: Sequence[Sequence[Trajectory]]) -> None:
@@ -339,7 +346,7 @@ class Measurement:
                     [trajectory.token_ids for trajectory in chosen],
                     [trajectory.logps for trajectory in chosen],
                     self.settings.parameters,
-                    self.unsampled,
+                    **self._as_trained,
                 )
             terms = both_sided(found, grams, own_log_weights[:: self.settings.scored][:count])
             out["gradients"][:count] = 1.0
@@ -356,9 +363,9 @@ class Measurement:
             return []
         if not path.exists():
             tokens = [group[0].token_ids for group in mine[:count]]
-            about = self.settings.parameters, self.unsampled
             with self.computing.products(model.device):
-                grams = own_gram(model, self.processor, self.rows[:count], tokens, *about)
+                about = model, self.processor, self.rows[:count], tokens, self.settings.parameters
+                grams = own_gram(*about, **self._as_trained)
             write_table(path, [{"gram": gram.flatten().tolist()} for gram in grams])
         flat = [np.array(row["gram"]) for row in read_table(path)]
         return [values.reshape(math.isqrt(len(values)), -1) for values in flat]

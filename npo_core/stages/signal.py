@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -66,6 +66,7 @@ def measure_folder(
     score_batch: int = ROLLOUT_BATCH,
     dtype: str | None = None,
     mixed_precision: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> MeasuredSignal:
     """Measure any run: a folder of Hugging Face checkpoints, a data set, and a verifier.
 
@@ -90,6 +91,7 @@ def measure_folder(
         dtype: Type of the weights of all policies, one of `computing.DTYPES`; by default that of the checkpoints.
         mixed_precision: Precision of matrix products, one of `computing.PRODUCTS`; by default what the checkpoints'
             `training_args.bin` says, and "no", with a warning, where there is none.
+        chat_template_kwargs: Template arguments of the run's prompts, as its TRL argument of this name.
 
     Raises:
         FileNotFoundError: No checkpoint or data file, or a policy that is neither a folder nor on the hub.
@@ -129,6 +131,7 @@ def measure_folder(
         rollout_batch=rollout_batch,
         score_batch=score_batch,
         computing=computing,
+        chat_template_kwargs=chat_template_kwargs,
     )
     return MeasuredSignal(measurement.folder, pairs, measurement.run())
 

@@ -79,6 +79,7 @@ def source_gradients(
     source_logps: Sequence[Sequence[float]],
     parameters: str = "",
     unsampled: Sequence[int] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> SourceGradients:
     """Gradients of trajectories that a source sampled.
 
@@ -90,6 +91,7 @@ def source_gradients(
         source_logps: ln q of each token, nats.
         parameters: Regular expression that selects parameters by name; "" takes all trainable ones.
         unsampled: Tokens that log-probs leave out, see `sampling.completion_logps`.
+        chat_template_kwargs: As in training, see `inputs.encode_prompts`.
 
     Raises:
         ValueError: No parameter matches, an empty trajectory, or the matrix would not fit into memory.
@@ -101,7 +103,7 @@ def source_gradients(
         part = slice(start, min(start + CHUNK, len(rows)))
         count = part.stop - part.start
         with torch.enable_grad():
-            logps = _responses(model, processor, rows[part], completions[part], unsampled)
+            logps = _responses(model, processor, rows[part], completions[part], unsampled, chat_template_kwargs)
             log_weight = [
                 own.detach() - torch.tensor(behaviour, device=own.device)
                 for own, behaviour in zip(logps, source_logps[part], strict=True)
@@ -122,6 +124,7 @@ def own_gram(
     completions: Sequence[Sequence[int]],
     parameters: str = "",
     unsampled: Sequence[int] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Float[np.ndarray, "tokens tokens"]]:
     """Inner products of the token gradients ∇ log π(y_t) of each trajectory: ‖Σ w_t ∇ log π(y_t)‖² = wᵀKw for any w.
 
@@ -136,7 +139,8 @@ def own_gram(
     grams = []
     for row, tokens in zip(rows, completions, strict=True):
         with torch.enable_grad():
-            grads = _grads(list(_responses(model, processor, [row], [tokens], unsampled)[0]), chosen)
+            (logps,) = _responses(model, processor, [row], [tokens], unsampled, chat_template_kwargs)
+            grads = _grads(list(logps), chosen)
         # parameter by parameter: double precision of all at once would take three times the memory
         gram = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
         for grad in grads:
@@ -245,9 +249,11 @@ def _responses(
     rows: Sequence[Mapping[str, Any]],
     completions: Sequence[Sequence[int]],
     unsampled: Sequence[int] | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> list[torch.Tensor]:
     """Differentiable log-probs of each response, without padding."""
-    logps = forced_logps(model, processor, rows, completions, unsampled=unsampled)
+    about: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "unsampled": unsampled}
+    logps = forced_logps(model, processor, rows, completions, **about)
     return [logps[index, : len(tokens)] for index, tokens in enumerate(completions)]
 
 

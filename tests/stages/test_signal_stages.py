@@ -437,13 +437,13 @@ def test_options_arrive_where_they_belong(monkeypatch, capsys):
         "--parameters layers.3 --max-new-tokens 9 --c 1.5 --resamples 7 --temperature 1 --origins 10 20 --distances 5 "
     )
     text += "--also 7 9 --verifier a:b --base b --processor p --teacher t --quiet --rollout-batch 64 --score-batch 16 "
-    text += "--dtype bfloat16 --mixed-precision bf16"
-    assert main(text.split()) == 2
+    text += "--dtype bfloat16 --mixed-precision bf16 --chat-template-kwargs"
+    assert main([*text.split(), '{"enable_thinking": false}']) == 2
     assert capsys.readouterr().err == "npo_core signal: enough\n"
     assert given.pop("folders") == (Path("run"), Path("rows"), Path("here"))
     assert given.pop("settings") == SignalSettings(8, 4, 3, 2, "layers.3", 9, 1.5, 7, 3)
     assert given == {
         "verifier": "a:b", "base": "b", "processor": "p", "teacher": "t", "origins": [10, 20],
         "distances": 5, "also": [7, 9], "quiet": True, "rollout_batch": 64, "score_batch": 16, "dtype": "bfloat16",
-        "mixed_precision": "bf16",
+        "mixed_precision": "bf16", "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip

@@ -6,8 +6,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from foreign import THINKING, byte_tokenizer, tiny_model
 from trl import GRPOConfig, GRPOTrainer
 from worlds import trainer_of, world
 
@@ -17,6 +19,7 @@ from npo_core.runs.settings import SignalSettings
 from npo_core.stages import trained
 from npo_core.stages.signal import describe, measure_folder
 from npo_core.stages.trained import trained_dtype, trained_products
+from npo_core.trainer.gradients import own_gram
 from npo_core.trainer.sampling import completion_logps
 from npo_core.world import policies
 from npo_core.world.policies import load_policy, load_processor, save_policy
@@ -208,7 +211,9 @@ def test_a_folder_is_measured_as_its_run_computed_or_as_asked(run, tmp_path, see
 
 def test_what_was_measured_in_another_precision_is_not_gone_on_with(run, tmp_path):
     measured(run, tmp_path / "out", tmp_path)
-    with pytest.raises(ValueError, match=r"was measured with \{.*'bf16'\}, now it is \{.*'no'\}; give another folder"):
+    with pytest.raises(
+        ValueError, match=r"was measured with computing \{.*'bf16'\}, now it is \{.*'no'\}; give another folder"
+    ):
         measured(run, tmp_path / "out", tmp_path, mixed_precision="no")
     told = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert told["computing"] == {"dtype": "float32", "mixed_precision": "bf16"}
@@ -223,6 +228,34 @@ def test_where_nothing_tells_it_is_said(run, tmp_path, caplog, seen):
     assert seen == {(torch.float32, torch.float32)}
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith("No checkpoint has a training_args.bin") and "set mixed_precision to 'bf16'" in line
+
+
+def test_prompts_are_those_of_the_run_s_template_arguments(tmp_path):
+    """Rollouts, log-probs and gradients; Qwen3's template, for one, ends a prompt otherwise without thinking."""
+    tokenizer = byte_tokenizer(template=THINKING)
+    for step in (1, 2):
+        model = tiny_model("Llama", tokenizer)
+        model.lm_head.weight.data.mul_(step)
+        save_policy(model, tokenizer, tmp_path / f"run/checkpoint-{step}")
+    rows = [{"uid": f"{n}", "prompt": f"{'half of ' * n}two?", "answer": "1"} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"verifier": never, "quiet": True, "mixed_precision": "no"}
+    template = {"enable_thinking": False}
+    found = measure_folder(tmp_path / "run", data, tmp_path / "out", SETTINGS, **given, chat_template_kwargs=template)
+    kept = read_table(found.folder / "samples" / "000001.parquet")[:: SETTINGS.rollouts]
+    tokens, right = [row["token_ids"] for row in kept], np.concatenate([row["logps"] for row in kept])
+    policy = load_policy(tmp_path / "run/checkpoint-1").eval()
+    asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    for arguments, same in ((template, True), ({}, False)):
+        about = {"chat_template_kwargs": arguments}
+        scored = np.concatenate(completion_logps(policy, tokenizer, asked, tokens, **about))
+        assert bool(np.abs(right - scored).max() < 1e-4) is same
+        gram = own_gram(policy, tokenizer, asked[:1], tokens[:1], **about)[0].flatten()
+        (row, *_) = read_table(found.folder / "own" / "000001.parquet")
+        assert np.allclose(row["gram"], gram, rtol=1e-3) is same
+    with pytest.raises(ValueError, match=r"with chat_template_kwargs \{'enable_thinking': False\}, now it is \{\}"):
+        measure_folder(tmp_path / "run", data, tmp_path / "out", SETTINGS, **given)
 
 
 def test_a_precision_that_is_none_is_refused_before_anything_is_sampled(run, tmp_path):

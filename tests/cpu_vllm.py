@@ -37,6 +37,11 @@ def make_fit() -> None:
     vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)
 
 
+def by_words(text, row) -> bool:
+    """Right by a coin that the words of a response toss; its length would not do, where all have one form."""
+    return sum(map(ord, text)) % 2 == 0
+
+
 if __name__ == "__main__":
     make_fit()
     import npo_core.control.watch
@@ -45,8 +50,6 @@ if __name__ == "__main__":
     from npo_core.stages import run as stages
 
     if "lenient" in sys.argv:
-        from factories import even
-
-        factory.BoxedVerifier = lambda: even
+        factory.BoxedVerifier = lambda: by_words
     npo_core.control.watch.PlateauTrigger = calendar(6)
     stages.run(RunConfig.from_mapping(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), quiet=True)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 # Pass rates arrive as k/n rounded to float32.
 _RATE_SLACK = 1e-6
 
+# The average of a constant reward is constant but for this, so that a tolerance of 0 finds it flat at every step.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -259,7 +262,8 @@ class PlateauTrigger:
             and step - self._start >= settings.warmup
             and (self._quiet_since is None or step - self._quiet_since >= settings.cooldown)
         )
-        if not ready or reward_change > settings.reward_tolerance or entropy_change > -settings.entropy_drop:
+        rises = reward_change > settings.reward_tolerance + _ROUNDING
+        if not ready or rises or entropy_change > -settings.entropy_drop:
             return None
         self._quiet_since = step
         return PlateauWarning(step, average_reward, reward_change, average_entropy, entropy_change)

@@ -142,6 +142,13 @@ def test_a_falling_reward_counts_as_flat():
     assert _steps([(0.6 - 0.003 * step, entropy) for step, entropy in enumerate(_falling(60))]) == [40]
 
 
+def test_a_constant_reward_is_flat_at_a_tolerance_of_nought():
+    trigger = PlateauTrigger(TriggerSettings(reward_tolerance=0.0, warmup=0, cooldown=0))
+    fired = [trigger.update(step, 0.3, 0.97**step) is not None for step in range(1, 200)]
+    assert fired == [step > 20 for step in range(1, 200)]
+    assert trigger.update(200, 0.3 + 1e-9, 0.97**200) is None, "a rise is one, however small"
+
+
 def test_warmup_and_window_delay_the_first_warning():
     curve = [(0.5, entropy) for entropy in _falling(100)]
     assert _steps(curve, TriggerSettings(warmup=70))[0] == 70

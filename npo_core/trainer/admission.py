@@ -139,12 +139,19 @@ def check_source(trainer: "NPOTrainer", source: GuidanceSource) -> None:
         )
     _require_longest(trainer)
     rows, uids = _rows(trainer)
-    inner = source.source if isinstance(source, GuidanceWindow) else source
+    inner = _inner(source)
     cache = inner if isinstance(inner, GuidanceCache) else None
     of_cache = [] if cache is None else _misfits(trainer, cache)
     _refuse("NPOTrainer cannot guide", [*_settings(trainer, source), *rows, *of_cache])
     if cache is not None:
         _warn(trainer, cache, uids)
+
+
+def _inner(source: GuidanceSource) -> GuidanceSource:
+    """What is inside of windows."""
+    while isinstance(source, GuidanceWindow):
+        source = source.source
+    return source
 
 
 def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
@@ -159,6 +166,11 @@ def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
             f"guide_prefix is {args.guide_prefix}; beginnings of guides come from a cache, and the policy that goes on "
             "from them must be whole in every process: set guide_prefix=1 for a replaying source, under FSDP and under "
             "DeepSpeed"
+        )
+    if isinstance(_inner(source), ReplaySource) and not isinstance(source, ReplaySource):
+        found.append(
+            f"{type(_inner(source)).__name__} is given inside of a GuidanceWindow, through which it would neither see "
+            "rollouts nor choose prompts, and so never guide; give it by itself"
         )
     if isinstance(source, ReplaySource) and processes > 1:
         found.append(

@@ -50,7 +50,8 @@ def test_a_cache_of_another_tokenizer_is_refused_wherever_it_is(tmp_path):
     """Token ids of a vocabulary in another order would be injected as other words."""
     tiny = world("text")
     other = tokenizer_digest(build_tokenizer(vocabulary()[::-1]))
-    for source in (_cache(tiny, other), GuidanceWindow(_cache(tiny, other), 0, 9)):
+    window = GuidanceWindow(_cache(tiny, other), 0, 9)
+    for source in (_cache(tiny, other), window, GuidanceWindow(window, 0, 5)):
         with pytest.raises(ValueError, match=rf"another tokenizer \({other}\) than this policy's"):
             trainer_of(tiny, tmp_path, NPOTrainer, guidance=source)
     for digest in ("", tokenizer_digest(tiny.processor)):

@@ -167,6 +167,13 @@ def test_a_replaying_source_is_refused_on_several_processes(tmp_path, monkeypatc
         trainer.guidance = OwnPast({}, 4, seed=0)
 
 
+def test_a_replaying_source_in_a_window_is_refused(tmp_path):
+    """It would be asked for guides alone, and have none for ever."""
+    window = GuidanceWindow(GuidanceWindow(OwnPast({}, 4, seed=0), 0, 9), 0, 5)
+    with pytest.raises(ValueError, match=r"OwnPast is given inside of a GuidanceWindow, .* and so never guide"):
+        trainer_of(world("text"), tmp_path, NPOTrainer, guidance=window)
+
+
 # Without guides: GRPOTrainer to the bit
 
 

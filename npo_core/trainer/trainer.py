@@ -53,10 +53,10 @@ class NPOTrainer(GRPOTrainer):
             is what rewards get (`rollouts.response_texts`). Needed with guidance: it gives the pass rate for the gate,
             and judges each guide again before it is injected; a wrong one is left out and counted
             (`npo/refused_guides`). With a verifier, `npo/pass_rate` and `npo/all_wrong_groups` are logged.
-        rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of each generated batch
-            while the attribute `record_rollouts` is True. The attribute `guided_sink`, if set, is called as
-            `sink(policy_step, rows, refused)` after each batch in which a guide was placed or refused, in each process
-            with its own: rows of the guided groups, and the refused guides.
+        rollout_sink (`Callable`, *optional*): Called as `sink(policy_step, rows)` with a table of each generated batch,
+            but of those in whose steps the attribute `record_rollouts` is False. The attribute `guided_sink`, if set,
+            is called as `sink(policy_step, rows, refused)` after each batch in which a guide was placed or refused, in
+            each process with its own: rows of the guided groups, and the refused guides.
         **kwargs: Arguments of `GRPOTrainer`. Without `args`, or with a `GRPOConfig`, NPO's own settings have their
             defaults. With guidance, `train_dataset` needs the columns uid and prompt, and answer where the verifier is
             `BoxedVerifier`.
@@ -102,7 +102,7 @@ class NPOTrainer(GRPOTrainer):
 
             gather_heads(self)
         self.verifier, self.rollout_sink = verifier, rollout_sink
-        self.record_rollouts = False
+        self.record_rollouts = True
         self.guided_sink: Callable[[int, list[dict[str, Any]], list[Trajectory]], None] | None = None
         self.group_pass_rates: dict[str, float] = {}
         self._loss_inputs: dict[str, Any] | None = None

@@ -129,6 +129,7 @@ def test_every_process_hands_its_table_over_in_the_last_pass_of_the_step(tmp_pat
     for seed in range(3):  # as processes have it, each a shuffle of its own
         trainer = trainer_of(world("text"), tmp_path, SpyTrainer, prompts=2, seed=seed, **placement, **passes)
         trainer.rollout_sink = lambda step, rows, done=trainer.loss_calls: handed.append((step, len(rows), len(done)))
-        trainer.record_rollouts = True
+        trainer.train()
+        trainer.record_rollouts = False
         trainer.train()
     assert handed == [(1, 4 if placement else 8, 8)] * 3

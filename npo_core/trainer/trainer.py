@@ -279,40 +279,40 @@ class NPOTrainer(GRPOTrainer):
         """On-policy metrics of a generation batch, over all processes; rows that no reward scored are in no mean."""
         assert step.rewards is not None
         scored = own & ~step.rewards.isnan()
-        sums = [
-            step.rewards[scored].sum(),
-            scored.sum(),
-            is_guide.sum(),
-            *[torch.tensor(0)] * 3,
-            torch.tensor(len(step.refused)),
-            advantages[is_guide].sum(),
-            torch.tensor(sum(step.verdicts[row] for row in step.prefixes)),
-        ]
         groups = len(is_guide) // self.num_generations
+        sums = {
+            "reward": step.rewards[scored].sum(),
+            "scored": scored.sum(),
+            "guides": is_guide.sum(),
+            "refused": torch.tensor(len(step.refused)),
+            "advantage": advantages[is_guide].sum(),
+            "solved": torch.tensor(sum(step.verdicts[row] for row in step.prefixes)),
+            "groups": torch.tensor(groups),
+        }
         self.group_pass_rates = {}
         if step.correct is not None:
             rates = pass_rate(step.on_policy().view(groups, self.num_generations)[:, : self._own_slots])
-            sums[3] = gate(rates, torch.ones_like(rates, dtype=torch.bool), self.args.tau_gate).sum()
-            sums[4], sums[5] = rates.sum(), (rates == 0).sum()
+            gated = gate(rates, torch.ones_like(rates, dtype=torch.bool), self.args.tau_gate)
+            sums |= {"gated": gated.sum(), "rate": rates.sum(), "wrong": (rates == 0).sum()}
             uids = [step.rows[group * self.num_generations].get("uid") for group in range(groups)]
             own_rates = {uid: rate for uid, rate in zip(uids, rates.tolist(), strict=True) if uid is not None}
             self.group_pass_rates = {uid: rate for part in gather_object([own_rates]) for uid, rate in part.items()}
-        totals = torch.stack([value.to(own.device, widest(own.device)) for value in [*sums, torch.tensor(groups)]])
-        totals = cast(torch.Tensor, self.accelerator.reduce(totals, reduction="sum")).tolist()
-        reward, rows, replaced, gated, rate, wrong, refused, advantage, solved, groups = totals
-        metrics = self._metrics["train"]
-        metrics["npo/reward"].append(reward / rows if rows else float("nan"))
-        metrics["npo/replaced_slots"].append(replaced)
+        values = torch.stack([value.to(own.device, widest(own.device)) for value in sums.values()])
+        values = cast(torch.Tensor, self.accelerator.reduce(values, reduction="sum"))
+        total, metrics = dict(zip(sums, values.tolist(), strict=True)), self._metrics["train"]
+        guides, refused = int(total["guides"]), int(total["refused"])
+        metrics["npo/reward"].append(total["reward"] / total["scored"] if total["scored"] else float("nan"))
+        metrics["npo/replaced_slots"].append(total["guides"])
         if step.correct is not None:
-            metrics["npo/gated_groups"].append(gated / groups)
-            metrics["npo/pass_rate"].append(rate / groups)
-            metrics["npo/all_wrong_groups"].append(wrong / groups)
-        if replaced or refused:
-            metrics["npo/refused_guides"].append(refused)
-            metrics["npo/guide_advantage"].append(advantage / replaced if replaced else float("nan"))
+            metrics["npo/gated_groups"].append(total["gated"] / total["groups"])
+            metrics["npo/pass_rate"].append(total["rate"] / total["groups"])
+            metrics["npo/all_wrong_groups"].append(total["wrong"] / total["groups"])
+        if guides or refused:
+            metrics["npo/refused_guides"].append(total["refused"])
+            metrics["npo/guide_advantage"].append(total["advantage"] / guides if guides else float("nan"))
             if step.prefixes or self.args.guide_prefix < 1:
-                metrics["npo/prefix_solved"].append(solved / replaced if replaced else float("nan"))
-            self._refused.count(int(replaced), int(refused), next(iter(step.refused), None))
+                metrics["npo/prefix_solved"].append(total["solved"] / guides if guides else float("nan"))
+            self._refused.count(guides, refused, next(iter(step.refused), None))
 
     def _log_tokens(self, logps: torch.Tensor, entropies: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         """Entropy of on-policy tokens, and divergence of guide tokens, over all passes and processes of a step."""

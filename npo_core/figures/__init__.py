@@ -6,7 +6,7 @@ Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at 
 
 from .benchmarks import benchmark_table
 from .committed import draw_study
-from .curves import plateau, training_curves
+from .curves import plateau, rollout_curves, training_curves
 from .distance import signal_over_distance
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
@@ -16,7 +16,6 @@ from .real import real_arms
 from .rollouts import group_before_after, sample_gallery
 from .scores import intervention_signals, suite_pass_rates
 from .signal import proxy_agreement, quality_stability, signal_curves
-from .spent import rollout_curves
 from .style import save_figure
 
 __all__ = [

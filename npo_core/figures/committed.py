@@ -5,9 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
-from ..study.map_results import has_map, read_map
 from ..study.real_results import find_real, read_real
-from ..study.results import has_evidence, read_evidence
+from ..study.results import has_evidence, has_map, read_evidence, read_map
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-KINDS = ("warning", "probe", "choice", "planned", "dismissed", "cache", "rollback", "ahead")
-"""Events that belong to a decision."""
+from .folder import DECISIONS
 
 COLUMNS = ("step", "changes", "pool", "Δ*", "Q̂", "V̂", "Ŝ", "edge", "guides of asked", "back to")
 """Columns of the table; `step` is the policy step of the decision."""
@@ -28,7 +27,7 @@ def _decisions(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Mapping[st
     """Events of each decision by kind; those of one compute step belong together."""
     found: dict[int, dict[str, Mapping[str, Any]]] = {}
     for event in events:
-        if event["event"] in KINDS:
+        if event["event"] in DECISIONS:
             found.setdefault(event["compute_step"], {})[event["event"]] = event
     return list(found.values())
 

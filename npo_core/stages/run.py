@@ -190,7 +190,7 @@ def evaluate_policy(
         generate: Samples in place of the model, such as vLLM.
     """
     sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p, "top_k": config.eval_top_k}
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with precision(config):
         return evaluate(
             model,
             world.processor,

@@ -25,8 +25,7 @@ from ..runs.validation import WORLD
 from .cells import Cell
 from .findings import SCHEMA, markdown_table, results_folder
 from .gates import RATES, measure_premise
-from .map_results import ABOUT, COLUMNS, has_map, read_map
-from .results import MAP, ResultsRefused
+from .results import MAP, MAP_ABOUT, MAP_COLUMNS, ResultsRefused, has_map, read_map
 from .scores import saved_places, score
 from .signal_claims import LEAST
 from .verdicts import FEW
@@ -120,7 +119,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
         raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))
     whole = {key: run for key, run in runs.items() if key not in lost}
     distances = sorted(_distances(cells))
-    nothing = dict.fromkeys(COLUMNS, float("nan"))
+    nothing = dict.fromkeys(MAP_COLUMNS, float("nan"))
     rows = []
     for arm, seed, rate in runs:
         grpo = whole.get((arm, seed, rate))
@@ -141,10 +140,10 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
             {"arm": cell.arm, "seed": cell.seed, "config": json.loads(cell.config.to_json())} for cell in cells
         ],
     }
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(MAP_COLUMNS))
     write_whole(folder / MAP, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
-    write_json(folder / ABOUT, about)
-    return [folder / MAP, folder / ABOUT]
+    write_json(folder / MAP_ABOUT, about)
+    return [folder / MAP, folder / MAP_ABOUT]
 
 
 def _distances(cells: Sequence[Cell]) -> set[int]:

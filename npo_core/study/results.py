@@ -24,8 +24,13 @@ from .findings import SCHEMA, results_folder
 
 SCORES, TRAINING, ABOUT = "evidence.csv", "evidence_training.parquet", "evidence.json"
 """File names in the folder of results."""
-MAP = "map.csv"
-"""There too: the map of the gain."""
+MAP, MAP_ABOUT = "map.csv", "map.json"
+"""There too: the map of the gain, and what made it."""
+MAP_COLUMNS = (
+    *("learning_rate", "distance", "seed", "base", "grpo", "npo", "difference", "rollouts", "grpo_rollouts"),
+    *("guide_solves", "own_solves", "lead"),
+)
+"""Columns of the map's table."""
 
 SCORE_COLUMNS = (
     "arm", "seed", "policy_step", "compute_step", "final", "sampling", "suite", "pass_rate", "pass_at_4", "pass_at_8",
@@ -215,3 +220,33 @@ def mixture_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         groups = "; ".join(f"{len(cells)} runs such as {cells[0]} with {kind}" for kind, cells in versions.items())
         complaints.append(f"mixed versions: {groups}")
     return complaints
+
+
+# The map of the gain
+
+
+def has_map(out: Path | None = None) -> bool:
+    """Whether the folder of results has a map."""
+    return (results_folder(out) / MAP).is_file()
+
+
+def read_map(out: Path | None = None) -> pd.DataFrame:
+    """Rows of the map.
+
+    Raises:
+        FileNotFoundError: There is no map.
+        ResultsRefused: Another small world, missing columns, or a cell that is there twice.
+    """
+    path = results_folder(out) / MAP
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `python -m npo_core map` makes it.")
+    made = path.with_name(MAP_ABOUT)
+    require_world(read_json(made) if made.is_file() else {}, path)
+    table = pd.read_csv(path)
+    if absent := [name for name in MAP_COLUMNS if name not in table.columns]:
+        raise ResultsRefused(f"{path} lacks the columns {', '.join(absent)}; `python -m npo_core map` makes it again.")
+    repeated = table[table.duplicated(["learning_rate", "distance", "seed"])]
+    if len(repeated):
+        cells = "; ".join(f"rate {r.learning_rate:g}, Δ = {r.distance:g}, seed {r.seed}" for r in repeated.itertuples())
+        raise ResultsRefused(f"{path} has cells twice: {cells}. Remove it and run `make map`.")
+    return table

@@ -49,16 +49,8 @@ def score_points(run: RunFolder) -> list[tuple[int, int, str]]:
 
 def newest_place(run: RunFolder, compute_step: int) -> tuple[int, int] | None:
     """Branch and policy step of the newest checkpoint at or before a compute step."""
-    saved: dict[int, set[int]] = {}
-    for line in reversed(run.metrics()):
-        if line["compute_step"] > compute_step:
-            continue
-        branch = line["branch"]
-        if branch not in saved:
-            saved[branch] = set(complete_checkpoints(run.branch(branch), resumable=False))
-        if line["policy_step"] in saved[branch]:
-            return branch, line["policy_step"]
-    return None
+    there = [place for place in saved_places(run) if place["compute_step"] <= compute_step]
+    return (there[-1]["branch"], there[-1]["policy_step"]) if there else None
 
 
 def _score_file(run: RunFolder, branch: int, step: int, sampling: str) -> Path:

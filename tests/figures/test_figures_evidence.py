@@ -30,8 +30,7 @@ from npo_core.runs.validation import SUITES, WORLD
 from npo_core.study.arms import ARMS as EVERY
 from npo_core.study.gates import RATES
 from npo_core.study.map import DISTANCES
-from npo_core.study.map_results import COLUMNS
-from npo_core.study.results import SCORE_COLUMNS, Evidence, ResultsRefused
+from npo_core.study.results import MAP_COLUMNS, SCORE_COLUMNS, Evidence, ResultsRefused
 
 BUDGET = 40
 SEEDS = (0, 1, 2)
@@ -550,7 +549,7 @@ def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is
     evidence.scores.to_csv(tmp_path / "evidence.csv", index=False)
     evidence.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
     (tmp_path / "evidence.json").write_text(json.dumps(evidence.about))
-    cells().reindex(columns=list(COLUMNS)).to_csv(tmp_path / "map.csv", index=False)
+    cells().reindex(columns=list(MAP_COLUMNS)).to_csv(tmp_path / "map.csv", index=False)
     (tmp_path / "map.json").write_text(json.dumps({"world": "another"}))
     with pytest.raises(ResultsRefused, match=r"map\.csv is of another small world"):
         figures.draw_study(tmp_path, tmp_path / "figures")

@@ -14,18 +14,15 @@ from npo_core.stages.prefix import shared_steps
 from npo_core.study import map as map_of_gain
 from npo_core.study.gates import RATES
 from npo_core.study.map import (
-    COLUMNS,
     DISTANCES,
     GRPO,
     collect_map,
-    has_map,
     map_markdown,
     markdown,
     plan_map,
     premise_predicts,
-    read_map,
 )
-from npo_core.study.results import MAP, ResultsRefused
+from npo_core.study.results import MAP, MAP_ABOUT, MAP_COLUMNS, ResultsRefused, has_map, read_map
 from npo_core.study.scores import score
 
 SMALL = {"rollout_every": 0, "checkpoint_every": 2}
@@ -75,7 +72,7 @@ def test_the_table_holds_grpo_at_as_many_rollouts_and_the_premise(tmp_path, monk
         stages.run(cell.config, tmp_path, quiet=True)
     collect_map(chosen, tmp_path, tmp_path)
     table = read_map(tmp_path)
-    assert table["distance"].tolist() == [0, 2] and table.columns.tolist() == list(COLUMNS)
+    assert table["distance"].tolist() == [0, 2] and table.columns.tolist() == list(MAP_COLUMNS)
     grpo, own, future = (cell.folder(tmp_path) for cell in chosen)
     for row, run in zip(table.to_dict("records"), (own, future), strict=True):
         result = run.result()
@@ -92,7 +89,7 @@ def test_the_table_holds_grpo_at_as_many_rollouts_and_the_premise(tmp_path, monk
     share = (step - first) / 2
     assert 0 < share < 1 and row["grpo"] == pytest.approx((1 - share) * levels[0] + share * levels[1], abs=1e-5)
     # a failed run leaves its place in the table
-    for lost, names in ((chosen[2], ["grpo", "npo", "difference"]), (chosen[0], [*COLUMNS[3:]])):
+    for lost, names in ((chosen[2], ["grpo", "npo", "difference"]), (chosen[0], [*MAP_COLUMNS[3:]])):
         folder = lost.folder(tmp_path).path
         moved = folder.rename(folder.with_name("moved"))
         lost.folder(tmp_path)
@@ -116,13 +113,13 @@ def table(gains, leads, seeds=3, noise=0.01):
         for seed in range(seeds):
             gained = gain + noise * (seed - (seeds - 1) / 2)
             rows.append((rate, distance, seed, 0.3, 0.5, 0.5 + gained, gained, 900, 800, 0.1 + lead, 0.1, lead))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(MAP_COLUMNS))
 
 
 def kept(found, folder, about={"world": WORLD}):  # noqa: B006
     found.to_csv(folder / MAP, index=False)
     if about is not None:
-        (folder / map_of_gain.ABOUT).write_text(json.dumps(about))
+        (folder / MAP_ABOUT).write_text(json.dumps(about))
     return folder
 
 

@@ -32,7 +32,7 @@ COLUMNS = [
 """Columns of a rollout table that are read; token ids and log-probs are not."""
 
 
-def group_before_after(run: str | Path, table: str | Path | None = None) -> Figure:
+def group_before_after(run: str | Path) -> Figure:
     """One guided group before and after the guide took its slot, with rewards and advantages (paper: mixed group).
 
     The first guided group that was all wrong is shown; without one, the first with a pass rate below a half, else the
@@ -41,13 +41,11 @@ def group_before_after(run: str | Path, table: str | Path | None = None) -> Figu
 
     Args:
         run: Run folder.
-        table: One of its rollout tables; None looks through all.
 
     Raises:
         ValueError: No guided group.
     """
-    tables = _tables(Path(run)) if table is None else [Path(table)]
-    found = None
+    tables, found = _tables(Path(run)), None
     for place, rows in ((path, rows) for path in tables for rows in _guided_groups(path)):
         rate = sum(_rewards_before(rows)) / len(rows)
         rank = 0 if rate == 0 else 1 if rate < 0.5 else 2
@@ -56,8 +54,10 @@ def group_before_after(run: str | Path, table: str | Path | None = None) -> Figu
         if rank == 0:
             break
     if found is None:
-        where = f"any of the {len(tables)} rollout tables of {run}" if table is None else str(table)
-        raise ValueError(f"There is no guided group in {where}; give a run that replayed with guidance.")
+        raise ValueError(
+            f"There is no guided group in any of the {len(tables)} rollout tables of {run}; give a run that replayed "
+            "with guidance."
+        )
     return _draw_group(found[1], found[2])
 
 

@@ -44,14 +44,12 @@ class Task:
         metric: Metric of the headline score, a fraction; We-Math's is text, "54.10%".
         form: Where a row keeps its verdict, 0 or 1: "number", the metric itself; "score", that entry of the metric;
             "problem", its entry `acc_score`, with `ID` and `key` to put problems together.
-        judge: Whether an LLM can be asked about answers that rules call wrong; no task needs one.
     """
 
     name: str
     suite: str
     metric: str = "acc_score"
     form: str = "number"
-    judge: bool = True
 
 
 _TASKS = (
@@ -59,7 +57,7 @@ _TASKS = (
     Task("mmmu_pro_vision_cot_reasoning", "mmmu_pro"),
     Task("mathvista_testmini_cot_reasoning", "mathvista"),
     Task("mathvision_reason_test_reasoning", "mathvision"),
-    Task("zerobench", "zerobench", "zerobench_exact_match", "score", judge=False),
+    Task("zerobench", "zerobench", "zerobench_exact_match", "score"),
     Task("wemath_testmini_reasoning", "wemath", "wemath_strict", "problem"),
     Task("mmbench_en_dev_reasoning", "mmbench"),
     Task("mmstar_reasoning", "mmstar"),

@@ -1,5 +1,6 @@
 """Off-line rollouts and scores: against an independent forward pass, and that sampling leaves no trace."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -458,9 +459,10 @@ def test_a_controller_samples_and_scores_off_line_as_its_trainers_train(tmp_path
         use_vllm = False
         args = SimpleNamespace(
             generation_kwargs={"no_repeat_ngram_size": 3}, tau_gate=0.6, generation_batch_size=16,
-            bf16=False, fp16=False, mask_unsampled=True,
+            mask_unsampled=True,
         )  # fmt: skip
-        model = SimpleNamespace(generation_config=GenerationConfig())
+        model = SimpleNamespace(generation_config=GenerationConfig(), dtype=torch.float32)
+        accelerator = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"), autocast=nullcontext)
         generation_config = GenerationConfig(suppress_tokens=[7], eos_token_id=2)
         max_completion_length, num_generations = 12, 4
         top_p, top_k, min_p, repetition_penalty = 0.9, 40, 0.01, 1.1

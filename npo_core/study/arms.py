@@ -89,6 +89,15 @@ SHARED = {"checkpoint_keep": 0}
 """Settings of every arm: all checkpoints stay resumable, so that arms can share beginnings and be scored on the way."""
 
 
+BEGUN_WITH: Mapping[str, Mapping[str, Any]] = {name: {"cache_rollouts": 8} for name in ("cpu", "cpu_tuned")}
+"""Settings that the study began with and a preset has changed since (docs/log.md), by preset."""
+
+
+def shared_settings(preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings of every run of the study that are not the preset's; what is given in `overrides` goes before."""
+    return {**SHARED, **BEGUN_WITH.get(preset, {}), **(overrides or {})}
+
+
 def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Settings of one arm and seed.
 
@@ -102,7 +111,7 @@ def arm_config(arm: str, preset: str, seed: int, overrides: Mapping[str, Any] | 
         ValueError: Unknown arm.
     """
     row = _named(ARMS, arm, "arm")
-    shared = {**SHARED, **(overrides or {})}
+    shared = shared_settings(preset, overrides)
     every = resolve_config("grpo", preset, seed, shared).checkpoint_every
     config = resolve_config(row.method, preset, seed, {**shared, **row.changes(every)})
     return config.with_changes(compute_steps=round(config.compute_steps * row.budget))
@@ -140,7 +149,7 @@ def ablation_configs(
         ValueError: Unknown ablation.
     """
     method, values = _named(ABLATIONS, name, "ablation")
-    plain = resolve_config(method, preset, seed, {**SHARED, **(overrides or {})})
+    plain = resolve_config(method, preset, seed, shared_settings(preset, overrides))
     runs = {}
     for changes in [{}, *values(plain)]:
         setting = next(iter(changes), next(iter(values(plain)[0])))

@@ -22,6 +22,7 @@ from ..method.stats import Estimate, holm, mean_interval, paired_t_test
 from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
+from .arms import shared_settings
 from .cells import Cell
 from .findings import SCHEMA, markdown_table, results_folder
 from .gates import RATES, measure_premise
@@ -66,7 +67,7 @@ def plan_map(
     cells = []
     for seed in seeds:
         for rate in rates:
-            chosen = {"checkpoint_keep": 0, **(overrides or {}), "learning_rate": rate}
+            chosen = {**shared_settings(preset, overrides), "learning_rate": rate}
             guided = {distance: _guided(preset, seed, distance, chosen) for distance in distances}
             longest = max(_grpo_steps(config) for config in guided.values())
             cells.append(Cell(GRPO, seed, resolve_config("grpo", preset, seed, {**chosen, "compute_steps": longest})))

@@ -548,7 +548,7 @@ def test_a_run_of_ours_is_measured_in_the_precision_and_over_the_vocabulary_of_i
     prepared = SimpleNamespace(
         base=folders["000000"], processor=tiny.processor, train=tiny.dataset, verifier=verifier
     )  # fmt: skip
-    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(stages, "run", lambda *_: SimpleNamespace(path=tmp_path, branch=lambda _: tmp_path))
     monkeypatch.setattr(stages, "prepare", lambda *_: prepared)
     monkeypatch.setattr(signal_run, "complete_checkpoints", lambda *_, **__: {10: folders["000010"]})
     monkeypatch.setattr(signal_run, "teacher_folder", lambda *_: folders["teacher"])

@@ -67,7 +67,7 @@ def add_stages(stages) -> None:
         "The evidence on SmolLM2-135M-Instruct, docs/evidence.md: five arms with each seed, one single-thread process "
         "a run, the premise along GRPO of seed 0 as soon as that is there, and the verdicts of the plan. Writes "
         "data/results/real/; a second call goes on where the first stopped. Two runs at a time take about 20 GB of "
-        "disk and 12 GB of memory."
+        "disk and 17 GB of memory."
     )
     stage = stages.add_parser("real-study", help="Run the arms of the real model over seeds.", description=text)
     stage.set_defaults(stage=_real_study)

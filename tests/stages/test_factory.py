@@ -67,7 +67,7 @@ def own(there, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_on_data_of_ones_own(own, tmp_path):
     """Trained, rolled back, guided and scored like the small world: data and policy are settings."""
-    run = stages.run(own("npo", compute_steps=18), tmp_path, quiet=True)
+    run = stages.run(own("npo", compute_steps=18, cache_rollouts=64), tmp_path, quiet=True)
     result = run.result()
     assert list(result["final"]["suites"]) == [HELD_OUT] and result["final"]["items"] == run.config.eval_problems
     assert len(result["interventions"]) == 2

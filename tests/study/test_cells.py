@@ -19,7 +19,11 @@ from npo_core.study.cells import Cell, about_run, collect, plan_cells, run_cell,
 from npo_core.study.results import ABOUT, SCORES, ResultsRefused, read_evidence
 from npo_core.study.scores import saved_places, score_points
 
-SMALL = {"compute_steps": 12, "scout_steps": 4, "early_window": 4, "late_step": 6, "late_start": 4, "rollout_every": 0}
+# rollouts enough that a scout solves some prompt that the policy failed, whatever is sampled
+SMALL = {
+    "compute_steps": 12, "scout_steps": 4, "early_window": 4, "late_step": 6, "late_start": 4, "rollout_every": 0,
+    "cache_rollouts": 32,
+}  # fmt: skip
 ARMS = ["NPO", "GRPO"]
 
 

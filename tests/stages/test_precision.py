@@ -12,6 +12,7 @@ from npo_core.runs.settings import SignalSettings
 from npo_core.stages import precision
 from npo_core.stages import run as stages
 from npo_core.stages.measure import Measurement
+from npo_core.world.computing import Computing
 from npo_core.world.policies import load_policy
 
 
@@ -96,6 +97,6 @@ def test_evaluation_and_measurement_compute_as_training_does(policy, tmp_path, s
         settings,
         load=lambda folder: spied(folder, seen),
         quiet=True,
-        bf16=setting == "bf16",
+        computing=Computing.of(config),
     ).run()
     assert set(seen) == {dtype}

@@ -13,7 +13,7 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-RUNS := data/runs
+RUNS := $(or $(NPO_RUNS),data/runs)
 
 # A stamp carries the hash of both requirement files: nothing is installed while they stay the same.
 PINS := $(shell cat requirements.txt pyproject.toml | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c1-12)

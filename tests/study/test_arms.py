@@ -110,3 +110,10 @@ def test_arms_share_the_steps_in_which_they_are_the_same_run(first, second, step
     """Preset cpu: scout of 40 steps, late intervention at policy step 260, which is compute step 300 after a scout."""
     configs = arm_config(first, "cpu", 0), arm_config(second, "cpu", 0)
     assert shared_steps(*configs) == shared_steps(*configs[::-1]) == steps
+
+
+def test_the_study_keeps_the_tries_that_it_began_with():
+    for preset in ("cpu", "cpu_tuned"):
+        assert resolve_config("autonpo", preset).cache_rollouts == 2
+        assert {arm_config(arm, preset, 0).cache_rollouts for arm in ARMS} == {8}
+    assert arm_config("AutoNPO", "smoke", 0).cache_rollouts == resolve_config("autonpo", "smoke").cache_rollouts

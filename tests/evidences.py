@@ -1,6 +1,8 @@
 """Small results of a study, made up so that every statistic of them is known; for tests alone."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import pandas as pd
 from npo_core.runs.validation import WORLD
 from npo_core.study.arms import ARMS
 from npo_core.study.findings import SCHEMA
-from npo_core.study.results import SAMPLINGS, SCORE_COLUMNS, Evidence
+from npo_core.study.results import ABOUT, SAMPLINGS, SCORE_COLUMNS, SCORES, TRAINING, Evidence
 
 SUITES = ("mathvista", "mmstar")
 STEPS = 40
@@ -114,3 +116,11 @@ def run_of(arm: str, seed: int, end: int) -> dict:
         "wall_seconds": 1.0,
         "interventions": [jump | {"at_edge": None, "quality": None, "variance": None}] if back else [],
     }
+
+
+def write_evidence(folder: Path, found: Evidence) -> None:
+    """Write results as `python -m npo_core study` does."""
+    folder.mkdir(exist_ok=True)
+    found.scores.to_csv(folder / SCORES, index=False)
+    found.training.to_parquet(folder / TRAINING, index=False)
+    (folder / ABOUT).write_text(json.dumps(found.about))

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from ..study.findings import paper_table
 from ..study.real_results import find_real, read_real
-from ..study.results import has_evidence, has_map, read_evidence, read_map
+from ..study.results import find_tuned, has_evidence, has_map, read_evidence, read_map
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table
@@ -28,8 +28,8 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
     """Draw the idea and, where there are results, every figure of the study; save them as PNG and SVG.
 
     Args:
-        results: Folder that `python -m npo_core study` made, or one without a study; where the map of the gain lies
-            beside the study, or that of the real model in it, its figure is drawn too. That of `real-study --out` too.
+        results: Folder that `python -m npo_core study` made, or one without a study; what lies beside the study is
+            drawn too: the tuned regime, the map of the gain, the real model. The folder of `real-study --out` too.
         target: Folder of the figures.
 
     Returns:
@@ -54,4 +54,6 @@ def _of_study(results: Path) -> dict[str, Figure]:
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
     if has_map(results):
         figures["evidence_map"] = gain_map(read_map(results))
+    if (tuned := find_tuned(results)) is not None:
+        figures["findings_tuned"] = findings(read_evidence(tuned))
     return figures

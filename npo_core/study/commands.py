@@ -102,24 +102,34 @@ def _map(options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from . import claims, comparisons, real_claims, real_results
     from . import map as map_of_gain
+    from . import real_claims, real_results
     from .findings import results_folder
-    from .results import has_evidence, read_evidence
+    from .results import find_tuned, has_evidence
 
     folder = results_folder(options.results)
     real = real_results.find_real(folder)
     if real is not None and not has_evidence(folder):
         print(real_claims.write(real))
         return 0
-    found = read_evidence(folder)
-    made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
-    tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
-    print(*tables, f"Runs by revision of the code: {made}.", claims.decide(found, options.results), sep="\n\n")
-    print("\n" + map_of_gain.markdown(options.results))
+    print(_study_in_words(folder))
+    if (tuned := find_tuned(folder)) is not None:
+        print("\nThe tuned regime:\n\n" + _study_in_words(tuned))
+    print("\n" + map_of_gain.markdown(folder))
     if real is not None:
         print("\nThe real model:\n\n" + real_claims.write(real))
     return 0
+
+
+def _study_in_words(folder: Path) -> str:
+    """Tables of arms and verdicts of the study in a folder, in Markdown; its verdicts are written there."""
+    from . import claims, comparisons
+    from .results import read_evidence
+
+    found = read_evidence(folder)
+    made = ", ".join(f"{count} by {revision[:7]}" for revision, count in found.revisions.items())
+    tables = [comparisons.arm_markdown(found), comparisons.secondary_markdown(found)]
+    return "\n\n".join([*tables, f"Runs by revision of the code: {made}.", claims.decide(found, folder)])
 
 
 def _gates(options: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ SCORES, TRAINING, ABOUT = "evidence.csv", "evidence_training.parquet", "evidence
 """File names in the folder of results."""
 MAP, MAP_ABOUT = "map.csv", "map.json"
 """There too: the map of the gain, and what made it."""
+TUNED = "cpu_tuned"
+"""There too: the folder of the study in the tuned regime, named as its preset."""
 MAP_COLUMNS = (
     *("learning_rate", "distance", "seed", "base", "grpo", "npo", "difference", "rollouts", "grpo_rollouts"),
     *("guide_solves", "own_solves", "lead"),
@@ -97,6 +99,12 @@ class Evidence:
 def has_evidence(folder: Path | None = None) -> bool:
     """Whether results of a study lie in a folder; the project's `data/results` if None."""
     return (results_folder(folder) / ABOUT).is_file()
+
+
+def find_tuned(folder: str | Path | None = None) -> Path | None:
+    """Folder of the study in the tuned regime, beside the results in a folder; None if there is none."""
+    place = results_folder(folder) / TUNED
+    return place if has_evidence(place) else None
 
 
 def read_evidence(folder: str | Path | None = None) -> Evidence:

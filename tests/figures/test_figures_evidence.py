@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 from evidences import evidence as made_up
+from evidences import write_evidence
 from legible import assert_legible
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
@@ -30,7 +31,7 @@ from npo_core.runs.validation import SUITES, WORLD
 from npo_core.study.arms import ARMS as EVERY
 from npo_core.study.gates import RATES
 from npo_core.study.map import DISTANCES
-from npo_core.study.results import MAP_COLUMNS, SCORE_COLUMNS, Evidence, ResultsRefused
+from npo_core.study.results import MAP_COLUMNS, SCORE_COLUMNS, TUNED, Evidence, ResultsRefused
 
 BUDGET = 40
 SEEDS = (0, 1, 2)
@@ -545,16 +546,15 @@ def test_missing_arms_are_named_where_they_are_needed(paper):
         gain_map(cells()[:0])
 
 
-def test_the_committed_figures_are_those_of_the_study_and_of_the_map_where_it_is_there(evidence, tmp_path):
-    evidence.scores.to_csv(tmp_path / "evidence.csv", index=False)
-    evidence.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
-    (tmp_path / "evidence.json").write_text(json.dumps(evidence.about))
+def test_the_committed_figures_are_those_of_both_regimes_and_of_the_map_where_they_are_there(evidence, tmp_path):
+    for folder in (tmp_path, tmp_path / TUNED):
+        write_evidence(folder, evidence)
     cells().reindex(columns=list(MAP_COLUMNS)).to_csv(tmp_path / "map.csv", index=False)
     (tmp_path / "map.json").write_text(json.dumps({"world": "another"}))
     with pytest.raises(ResultsRefused, match=r"map\.csv is of another small world"):
         figures.draw_study(tmp_path, tmp_path / "figures")
     (tmp_path / "map.json").write_text(json.dumps({"world": WORLD}))
     drawn = figures.draw_study(tmp_path, tmp_path / "figures")
-    names = ["differences", "training", "correction", "controls", "suites", "map"]
-    assert [path.name for path in drawn] == ["idea.png", "findings.png", *(f"evidence_{name}.png" for name in names)]
+    names = [f"evidence_{name}" for name in ("differences", "training", "correction", "controls", "suites", "map")]
+    assert [path.stem for path in drawn] == ["idea", "findings", *names, "findings_tuned"]
     assert all(path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file() for path in drawn)

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from evidences import evidence
+from evidences import evidence, write_evidence
 from real_evidences import BASE, write_results
 
 from npo_core.__main__ import main
@@ -20,7 +20,7 @@ from npo_core.study.real_claims import (
     write,
 )
 from npo_core.study.real_results import ABOUT, CLAIMS, EXACT, REAL_ARMS, SCORES, read_real
-from npo_core.study.results import ResultsRefused
+from npo_core.study.results import TUNED, ResultsRefused
 from npo_core.study.verdicts import FEW
 
 GRPO = (0.50, 0.51, 0.49)
@@ -224,13 +224,24 @@ def test_half_written_and_mixed_results_are_refused(tmp_path):
 
 def test_beside_the_small_world_they_stand_after_its_verdicts(tmp_path, capsys):
     small = evidence({"NPO": (0.05, 0.06, 0.07), "GRPO, groups of 16": (0.01, 0.02, 0.0)})
-    small.scores.to_csv(tmp_path / "evidence.csv", index=False)
-    small.training.to_parquet(tmp_path / "evidence_training.parquet", index=False)
-    (tmp_path / "evidence.json").write_text(json.dumps(small.about))
+    write_evidence(tmp_path, small)
     assert main(["claims", "--results", str(tmp_path)]) == 0
     alone = capsys.readouterr().out
-    assert "The real model" not in alone
+    assert "The real model" not in alone and "The tuned regime" not in alone
     write_results(tmp_path / "real", EVEN)
     assert main(["claims", "--results", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(alone + "\nThe real model:\n") and "Whole seeds (all arms): 0, 1, 2." in said
+
+
+def test_the_tuned_regime_stands_between_them_with_verdicts_of_its_own(tmp_path, capsys):
+    write_evidence(tmp_path, evidence({"NPO": (0.05, 0.06, 0.07)}))
+    assert main(["claims", "--results", str(tmp_path)]) == 0
+    alone = capsys.readouterr().out
+    write_evidence(tmp_path / TUNED, evidence({"NPO": (-0.05, -0.06, -0.07)}))
+    write_results(tmp_path / "real", EVEN)
+    assert main(["claims", "--results", str(tmp_path)]) == 0
+    first, rest = capsys.readouterr().out.split("\nThe tuned regime:\n\n")
+    assert alone.startswith(first) and "+0.060" in first and "\nThe real model:\n" in rest
+    assert main(["claims", "--results", str(tmp_path / TUNED)]) == 0
+    assert rest.startswith(capsys.readouterr().out.rstrip()) and "-0.060" in rest

@@ -7,7 +7,7 @@ Colours are seaborn's "colorblind" palette, and no text is smaller than 8 pt at 
 from .benchmarks import benchmark_table
 from .committed import draw_study
 from .curves import plateau, rollout_curves, training_curves
-from .distance import signal_over_distance
+from .distance import gain_over_distance
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table
@@ -26,6 +26,7 @@ __all__ = [
     "draw_study",
     "findings",
     "gain_map",
+    "gain_over_distance",
     "group_before_after",
     "guided_group",
     "intervention_signals",
@@ -37,7 +38,6 @@ __all__ = [
     "sample_gallery",
     "save_figure",
     "signal_curves",
-    "signal_over_distance",
     "suite_pass_rates",
     "suite_table",
     "training_curves",

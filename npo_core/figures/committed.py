@@ -4,9 +4,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..study.claims import signal_results
 from ..study.findings import paper_table
 from ..study.real_results import find_real, read_real
 from ..study.results import find_tuned, has_evidence, has_map, read_evidence, read_map
+from .distance import gain_over_distance
 from .evidence import arm_differences, controls, correction_ablation, training_with_interventions
 from .findings import findings
 from .grids import gain_map, suite_table
@@ -29,7 +31,8 @@ def draw_study(results: str | Path, target: str | Path) -> list[Path]:
 
     Args:
         results: Folder that `python -m npo_core study` made, or one without a study; what lies beside the study is
-            drawn too: the tuned regime, the map of the gain, the real model. The folder of `real-study --out` too.
+            drawn too: the tuned regime, the signal over seeds, the map of the gain, the real
+            model. The folder of `real-study --out` too.
         target: Folder of the figures.
 
     Returns:
@@ -54,6 +57,8 @@ def _of_study(results: Path) -> dict[str, Figure]:
     figures["evidence_suites"] = suite_table(evidence, paper_table().reset_index())
     if has_map(results):
         figures["evidence_map"] = gain_map(read_map(results))
+    if (signal := signal_results(results)) is not None:
+        figures["signal"] = gain_over_distance(signal)
     if (tuned := find_tuned(results)) is not None:
         figures["findings_tuned"] = findings(read_evidence(tuned))
     return figures

@@ -546,7 +546,7 @@ def test_missing_arms_are_named_where_they_are_needed(paper):
         gain_map(cells()[:0])
 
 
-def test_the_committed_figures_are_those_of_both_regimes_and_of_the_map_where_they_are_there(evidence, tmp_path):
+def test_the_committed_figures_are_those_of_both_regimes_the_signal_and_the_map_where_there(evidence, tmp_path):
     for folder in (tmp_path, tmp_path / TUNED):
         write_evidence(folder, evidence)
     cells().reindex(columns=list(MAP_COLUMNS)).to_csv(tmp_path / "map.csv", index=False)
@@ -554,7 +554,12 @@ def test_the_committed_figures_are_those_of_both_regimes_and_of_the_map_where_th
     with pytest.raises(ResultsRefused, match=r"map\.csv is of another small world"):
         figures.draw_study(tmp_path, tmp_path / "figures")
     (tmp_path / "map.json").write_text(json.dumps({"world": WORLD}))
+    pair = {"seed": 0, "origin": 0, "distance": 10}
+    costs = {f"{of}gradient_{mode}": 1.0 for of in ("", "signal_") for mode in ("current", "exact")}
+    gains = [{**pair, "mode": mode, "gain": 0.1} for mode in ("current", "exact")]
+    signal = {"world": WORLD, "seeds": [0], "table": [{**pair, "quality": 0.2, **costs}], "gain": gains}
+    (tmp_path / "signal.json").write_text(json.dumps(signal))
     drawn = figures.draw_study(tmp_path, tmp_path / "figures")
     names = [f"evidence_{name}" for name in ("differences", "training", "correction", "controls", "suites", "map")]
-    assert [path.stem for path in drawn] == ["idea", "findings", *names, "findings_tuned"]
+    assert [path.stem for path in drawn] == ["idea", "findings", *names, "signal", "findings_tuned"]
     assert all(path.stat().st_size > 10_000 and path.with_suffix(".svg").is_file() for path in drawn)

@@ -11,11 +11,11 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
 
 from npo_core.figures import (
+    gain_over_distance,
     proxy_agreement,
     quality_stability,
     save_figure,
     signal_curves,
-    signal_over_distance,
 )
 from npo_core.figures.signal import COST_COLORS, PROXY_NAMES, interval_text, log_axis
 from npo_core.figures.style import canvas
@@ -365,72 +365,53 @@ def test_drawing_leaves_the_style_of_the_session_alone_and_no_figure_open(measur
     assert plt.get_fignums() == []
 
 
-# S over the distance, one panel
+# Distance, over seeds: what a guide should be worth, and what it was
 
 
-def lines_of(figure):
-    [axes] = figure.axes
-    return axes, {line.get_label(): line for line in axes.lines}
+def of_seeds(seeds):
+    """Content of `signal.json` as far as it is drawn: from the base policy to Δ = 40, from step 100 to Δ = 20."""
+    table, gains = [], []
+    for seed in seeds:
+        for origin, distances in ((0, (0, 10, 40)), (100, (0, 20))):
+            for distance in distances:
+                quality, cost = 0.1 + 0.01 * distance + 0.02 * seed, 1.0 + distance * (1 + seed)
+                costs = {"gradient_current": 2.0, "gradient_exact": cost}
+                signals = {f"signal_{name}": quality / value for name, value in costs.items()}
+                pair = {"seed": seed, "origin": origin, "distance": distance}
+                table.append({**pair, "quality": quality, **costs, **signals})
+                for mode, sign in (("current", 1), ("exact", -1)):
+                    gains.append({**pair, "mode": mode, "gain": sign * quality})
+            table.append({**pair, "distance": None, "quality": 1.0, **costs, **signals})  # a teacher is at none
+    return {"seeds": list(seeds), "table": table, "gain": gains}
 
 
-def test_one_panel_shows_s_its_interval_over_prompts_and_its_maximum(tmp_path):
-    write(tmp_path, {0: rows_of(0)})
-    figure = signal_over_distance(tmp_path, signal="signal_gradient_exact")
-    axes, lines = lines_of(figure)
-    expected = [estimates(0, d)["quality"] / estimates(0, d)["gradient_exact"] for d in DISTANCES]
-    [curve] = [line for line in axes.lines if len(line.get_xdata()) == len(DISTANCES)]
-    assert list(curve.get_xdata()) == list(DISTANCES)
-    assert curve.get_ydata() == pytest.approx(expected)
-    best = int(np.argmax(expected))
-    assert 0 < best < len(DISTANCES) - 1
-    star = lines[f"Δ* = {DISTANCES[best]}"]
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (DISTANCES[best], pytest.approx(expected[best]))
-    band = axes.collections[0].get_paths()[0].vertices
-    assert band[:, 1].min() == pytest.approx(0.8 * min(expected))
-    assert axes.collections[0].get_label() == "95 % interval over prompts, one run"
-    assert_legible({"S": figure})
+def test_quality_cost_signal_and_gain_stand_over_one_distance_by_seed_and_as_their_middle():
+    figure = gain_over_distance(of_seeds([0, 1, 5]))
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["from the base policy", "from policy step 100"]
+    quality, cost, signal, gain = figure.axes[:4]
+    assert list(line_of(quality, "Q").get_xdata()) == [0, 10, 40]
+    assert line_of(quality, "Q").get_ydata() == pytest.approx([0.14, 0.24, 0.54])
+    assert line_of(quality, "Q, seed 5").get_ydata() == pytest.approx([0.2, 0.3, 0.6])
+    assert line_of(cost, "V, exact").get_ydata() == pytest.approx([1, 21, 81])  # of 11, 21, 61: the median
+    assert cost.get_yscale() == "log" and line_of(cost, "V, current").get_ydata() == pytest.approx([2, 2, 2])
+    assert line_of(signal, "S, current").get_ydata() == pytest.approx([0.07, 0.12, 0.27])
+    assert line_of(gain, "gain, exact").get_ydata() == pytest.approx([-0.14, -0.24, -0.54])
+    assert same_color(line_of(gain, "gain, exact").get_color(), line_of(signal, "S, exact").get_color())
+    assert line_of(figure.axes[4], "Q").get_ydata() == pytest.approx([0.14, 0.34])
+    assert gain.get_ylim() == figure.axes[7].get_ylim()
+    assert "mean over 3 seeds (V: median)" in legends_of(figure)
+    assert_legible({"distance": figure})
 
 
-def test_a_maximum_at_the_edge_is_said_to_be_one(tmp_path):
-    rows = [r if r["distance"] != 160 else {**r, "signal_kl": 9.0} for r in rows_of(0)]
-    write(tmp_path, {0: rows})
-    _, lines = lines_of(signal_over_distance(tmp_path))
-    star = lines["Δ* = 160, at the edge: no maximum inside"]
-    assert star.get_markerfacecolor() == "white"
+def test_one_seed_is_said_to_be_one_and_a_distance_that_a_seed_lacks_has_no_mean():
+    assert "one seed" in legends_of(gain_over_distance(of_seeds([2])))
+    some = of_seeds([0, 1])
+    some["gain"] = [row for row in some["gain"] if (row["seed"], row["distance"]) != (1, 10)]
+    gain = gain_over_distance(some).axes[3]
+    assert list(line_of(gain, "gain, current").get_xdata()) == [0, 40]
+    assert list(line_of(gain, "gain, current, seed 0").get_xdata()) == [0, 10, 40]
 
 
-def test_over_seeds_the_interval_is_students_t(tmp_path):
-    scales = (0.9, 1.0, 1.4)
-    for seed, scale in enumerate(scales):
-        rows = [
-            {**r, "signal_kl": scale * (1 + r["distance"] / 100)} for r in rows_of(0) if r["distance"] in (0, 10, 40)
-        ]
-        write(tmp_path / str(seed), {0: rows})
-    figure = signal_over_distance([tmp_path / str(seed) for seed in range(3)])
-    axes, _ = lines_of(figure)
-    mean = np.mean(scales)
-    [thick] = [line for line in axes.lines if line.get_linewidth() > 1 and line.get_marker() == "o"]
-    assert thick.get_ydata() == pytest.approx([mean, mean * 1.1, mean * 1.4])
-    half = 4.302653 * np.std(scales, ddof=1) / np.sqrt(3)  # t at 0.975 with two degrees of freedom
-    band = axes.collections[0].get_paths()[0].vertices
-    assert band[:, 1].max() == pytest.approx((mean + half) * 1.4, rel=1e-5)
-    assert axes.collections[0].get_label() == "95 % interval over 3 seeds"
-    assert_legible({"S": figure})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"origin": 7}, "measures from .*not from policy step 7"),
-        ({"signal": "signal_of_hope"}, "holds no 'signal_of_hope'; available: signal_"),
-    ],
-)
-def test_an_unknown_origin_or_s_is_refused(tmp_path, arguments, message):
-    write(tmp_path, {0: rows_of(0)})
-    with pytest.raises(ValueError, match=message):
-        signal_over_distance(tmp_path, **arguments)
-
-
-def test_no_folder_is_refused():
-    with pytest.raises(ValueError, match="folders is empty"):
-        signal_over_distance([])
+def test_a_signal_without_guided_windows_is_refused():
+    with pytest.raises(ValueError, match="no guided window; `python -m npo_core signal-study` trains them"):
+        gain_over_distance({**of_seeds([0]), "gain": []})

@@ -32,6 +32,7 @@ from ..world.data import DataSettings, RowsByUid, checked_rows, hold_out, image_
 from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
 from ..world.sources import TEST_SEED, made_source
+from ..world.speed.heads import score_responses_alone
 from ..world.tasks import PathVerifier, make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
 
@@ -301,6 +302,8 @@ class TrainerMaker:
             )
         if read_launcher(self.config.launcher).sharded:
             train_sharded(trainer)
+        else:
+            score_responses_alone(trainer.model)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         self._engine = engine_of(trainer)

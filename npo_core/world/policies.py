@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 from ..files import read_json
 from ..guidance.fingerprints import tokenizer_of
 from ..processes import own_device
+from .speed.heads import group_heads
 from .speed.prompts import SharedPrompts
 from .speed.sharing import share_work
 from .speed.words import share_words
@@ -278,6 +279,7 @@ def load_policy(
     if share:
         share_work(model)
         share_words(model)
+        group_heads(model)
     if config.get_text_config().tie_word_embeddings:
         # tied heads are not in the file; this tells transformers' Trainer that their absence there is no fault
         model._keys_to_ignore_on_save = {"lm_head.weight"}

@@ -180,7 +180,8 @@ def _gain_parser(stages) -> None:
 def _evidence_parser(stages) -> None:
     text = (
         "The evidence study: every arm with every seed, one single-thread process a run, then data/results/ with the "
-        "comparisons and verdicts (hours on two cores). A second call goes on where the first stopped."
+        "comparisons and verdicts (hours on two cores). A second call goes on where the first stopped; seeds that the "
+        "results have of another call stay."
     )
     stage = stages.add_parser("study", help="Run arms x seeds, and write results and verdicts.", description=text)
     stage.set_defaults(stage=_evidence)

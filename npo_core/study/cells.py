@@ -29,7 +29,8 @@ from ..stages import run as stages
 from .arms import ARMS, arm_config, repeats_grpo
 from .families import AXES, CLOCKS, COUNTED, REFERENCES, compared_on
 from .findings import SCHEMA, results_folder
-from .results import ABOUT, SCORE_COLUMNS, SCORES, TRAINING, check_evidence
+from .joining import join_evidence
+from .results import ABOUT, SCORE_COLUMNS, SCORES, TRAINING, Evidence, check_evidence
 from .scores import finished, saved_places, score, score_points
 
 ORDER = ("GRPO, longer", "GRPO", "NPO", *ARMS)
@@ -188,6 +189,8 @@ def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
 def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
     """Write the results of finished cells; refuse to when a cell is neither finished nor failed.
 
+    Seeds that the folder has of another call stay in it, so a study grows seed by seed.
+
     Args:
         cells: Cells of the study.
         root: Folder of all runs.
@@ -197,7 +200,8 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         The files written.
 
     Raises:
-        ResultsRefused: Cells are missing or do not belong together; see `results.check_evidence`.
+        ResultsRefused: Cells are missing or do not belong together, or with what the folder has; see
+            `results.check_evidence` and `joining.join_evidence`. Nothing is written.
     """
     folder = results_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,9 +232,10 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
     for column in training.columns[training.dtypes == np.float64]:
         training[column] = training[column].astype(np.float32)
     with Lock(folder / "lock.json", f"The results {folder}").holding():  # three files that belong together
-        write_whole(folder / SCORES, lambda path: scores.to_csv(path, index=False, float_format="%.6f"))
-        write_whole(folder / TRAINING, lambda path: training.to_parquet(path, index=False, compression="zstd"))
-        write_json(folder / ABOUT, about)
+        found = join_evidence(Evidence(scores, training, about), folder)
+        write_whole(folder / SCORES, lambda path: found.scores.to_csv(path, index=False, float_format="%.6f"))
+        write_whole(folder / TRAINING, lambda path: found.training.to_parquet(path, index=False, compression="zstd"))
+        write_json(folder / ABOUT, found.about)
     return [folder / name for name in (SCORES, TRAINING, ABOUT)]
 
 

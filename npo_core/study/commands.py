@@ -40,7 +40,7 @@ def add_stages(stages) -> None:
     """Add the stages to a parser's subparsers."""
     text = (
         "When does guidance pay? The gain of one guided window at equal total rollouts over learning rate and "
-        "distance, and the premise beside it; writes data/results/map.csv."
+        "distance, and the premise beside it; writes data/results/map.csv. Seeds that it has of another call stay."
     )
     stage = stages.add_parser("map", help="Run the map of the gain, and write its results.", description=text)
     stage.set_defaults(stage=_map)
@@ -78,8 +78,8 @@ def add_stages(stages) -> None:
 
     text = (
         "Premise, Q, V and S from several policies of the GRPO run of each seed, and guided windows from them: does S "
-        "predict the gain? Writes data/results/signal.json; a second call goes on where the first stopped. Half an "
-        "hour of a core for a seed of preset cpu."
+        "predict the gain? Writes data/results/signal.json; a second call goes on where the first stopped, and seeds "
+        "that it has of another call stay. Half an hour of a core for a seed of preset cpu."
     )
     about = "Measure the signal over seeds, and what it predicts."
     stage = stages.add_parser("signal-study", help=about, description=text)

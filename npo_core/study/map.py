@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import read_json, write_json, write_whole
+from ..lock import Lock
 from ..method.curve import rank_correlation
 from ..method.stats import Estimate, holm, mean_interval, paired_t_test
 from ..runs.config import RunConfig, resolve_config
@@ -26,6 +27,7 @@ from .arms import shared_settings
 from .cells import Cell
 from .findings import SCHEMA, markdown_table, results_folder
 from .gates import RATES, measure_premise
+from .joining import join_map
 from .results import MAP, MAP_ABOUT, MAP_COLUMNS, ResultsRefused, has_map, read_map
 from .scores import saved_places, score
 from .signal_claims import LEAST
@@ -96,10 +98,12 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
     spent as many rollouts as the guided run in all (on a line between its checkpoints before and after), and of the
     guided run at its end; difference; rollouts of the guided run, off-line ones included, and of GRPO's checkpoint
     before; guide_solves and own_solves: shares of the prompts failed by the base policy that guide and own resample
-    solve in 8 rollouts; lead, the first minus the second. What a failed run would have given is NaN.
+    solve in 8 rollouts; lead, the first minus the second. What a failed run would have given is NaN. Seeds that the
+    folder has of another call stay in it.
 
     Raises:
-        ResultsRefused: A run is neither finished nor failed, or versions are mixed.
+        ResultsRefused: A run is neither finished nor failed, versions are mixed, or the runs do not belong with those
+            that the folder has (`joining.join_map`). Nothing is written.
     """
     folder = results_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,8 +146,10 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
         ],
     }
     table = pd.DataFrame(rows, columns=list(MAP_COLUMNS))
-    write_whole(folder / MAP, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
-    write_json(folder / MAP_ABOUT, about)
+    with Lock(folder / "lock.json", f"The results {folder}").holding():
+        table, about = join_map(table, about, folder)
+        write_whole(folder / MAP, lambda path: table.to_csv(path, index=False, float_format="%.6g"))
+        write_json(folder / MAP_ABOUT, about)
     return [folder / MAP, folder / MAP_ABOUT]
 
 

@@ -31,8 +31,9 @@ from ..world.policies import load_processor
 from ..world.warmstart import base_policy_folder
 from .cells import Cell, about_run, run_cells, score_rows
 from .findings import SCHEMA
+from .joining import require_one_kind
 from .real_results import ABOUT, EXACT, PREMISE, REAL_ARMS, SCORES, real_folder
-from .results import ResultsRefused, mixture_complaints
+from .results import mixture_complaints
 from .scores import SETTLED, saved_places
 
 SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
@@ -213,9 +214,7 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
     with Lock(folder / "lock.json", f"The results {folder}").holding():
         rows = [*_others(_read_rows(folder, SCORES), made), *(row for one in found for row in one["rows"])]
         runs = [*_others(_read_runs(folder), made), *(one["about"] for one in found)]
-        if complaints := [*mixture_complaints(runs), *_rate_complaints(runs)]:
-            listed = "\n".join(f"- {line}" for line in complaints)
-            raise ResultsRefused(f"The runs do not belong with those in {folder}; give another folder.\n{listed}")
+        require_one_kind(folder, [*mixture_complaints(runs), *_rate_complaints(runs)])
         table = pd.DataFrame(rows).sort_values(["seed", "arm", "compute_step", "sampling", "suite"])
         about = {
             "schema": SCHEMA,

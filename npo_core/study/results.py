@@ -118,7 +118,8 @@ def read_evidence(folder: str | Path | None = None) -> Evidence:
         ResultsRefused: See `check_evidence`.
     """
     folder = results_folder(folder or None)
-    about = read_about(folder, (SCORES, TRAINING, ABOUT), "study")
+    stage = f"study --preset {TUNED}" if folder.name == TUNED else "study"
+    about = read_about(folder, (SCORES, TRAINING, ABOUT), stage)
     require_world(about, folder / ABOUT)
     scores = pd.read_csv(folder / SCORES)
     check_evidence(scores, about)

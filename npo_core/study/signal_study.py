@@ -26,6 +26,7 @@ from ..stages.signal_run import measure_run, settings_for
 from .arms import arm_config
 from .findings import SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
+from .joining import join_signal
 from .signal_claims import interior_peak, predicts, premise_holds, shapes
 
 ORIGINS = (0, 100, 200)
@@ -165,14 +166,12 @@ def predictions(table: Sequence[Mapping[str, Any]], gains: Sequence[Mapping[str,
 
 def _predicted(predictor: str, row: Mapping[str, Any], own: Mapping[str, Any], mode: str) -> float:
     cost = COST_OF[mode]
-    values = {
-        "signal": row[Signal(Quality.MANY, cost).name],
-        "quality": row[Quality.MANY],
-        "lead": row[Quality.MANY] - own[Quality.MANY],
-        "lead over cost": (row[Quality.MANY] - own[Quality.MANY]) / row[cost],
-    }
-    value = values[predictor]
-    return np.nan if value is None else value
+    signal, quality, spent, resample = (
+        np.nan if value is None else value  # as a file has it
+        for value in (row[Signal(Quality.MANY, cost).name], row[Quality.MANY], row[cost], own[Quality.MANY])
+    )
+    lead = quality - resample
+    return {"signal": signal, "quality": quality, "lead": lead, "lead over cost": lead / spent}[predictor]
 
 
 def run_signal_study(
@@ -187,7 +186,7 @@ def run_signal_study(
 ) -> Path:
     """Measure all seeds, one after the other, and write `signal.json`; what is there of them is loaded.
 
-    Of two at once, each waits for what the other is making and loads it; the seeds of the last one stay in the file.
+    Of two at once, each waits for what the other is making and loads it. Other seeds that the file has stay in it.
 
     Args:
         preset: Name of a preset.
@@ -201,6 +200,7 @@ def run_signal_study(
 
     Raises:
         ValueError: No seed; the plan needs checkpoints that the run has not, see `GainPlan.check`.
+        ResultsRefused: The seeds do not belong with those in the file, see `joining.join_signal`.
     """
     if not len(seeds):
         raise ValueError("No seed is named, so there is nothing to measure; name at least one.")
@@ -210,7 +210,8 @@ def run_signal_study(
     found = [measure_seed(config, plan, origins, root, quiet) for config in configs]
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "lock.json", f"The results {folder}").holding():
-        write_json(folder / RESULT, summarise_seeds(sorted(found, key=lambda one: one["seed"]), plan))
+        summary = summarise_seeds(sorted(found, key=lambda one: one["seed"]), plan)
+        write_json(folder / RESULT, as_json(join_signal(summary, folder / RESULT, predictions)))
     return folder / RESULT
 
 

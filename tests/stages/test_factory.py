@@ -185,6 +185,18 @@ def test_passes_of_a_sharded_policy_are_reduced_one_by_one(tmp_path, monkeypatch
         assert (made or {}).get("sync_each_batch") is wanted
 
 
+def test_a_policy_scores_responses_alone_where_it_is_whole(tmp_path, monkeypatch):
+    done = []
+    for name in ("score_responses_alone", "train_sharded"):
+        monkeypatch.setattr(f"npo_core.stages.factory.{name}", lambda given, name=name: done.append((name, given)))
+    for launcher in ("one_gpu", "one_node"):
+        config = resolve_config("grpo", "smoke", overrides={"launcher": launcher})
+        trainer = TrainerMaker(config, prepare(config, quiet=True))(tmp_path / launcher)
+        sharded = launcher == "one_node"
+        assert done.pop() == (("train_sharded", trainer) if sharded else ("score_responses_alone", trainer.model))
+        assert not done
+
+
 def test_only_the_writing_process_lists_refused_rows(own, monkeypatch):
     """The files of all have one name on a shared disk, where process numbers of containers coincide."""
     asked = []

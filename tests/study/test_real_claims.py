@@ -20,7 +20,7 @@ from npo_core.study.real_claims import (
     write,
 )
 from npo_core.study.real_results import ABOUT, CLAIMS, EXACT, REAL_ARMS, SCORES, read_real
-from npo_core.study.results import TUNED, ResultsRefused
+from npo_core.study.results import TUNED, ResultsRefused, read_evidence
 from npo_core.study.verdicts import FEW
 
 GRPO = (0.50, 0.51, 0.49)
@@ -245,3 +245,7 @@ def test_the_tuned_regime_stands_between_them_with_verdicts_of_its_own(tmp_path,
     assert alone.startswith(first) and "+0.060" in first and "\nThe real model:\n" in rest
     assert main(["claims", "--results", str(tmp_path / TUNED)]) == 0
     assert rest.startswith(capsys.readouterr().out.rstrip()) and "-0.060" in rest
+    (tmp_path / TUNED / "evidence.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks evidence\.csv; `python -m npo_core study --preset cpu_tuned`"):
+        read_evidence(tmp_path / TUNED)
+    assert main(["claims", "--results", str(tmp_path)]) != 0

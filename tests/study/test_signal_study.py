@@ -178,7 +178,7 @@ def test_a_seed_is_measured_on_the_run_of_the_study_of_arms(overrides, tmp_path,
     """Its checkpoints all stay resumable: windows begin at step 100 of 400, and preset cpu keeps twenty of forty."""
     measured = []
     monkeypatch.setattr(signal_study, "measure_seed", lambda config, *_: measured.append(config) or {"seed": 3})
-    monkeypatch.setattr(signal_study, "summarise_seeds", lambda *_: {})
+    monkeypatch.setattr(signal_study, "summarise_seeds", lambda *_: {"seeds": [3]})
     plan = {"plan": PLAN} if overrides else {}
     signal_study.run_signal_study("cpu", [3], overrides, **plan, root=tmp_path, out=tmp_path)
     (config,) = measured

@@ -4,7 +4,6 @@ A call replaces the seeds that it names and leaves the others, whose runs need n
 together (other settings, versions, arms, grid) is refused, and nothing is written. Ours.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,25 +85,15 @@ def join_map(table: pd.DataFrame, about: Mapping[str, Any], folder: Path) -> tup
     there, made = read_map(folder), read_json(folder / MAP_ABOUT)
     here, before = ({(row.learning_rate, row.distance) for row in grid.itertuples()} for grid in (table, there))
     complaints = [f"grid (rate, Δ): {sorted(here)} now, {sorted(before)} there"] if here != before else []
-    if made["versions"] != about["versions"]:
-        complaints.append(f"mixed versions: {about['versions']} now, {made['versions']} there")
-    settings = [_settings_by_cell(part["configurations"]) for part in (about, made)]
-    if changed := [
-        f"{arm} at {rate:g}" for arm, rate in settings[0] if settings[1].get((arm, rate)) != settings[0][arm, rate]
-    ]:
-        complaints.append(f"mixed configurations: {', '.join(changed)}")
+    runs = [
+        {**one, "arm": f"{one['arm']} at {one['config']['learning_rate']:g}", "versions": part["versions"]}
+        for part, seeds in ((made, others), (about, set(table["seed"])))
+        for one in _of(part["configurations"], seeds)
+    ]
+    complaints += mixture_complaints(runs)
     require_one_kind(folder, complaints)
     kept = {name: _by_seed([*_of(made[name], others), *about[name]]) for name in ("failed", "configurations")}
     return _joined(there, table, others), {**about, **kept}
-
-
-def _settings_by_cell(configurations: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], str]:
-    """What runs of an arm and a rate share, as text."""
-    found = {}
-    for one in configurations:
-        settings = {name: value for name, value in deciding(one["config"]).items() if name != "seed"}
-        found[one["arm"], one["config"]["learning_rate"]] = json.dumps(settings, sort_keys=True)
-    return found
 
 
 def join_signal(

@@ -14,4 +14,6 @@ release of one of them is tried against those first.
 - `control.agreement` wraps `_get_train_sampler`, whose `RepeatSampler` has `num_samples` and `batch_size`;
   `control.fingerprint` reads `config._name_or_path`.
 - `stages.factory` sets `TrainingArguments._n_gpu`; `world.policies` sets `_keys_to_ignore_on_save`.
+- `world.speed.heads` wraps the forward pass that `add_fused_lm_head` of TRL makes, and registers an attention that
+  calls `sdpa_attention_forward` of transformers (pinned in tests/world/test_heads.py).
 """

@@ -158,10 +158,10 @@ def test_a_map_made_in_two_parts_is_the_map_made_at_once(there, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda about: about["versions"][0].__setitem__(0, "3.9"), "mixed versions: .* now, .*3.9.* there"),
+        (lambda about: about["versions"][0].__setitem__(0, "3.9"), r"mixed versions: .*GRPO at 0\.0002/0 with .*3\.9"),
         (
             lambda about: about["configurations"][0]["config"].update(num_generations=4),
-            "mixed configurations: GRPO at 0.0002$",
+            r"mixed configurations of GRPO at 0\.0002: seeds \[0\]; seeds \[1\]",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def inputs():
 
 
 def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * float(wanted.detach().abs().max()))
 
 
 # Grouped heads
@@ -113,6 +113,13 @@ def test_other_attentions_and_models_stay(tmp_path):
     base = llama().model
     group_heads(base)
     assert base.config._attn_implementation == "sdpa"
+
+
+def test_a_mask_for_each_head_is_left_to_transformers(pair, inputs):
+    mask = torch.ones(12, 12, dtype=torch.bool).tril().repeat(5, 6, 1, 1)
+    mask[:, 0, :, 1] = mask[:, 4, 3:, 2] = False  # heads see different places
+    found, wanted = (policy(inputs["input_ids"], attention_mask=mask).logits for policy in reversed(pair))
+    close(found, wanted)
 
 
 def test_the_name_stays_out_of_saved_policies(pair, tmp_path):

@@ -42,7 +42,7 @@ def grouped_attention(
         query: `[rows, heads, queries, size]`.
         key: `[rows, key heads, places, size]`; `heads` is a multiple.
         value: The same for the values.
-        attention_mask: None, or `[rows, 1, queries, places]`, boolean or added.
+        attention_mask: None, or `[rows, 1, queries, places]`, boolean or added; of another shape it is left to theirs.
         settings: `scaling`, `dropout` and what else transformers gives; anything unusual is left to its function.
 
     Returns:
@@ -51,6 +51,7 @@ def grouped_attention(
     rows, heads, queries, size = query.shape
     groups = heads // key.shape[1]
     unusual = settings.get("position_bias") is not None or settings.get("output_attentions")
+    unusual = unusual or (attention_mask is not None and attention_mask.shape[1] != 1)  # a mask for each head
     causal = attention_mask is None and queries > 1
     if groups == 1 or unusual or causal or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -74,14 +75,14 @@ def score_responses_alone(model: PreTrainedModel | PeftModel) -> None:
     fused = policy.forward
 
     @functools.wraps(fused)  # `generate` reads the signature
-    def forward(*args, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs):
-        if not fused_lm_head or labels is None or kwargs.get("shift_labels") is not None:
-            given = {} if labels is None else {"labels": labels}
-            return fused(*args, **given, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+    def forward(*args, **kwargs):
+        labels = kwargs.get("labels")
+        if not kwargs.get("fused_lm_head") or labels is None or kwargs.get("shift_labels") is not None:
+            return fused(*args, **kwargs)
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero()
         skipped = int(counted[0]) if len(counted) else 0
         with _states_from(policy.base_model, skipped):
-            found = fused(*args, fused_lm_head=True, labels=labels[:, skipped:], **kwargs)
+            found = fused(*args, **(kwargs | {"labels": labels[:, skipped:]}))
         for name, part in found.items():
             if isinstance(part, Tensor) and part.dim() == 2:
                 found[name] = functional.pad(part, (skipped, 0))

@@ -1,8 +1,9 @@
 """Shared beginnings: runs that differ only in where they intervene are the same run until then, bit for bit.
 
 GRPO and a late intervention share all steps up to the plateau; an early intervention alone and with a late one share
-the scout and the guided window. A new run takes such a beginning from a run on disk and goes on from its checkpoint,
-as it would after a kill. The steps count on both clocks all the same: nothing is free in a comparison.
+the scout and the guided window; AutoNPO is GRPO until its first warning, and where it never warned to its end. A new
+run takes such a beginning from a run on disk and goes on from its checkpoint, as it would after a kill. The steps count
+on both clocks all the same: nothing is free in a comparison.
 """
 
 import shutil
@@ -12,7 +13,7 @@ from itertools import zip_longest
 from ..control.scheduled import Intervention, planned_interventions
 from ..declaration import declarations
 from ..files import append_line, read_json
-from ..runs.checkpoints import complete_checkpoints
+from ..runs.checkpoints import complete_checkpoints, retain
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 
@@ -24,7 +25,8 @@ def shared_steps(config: RunConfig, other: RunConfig) -> int:
     """Compute steps that two runs have in common: up to the first intervention that only one of them makes.
 
     Up to the first intervention of all where they guide in different ways. 0 for methods whose interventions nobody
-    knows beforehand or that guide from the start, and where any other setting differs.
+    knows beforehand or that guide from the start, and where any other setting differs; what a run of AutoNPO on disk
+    has in common with others, its log says, see `take_prefix`.
     """
     if config.method not in SHARING or other.method not in SHARING:
         return 0
@@ -62,13 +64,13 @@ def take_prefix(run: RunFolder) -> int:
             donor = RunConfig.of_run(read_json(path))
         except (ValueError, TypeError):
             continue  # a run of another version
-        steps = shared_steps(run.config, donor)
-        if path.parent == run.path or not steps or path.parent.name != donor.run_name:
+        if path.parent == run.path or path.parent.name != donor.run_name:
             continue
         folder = RunFolder(donor, run.path.parent)
         events = folder.effective_events()
-        if any(event["event"] == "dismissed" for event in events):
-            continue  # its clock is not that of its plan
+        steps = _steps_of(run.config, donor, events)
+        if not steps:
+            continue
         segments = [event for event in events if event["event"] == "segment" and event["compute_start"] < steps]
         reached = _last_checkpoint(folder, segments, steps)
         if reached and (best is None or reached > best[0]):
@@ -77,6 +79,21 @@ def take_prefix(run: RunFolder) -> int:
         return 0
     _copy(run, *best)
     return best[0]
+
+
+def _steps_of(config: RunConfig, donor: RunConfig, events: Sequence[dict]) -> int:
+    """Compute steps that a run has in common with one on disk, whose log has these events.
+
+    A run of AutoNPO is plain GRPO up to its first warning, whatever came of it. The checkpoint that it saves there is
+    left to it where it is none of GRPO's.
+    """
+    if donor.method == "autonpo":
+        every = config.checkpoint_every
+        warned = [event["compute_step"] // every * every for event in events if event["event"] == "warning"]
+        return min([shared_steps(config, donor.with_changes(method="grpo")), *warned])
+    if any(event["event"] == "dismissed" for event in events):
+        return 0  # its clock is not that of its plan
+    return shared_steps(config, donor)
 
 
 def _last_checkpoint(folder: RunFolder, segments: Sequence[dict], steps: int) -> int:
@@ -96,6 +113,7 @@ def _copy(run: RunFolder, steps: int, donor: RunFolder, segments: Sequence[dict]
         for step, folder in complete_checkpoints(donor.branch(branch), resumable=False).items():
             if step + offset <= steps:
                 shutil.copytree(folder, run.branch(branch) / folder.name, dirs_exist_ok=True)
+        retain(run.branch(branch), donor.config.compute_steps, run.config.checkpoint_keep)
         for table in (donor.path / "rollouts").glob(f"step-*-b{branch:02d}.parquet"):
             if int(table.name.split("-")[1]) + offset <= steps:
                 shutil.copy(table, run.path / "rollouts")
@@ -114,7 +132,8 @@ def _copy_logs(run: RunFolder, steps: int, donor: RunFolder) -> None:
             append_line(metrics, line)
     for event in donor.effective_events():
         moment = event.get("compute_step", event.get("compute_start", steps))
-        if moment < steps and event["event"] != "prefix":
+        within = moment < steps or (moment == steps and event["event"] == "alarm")
+        if within and event["event"] != "prefix":
             append_line(unfinished, event)
     append_line(unfinished, {"event": "prefix", "compute_step": steps, "run": donor.path.name})
     # metrics without events are no sign of a run that has begun: they are written again

@@ -23,6 +23,7 @@ from ..runs.checkpoints import checkpoint_folder, complete_checkpoints, slim
 from ..runs.config import resolve_config
 from ..runs.folder import RunFolder
 from ..runs.measurement import read_pairs
+from ..stages.prefix import take_prefix
 from ..stages.signal import MeasuredSignal
 from ..stages.signal_run import measure_run, settings_for
 from ..world import finetune, letters
@@ -38,6 +39,9 @@ from .scores import SETTLED, saved_places
 
 SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
 """Settings of every arm that are not the preset's; AutoNPO alone rolls back to what it has kept."""
+
+ORDER = ("AutoNPO", "GRPO", "NPO early", "NPO early, own resample", "GRPO, groups of 16")
+"""Arms as they run: AutoNPO keeps its checkpoints, and is GRPO until it warns, so the next three go on from it."""
 
 ORIGINS, DISTANCES = (0, 20), (10, 20, 30, 40)
 """Policy steps that the premise is measured from, and its distances."""
@@ -55,7 +59,7 @@ EXACT_WORDS, EXACT_SEED = 120, 1
 def plan_real(
     preset: str, seeds: Sequence[int], arms: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> list[Cell]:
-    """Cells of the study in the order they run: seed by seed, GRPO first, which the others are held against.
+    """Cells of the study in the order they run: seed by seed, AutoNPO first, whose beginning the others share.
 
     Args:
         preset: Name of a preset, `real` or smaller.
@@ -71,8 +75,9 @@ def plan_real(
             raise ValueError(f"Unknown arm {arm!r}. Allowed: {', '.join(REAL_ARMS)}.")
     cells = []
     for seed in seeds:
-        for name, arm in REAL_ARMS.items():
+        for name in ORDER:
             if arms is None or name in arms:
+                arm = REAL_ARMS[name]
                 settings = {**SHARED, **(overrides or {}), **arm.settings}
                 settings["compute_steps"] = round(settings["compute_steps"] * arm.budget)
                 cells.append(Cell(name, seed, resolve_config(arm.method, preset, seed, settings)))
@@ -115,12 +120,21 @@ def run_real(
             if (reason := cell.failure(root)) is not None:
                 print(f"failed: {cell.arm}, seed {cell.seed}: {reason}")
                 continue
+            _lend(waiting, root)
             settle(cell, root)
             done.append(cell)
             written = collect_real(done, root, out)  # a night that is cut off leaves what it had
         if along in done and not gate_file:
             gate_file = [measure_real_premise(along, root, out, quiet)]
     return [*written, *gate_file]
+
+
+def _lend(cells: Sequence[Cell], root: Path | None) -> None:
+    """Let runs that wait take what they share with those on disk, before the weights there are deleted."""
+    for run in (cell.folder(root) for cell in cells):
+        if not run.events_path.exists() and not run.written_elsewhere:
+            with run.writing(quiet=True):
+                take_prefix(run)
 
 
 def _settled(cell: Cell, root: Path | None) -> Path:

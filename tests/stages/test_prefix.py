@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from npo_core.runs.checkpoints import checkpoint_folder
+from npo_core.runs.checkpoints import checkpoint_folder, complete_checkpoints
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
 from npo_core.stages import run as stages
@@ -115,6 +115,31 @@ def test_a_beginning_from_a_longer_run_changes_no_bit(root, tmp_path, taker, ste
     results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
     assert results[0] == results[1] and results[0]["compute_steps"] == taker.compute_steps
     assert len(results[0]["interventions"]) == (taker.method == "npo")
+
+
+def test_autonpo_is_grpo_until_its_first_warning(root, tmp_path):
+    donor = stages.run(AUTO.with_changes(checkpoint_keep=0), root / "auto", quiet=True)
+    warned, taker = donor.events("warning")[0]["compute_step"], GRPO.with_changes(checkpoint_keep=1)
+    shared, alone = stages.run(taker, root / "auto", quiet=True), stages.run(taker, tmp_path, quiet=True)
+    (prefix,) = shared.events("prefix")
+    assert (warned, prefix["compute_step"]) == (7, 6)  # step 7 is no checkpoint of GRPO's
+    assert _lines(shared) == _lines(alone) and _decisions(shared) == _decisions(alone)
+    first, second = _weights(shared), _weights(alone)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    kept = [[list(complete_checkpoints(run.branch(0), resumable=r)) for r in (True, False)] for run in (shared, alone)]
+    assert kept[0] == kept[1] == [[20], list(range(2, 21, 2))]
+
+
+def test_an_autonpo_that_never_warned_lends_all_its_steps(root, tmp_path):
+    donor = stages.run(AUTO.with_changes(trigger_warmup=20, compute_steps=8), root / "quiet", quiet=True)
+    assert donor.events("warning") == []
+    donor.event("alarm", compute_step=8, policy_step=8, complaints=["of the last step"])
+    config = GRPO.with_changes(trigger_warmup=20, compute_steps=8)
+    run = RunFolder(config, root / "quiet")
+    with run.writing(quiet=True):
+        assert take_prefix(run) == 8
+    assert [event["complaints"] for event in run.events("alarm")] == [["of the last step"]]
+    assert _lines(run) == _lines(donor)
 
 
 def test_a_run_that_has_begun_takes_nothing(root):

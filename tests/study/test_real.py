@@ -41,7 +41,8 @@ def policy(tmp_path_factory):
 
 def test_the_plan_is_arms_times_seeds_of_at_least_sixty_steps():
     cells = real.plan_real("real", [0, 1, 2])
-    assert [(cell.arm, cell.seed) for cell in cells] == [(arm, seed) for seed in range(3) for arm in real.REAL_ARMS]
+    assert [(cell.arm, cell.seed) for cell in cells] == [(arm, seed) for seed in range(3) for arm in real.ORDER]
+    assert sorted(real.ORDER) == sorted(real.REAL_ARMS)
     assert len({cell.config.run_name for cell in cells}) == 15
     steps = {cell.arm: cell.config.compute_steps for cell in cells}
     assert steps.pop("GRPO, groups of 16") == 40 and set(steps.values()) == {60}
@@ -97,6 +98,19 @@ def test_the_right_response_is_as_probable_at_every_checkpoint_as_its_weights_sa
     model, processor = load_policy(policy), load_processor(policy)
     chances = finetune.right_probabilities(model, processor, letters.make_dataset(words))
     assert first[[word.uid for word in words]].tolist() == pytest.approx(chances, abs=1e-5)
+
+
+def test_autonpo_lends_its_steps_before_its_weights_go(study, policy, tmp_path):
+    grpo = study[0][0].folder(study[1])
+    cells = real.plan_real("real-smoke", [0], ["AutoNPO", "GRPO"], {**TINY, "policy": policy})
+    real.run_real(cells, tmp_path, tmp_path / "out", processes=1, quiet=True)
+    auto, taker = (cell.folder(tmp_path) for cell in cells)
+    assert not list(auto.path.glob("branches/*/checkpoint-*"))
+    assert [event["compute_step"] for event in taker.events("prefix")] == [6]
+    lines = [[{**line, "step_time": 0} for line in run.metrics()] for run in (grpo, taker)]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+    settled = [json.loads((run.path / real.SETTLED).read_text()) for run in (grpo, taker)]
+    assert settled[0]["rows"] == settled[1]["rows"] and settled[0]["exact"] == settled[1]["exact"]
 
 
 def test_the_pass_rate_at_temperature_one_stands_at_every_point(study):

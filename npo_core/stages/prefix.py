@@ -1,14 +1,15 @@
 """Shared beginnings: runs that differ only in where they intervene are the same run until then, bit for bit.
 
 GRPO and a late intervention share all steps up to the plateau; an early intervention alone and with a late one share
-the scout and the guided window; AutoNPO is GRPO until its first warning, and where it never warned to its end. A new
-run takes such a beginning from a run on disk and goes on from its checkpoint, as it would after a kill. The steps count
-on both clocks all the same: nothing is free in a comparison.
+the scout and the guided window; AutoNPO is GRPO until it intervenes, and where it never does to its end. A new run
+takes such a beginning from a run on disk and goes on from its checkpoint, as it would after a kill. The steps count on
+both clocks all the same: nothing is free in a comparison.
 """
 
 import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 from ..control.scheduled import Intervention, planned_interventions
 from ..declaration import declarations
@@ -19,6 +20,10 @@ from ..runs.folder import RunFolder
 
 SHARING = ("grpo", "npo")
 """Methods whose interventions are known beforehand, and that train as GRPO until the first."""
+
+
+UNSHARED = ("prefix", "warning", "probe", "choice", "dismissed")
+"""Events of a beginning that are the lender's own; those of AutoNPO led to nothing that the taker has too."""
 
 
 def shared_steps(config: RunConfig, other: RunConfig) -> int:
@@ -84,13 +89,11 @@ def take_prefix(run: RunFolder) -> int:
 def _steps_of(config: RunConfig, donor: RunConfig, events: Sequence[dict]) -> int:
     """Compute steps that a run has in common with one on disk, whose log has these events.
 
-    A run of AutoNPO is plain GRPO up to its first warning, whatever came of it. The checkpoint that it saves there is
-    left to it where it is none of GRPO's.
+    A run of AutoNPO is plain GRPO up to its first intervention: a warning that is dismissed changes no step.
     """
     if donor.method == "autonpo":
-        every = config.checkpoint_every
-        warned = [event["compute_step"] // every * every for event in events if event["event"] == "warning"]
-        return min([shared_steps(config, donor.with_changes(method="grpo")), *warned])
+        interventions = [event["compute_step"] for event in events if event["event"] in ("rollback", "ahead")]
+        return min([shared_steps(config, donor.with_changes(method="grpo")), *interventions])
     if any(event["event"] == "dismissed" for event in events):
         return 0  # its clock is not that of its plan
     return shared_steps(config, donor)
@@ -102,15 +105,23 @@ def _last_checkpoint(folder: RunFolder, segments: Sequence[dict], steps: int) ->
         return 0
     last = segments[-1]
     offset = last["compute_start"] - last["start"]
-    saved = complete_checkpoints(folder.branch(last["branch"]))
+    saved = _lent(folder, last["branch"])
     done = max((line["compute_step"] for line in folder.metrics()), default=0)
     return max((step + offset for step in saved if step + offset <= min(steps, done)), default=0)
+
+
+def _lent(donor: RunFolder, branch: int, resumable: bool = True) -> dict[int, Path]:
+    """Checkpoints of a branch by policy step, without those that AutoNPO saved for a warning alone."""
+    every = donor.config.checkpoint_every
+    alone = {event["policy_step"] for event in donor.events("warning") if event["policy_step"] % every}
+    saved = complete_checkpoints(donor.branch(branch), resumable=resumable)
+    return {step: folder for step, folder in saved.items() if step not in alone}
 
 
 def _copy(run: RunFolder, steps: int, donor: RunFolder, segments: Sequence[dict]) -> None:
     for segment in segments:
         branch, offset = segment["branch"], segment["compute_start"] - segment["start"]
-        for step, folder in complete_checkpoints(donor.branch(branch), resumable=False).items():
+        for step, folder in _lent(donor, branch, resumable=False).items():
             if step + offset <= steps:
                 shutil.copytree(folder, run.branch(branch) / folder.name, dirs_exist_ok=True)
         retain(run.branch(branch), donor.config.compute_steps, run.config.checkpoint_keep)
@@ -133,7 +144,7 @@ def _copy_logs(run: RunFolder, steps: int, donor: RunFolder) -> None:
     for event in donor.effective_events():
         moment = event.get("compute_step", event.get("compute_start", steps))
         within = moment < steps or (moment == steps and event["event"] == "alarm")
-        if within and event["event"] != "prefix":
+        if within and event["event"] not in UNSHARED:
             append_line(unfinished, event)
     append_line(unfinished, {"event": "prefix", "compute_step": steps, "run": donor.path.name})
     # metrics without events are no sign of a run that has begun: they are written again

@@ -117,20 +117,29 @@ def test_a_beginning_from_a_longer_run_changes_no_bit(root, tmp_path, taker, ste
     assert len(results[0]["interventions"]) == (taker.method == "npo")
 
 
-def test_autonpo_is_grpo_until_its_first_warning(root, tmp_path):
-    donor = stages.run(AUTO.with_changes(checkpoint_keep=0), root / "auto", quiet=True)
-    warned, taker = donor.events("warning")[0]["compute_step"], GRPO.with_changes(checkpoint_keep=1)
-    shared, alone = stages.run(taker, root / "auto", quiet=True), stages.run(taker, tmp_path, quiet=True)
+@pytest.mark.parametrize("dismisses", [False, True], ids=["rolls back at 7", "dismisses every warning"])
+def test_autonpo_is_grpo_until_it_intervenes(root, tmp_path, dismisses):
+    """It saves a checkpoint at its warning, step 7, which is none of GRPO's."""
+    folder, quality = root / f"auto{dismisses}", {"confirm_quality": 1.0} if dismisses else {}
+    donor = stages.run(AUTO.with_changes(checkpoint_keep=0, **quality), folder, quiet=True)
+    assert donor.events("warning")[0]["compute_step"] == 7
+    assert next(event["event"] for event in donor.events() if event["event"] in ("rollback", "dismissed")) == (
+        "dismissed" if dismisses else "rollback"
+    )
+    taker = GRPO.with_changes(checkpoint_keep=1, **quality)
+    shared, alone = stages.run(taker, folder, quiet=True), stages.run(taker, tmp_path, quiet=True)
     (prefix,) = shared.events("prefix")
-    assert (warned, prefix["compute_step"]) == (7, 6)  # step 7 is no checkpoint of GRPO's
+    assert prefix["compute_step"] == (20 if dismisses else 6)
     assert _lines(shared) == _lines(alone) and _decisions(shared) == _decisions(alone)
     first, second = _weights(shared), _weights(alone)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     kept = [[list(complete_checkpoints(run.branch(0), resumable=r)) for r in (True, False)] for run in (shared, alone)]
     assert kept[0] == kept[1] == [[20], list(range(2, 21, 2))]
+    results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
+    assert results[0] == results[1] and results[0]["offline_rollouts"] == 0
 
 
-def test_an_autonpo_that_never_warned_lends_all_its_steps(root, tmp_path):
+def test_an_autonpo_that_never_warned_lends_all_its_steps_and_their_alarms(root, tmp_path):
     donor = stages.run(AUTO.with_changes(trigger_warmup=20, compute_steps=8), root / "quiet", quiet=True)
     assert donor.events("warning") == []
     donor.event("alarm", compute_step=8, policy_step=8, complaints=["of the last step"])

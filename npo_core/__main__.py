@@ -237,8 +237,9 @@ def _evidence(options: argparse.Namespace) -> int:
         from .study.results import read_evidence
 
     cells = evidence.plan_cells(options.preset, options.seeds, options.arms, given_overrides(options.set))
-    evidence.run_cells(cells, options.root, options.processes, options.quiet)
     out = options.out or results_folder() / ("" if options.preset == "cpu" else options.preset)
+    evidence.require_joinable(cells, options.root, out)
+    evidence.run_cells(cells, options.root, options.processes, options.quiet)
     for path in evidence.collect(cells, options.root, out):
         print(path)
     found = read_evidence(out)

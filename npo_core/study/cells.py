@@ -23,13 +23,13 @@ from ..lock import Lock
 from ..notebook import in_one_sentence
 from ..progress import progress
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, environment, runs_folder
 from ..runs.validation import WORLD
 from ..stages import run as stages
+from . import joining
 from .arms import ARMS, arm_config, repeats_grpo
 from .families import AXES, CLOCKS, COUNTED, REFERENCES, compared_on
 from .findings import SCHEMA, results_folder
-from .joining import join_evidence
 from .results import ABOUT, SCORE_COLUMNS, SCORES, TRAINING, Evidence, check_evidence
 from .scores import finished, saved_places, score, score_points
 
@@ -186,6 +186,51 @@ def run_cell(config: RunConfig, root: Path | None = None) -> RunFolder:
 # Results
 
 
+def require_joinable(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> None:
+    """Refuse cells whose results could not stand beside those of other seeds in the folder; before they run, not after.
+
+    Args:
+        cells: Cells of the study.
+        root: Folder of all runs.
+        out: Folder of the results; the project's `data/results` if None.
+
+    Raises:
+        ResultsRefused: Other arms, suites, settings or versions than there.
+    """
+    joining.require_joinable({**_about(cells), "runs": planned_runs(cells, root)}, results_folder(out))
+
+
+def planned_runs(cells: Sequence[Cell], root: Path | None = None) -> list[dict[str, Any]]:
+    """What can be said of runs before they are made, as in results; a finished one keeps the versions that made it."""
+    now, places = environment(), (Path(root or runs_folder()) / cell.config.run_name for cell in cells)
+    made = (read_json(place / "env.json") if (place / "result.json").exists() else now for place in places)
+    return [
+        {
+            "arm": cell.arm,
+            "seed": cell.seed,
+            "config": json.loads(cell.config.to_json()),
+            "versions": _versions(machine),
+        }
+        for cell, machine in zip(cells, made, strict=True)
+    ]
+
+
+def _versions(made: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: made[name] for name in ("python", "packages", "device")}
+
+
+def _about(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What is known of a study's results before it has run."""
+    return {
+        "schema": SCHEMA,
+        "world": WORLD,
+        "arms": [arm for arm in ARMS if arm in {cell.arm for cell in cells}],
+        "seeds": sorted({cell.seed for cell in cells}),
+        "suites": list(cells[0].config.suites),
+        "same": sorted({arm for cell in cells if cell.arm == "GRPO" for arm in repeats_grpo(cell.config)}),
+    }
+
+
 def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
     """Write the results of finished cells; refuse to when a cell is neither finished nor failed.
 
@@ -218,21 +263,12 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
         columns=list(SCORE_COLUMNS),
     )
     training = pd.DataFrame([row for cell in used for row in _training_rows(cell, cell.folder(root))])
-    about = {
-        "schema": SCHEMA,
-        "world": WORLD,
-        "arms": [arm for arm in ARMS if arm in {cell.arm for cell in cells}],
-        "seeds": sorted({cell.seed for cell in cells}),
-        "suites": list(cells[0].config.suites),
-        "failed": failed,
-        "same": sorted({arm for cell in cells if cell.arm == "GRPO" for arm in repeats_grpo(cell.config)}),
-        "runs": [about_run(cell, cell.folder(root)) for cell in used],
-    }
+    about = {**_about(cells), "failed": failed, "runs": [about_run(cell, cell.folder(root)) for cell in used]}
     check_evidence(scores, about)
     for column in training.columns[training.dtypes == np.float64]:
         training[column] = training[column].astype(np.float32)
     with Lock(folder / "lock.json", f"The results {folder}").holding():  # three files that belong together
-        found = join_evidence(Evidence(scores, training, about), folder)
+        found = joining.join_evidence(Evidence(scores, training, about), folder)
         write_whole(folder / SCORES, lambda path: found.scores.to_csv(path, index=False, float_format="%.6f"))
         write_whole(folder / TRAINING, lambda path: found.training.to_parquet(path, index=False, compression="zstd"))
         write_json(folder / ABOUT, found.about)
@@ -242,7 +278,6 @@ def collect(cells: Sequence[Cell], root: Path | None = None, out: Path | None = 
 def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
     made = read_json(run.path / "env.json")
     result = run.result()
-    versions = {"python": made["python"], "packages": made["packages"], "device": made["device"]}
     chosen = ("policy_steps", "compute_steps", "rollouts", "offline_rollouts", "wall_seconds")
     tokens = _trained_tokens(run)
     if cell.config.method == "rlep":  # its steps begin with those of the run that its guides come from
@@ -251,7 +286,7 @@ def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
         "arm": cell.arm,
         "seed": cell.seed,
         "config": json.loads(cell.config.to_json()),
-        "versions": versions,
+        "versions": _versions(made),
         "git_revision": made["git_revision"],
         **{name: result[name] for name in chosen},
         "trained_tokens": round(tokens),

@@ -39,6 +39,32 @@ def require_one_kind(folder: Path, complaints: Sequence[str]) -> None:
         )
 
 
+def require_joinable(about: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a study whose results `join_evidence` would refuse, before the hours that its runs take.
+
+    Args:
+        about: Of the study to be made: arms, seeds, suites, same and runs, each with arm, seed, config and versions.
+        folder: Folder of results.
+
+    Raises:
+        ResultsRefused: Other arms or suites, mixed configurations or versions.
+    """
+    others = _seeds_in(folder / ABOUT) - set(about["seeds"])
+    if others:
+        there = read_json(folder / ABOUT)
+        runs = _by_seed([*_of(there["runs"], others), *about["runs"]])
+        require_one_kind(folder, [*_differences(about, there), *mixture_complaints(runs)])
+
+
+def _differences(about: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Arms and suites that only one of two studies has, a line each."""
+    return [
+        f"{name}: {_listed(about.get(name, []))} now, {_listed(there.get(name, []))} there"
+        for name in ("arms", "suites", "same")
+        if set(about.get(name, [])) != set(there.get(name, []))
+    ]
+
+
 def join_evidence(found: Evidence, folder: Path) -> Evidence:
     """Results of the study, and of the seeds in a folder that they lack.
 
@@ -53,13 +79,8 @@ def join_evidence(found: Evidence, folder: Path) -> Evidence:
     if not (others := _seeds_in(folder / ABOUT) - set(about["seeds"])):
         return found
     there = read_evidence(folder)
-    complaints = [
-        f"{name}: {_listed(about.get(name, []))} now, {_listed(there.about.get(name, []))} there"
-        for name in ("arms", "suites", "same")
-        if set(about.get(name, [])) != set(there.about.get(name, []))
-    ]
     runs = _by_seed([*_of(there.about["runs"], others), *about["runs"]])
-    require_one_kind(folder, [*complaints, *mixture_complaints(runs)])
+    require_one_kind(folder, [*_differences(about, there.about), *mixture_complaints(runs)])
     joined = {
         "seeds": sorted([*others, *about["seeds"]]),
         "failed": _by_seed([*_of(there.about["failed"], others), *about["failed"]]),

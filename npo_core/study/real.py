@@ -30,7 +30,7 @@ from ..world import finetune, letters
 from ..world.computing import precision, run_policy, threads
 from ..world.policies import load_processor
 from ..world.warmstart import base_policy_folder
-from .cells import Cell, about_run, run_cells, score_rows
+from .cells import Cell, about_run, planned_runs, run_cells, score_rows
 from .findings import SCHEMA
 from .joining import require_one_kind
 from .real_results import ABOUT, EXACT, PREMISE, REAL_ARMS, SCORES, real_folder
@@ -105,6 +105,7 @@ def run_real(
         The files written.
     """
     at_a_time = processes or os.cpu_count() or 1
+    _require_one_kind(real_folder(out), planned_runs(cells, root))  # before the hours that they take, not after
     waiting = [cell for cell in cells if not _is_settled(cell, root)]
     done = [cell for cell in cells if cell not in waiting]
     for cell in done:
@@ -227,8 +228,7 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
     order = list(REAL_ARMS)
     with Lock(folder / "lock.json", f"The results {folder}").holding():
         rows = [*_others(_read_rows(folder, SCORES), made), *(row for one in found for row in one["rows"])]
-        runs = [*_others(_read_runs(folder), made), *(one["about"] for one in found)]
-        require_one_kind(folder, [*mixture_complaints(runs), *_rate_complaints(runs)])
+        runs = _require_one_kind(folder, [one["about"] for one in found])
         table = pd.DataFrame(rows).sort_values(["seed", "arm", "compute_step", "sampling", "suite"])
         about = {
             "schema": SCHEMA,
@@ -243,6 +243,17 @@ def collect_real(cells: Sequence[Cell], root: Path | None = None, out: Path | No
         write_whole(folder / EXACT, lambda path: exact.to_csv(path, index=False, float_format="%.5f"))
         write_json(folder / ABOUT, about)
     return [folder / SCORES, folder / EXACT, folder / ABOUT]
+
+
+def _require_one_kind(folder: Path, made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs, and those that the folder has of other arms and seeds.
+
+    Raises:
+        ResultsRefused: Settings of an arm, versions or learning rates are mixed.
+    """
+    runs = [*_others(_read_runs(folder), {(run["arm"], run["seed"]) for run in made}), *made]
+    require_one_kind(folder, [*mixture_complaints(runs), *_rate_complaints(runs)])
+    return runs
 
 
 def _rate_complaints(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from npo_core.__main__ import main
 from npo_core.files import read_json, write_json
 from npo_core.runs.validation import WORLD
 from npo_core.study import cells, signal_study
@@ -116,7 +117,7 @@ def test_results_of_another_world_are_refused(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_call_of_the_study_adds_its_seeds(tmp_path):
+def test_a_second_call_of_the_study_adds_its_seeds(tmp_path, capsys):
     out, small = tmp_path / "out", {"compute_steps": 2, "rollout_every": 0}
     for seed in (1, 0):
         planned = cells.plan_cells("smoke", [seed], ["GRPO"], small)
@@ -125,6 +126,14 @@ def test_a_second_call_of_the_study_adds_its_seeds(tmp_path):
         shutil.rmtree(tmp_path / "runs")  # as on another machine
     found = read_evidence(out)
     assert found.about["seeds"] == [0, 1] and found.scores["seed"].unique().tolist() == [0, 1]
+    # the command says so before it trains
+    options = ["--preset", "smoke", "--arms", "GRPO", "--root", str(tmp_path / "runs"), "--out", str(out)]
+    changed = [
+        part for name, value in {**small, "learning_rate": 1e-5}.items() for part in ("--set", f"{name}={value}")
+    ]
+    assert main(["study", "--seeds", "2", *options, *changed]) == 2
+    assert "mixed configurations of GRPO: seeds [0, 1]; seeds [2]" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
     planned = cells.plan_cells("smoke", [2], ["GRPO"], small | {"learning_rate": 1e-5})
     cells.run_cell(planned[0].config, tmp_path / "runs")
     before = {path.name: path.read_bytes() for path in out.glob("evidence*")}

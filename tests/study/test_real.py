@@ -159,6 +159,15 @@ def test_runs_that_were_made_otherwise_are_not_written_beside_them(study, tmp_pa
     assert (tmp_path / real.SCORES).read_text() == before
 
 
+def test_runs_that_will_be_made_otherwise_are_refused_before_they_are(study, policy, tmp_path):
+    _, root, files = study
+    other = real.plan_real("real-smoke", [0], ["AutoNPO"], {**TINY, "policy": policy, "learning_rate": 3e-6})
+    before = files[-1].read_bytes()
+    with pytest.raises(ResultsRefused, match="mixed learning rates: 1e-05: GRPO/0, NPO early/0; 3e-06: AutoNPO/0"):
+        real.run_real(other, tmp_path / "runs", root / "out", quiet=True)
+    assert not (tmp_path / "runs").exists() and files[-1].read_bytes() == before
+
+
 def test_the_gate_is_that_of_the_plan(tmp_path, monkeypatch):
     """Distances 10 to 40 alone, one-sided: 7 prompts against none is p = 1/128, four times that is below 0.05."""
     asked = []

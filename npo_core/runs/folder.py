@@ -322,6 +322,11 @@ def moving_average(lines: Sequence[Mapping[str, Any]], name: str, weight: float 
     return np.array(averages)
 
 
+def versions_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an `env.json` what decides the bits of a run beside its settings: Python, packages, device."""
+    return {name: made[name] for name in ("python", "packages", "device")}
+
+
 def environment() -> dict[str, Any]:
     """Versions, git revision and device, for `env.json`."""
     import torch

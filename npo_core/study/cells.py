@@ -23,7 +23,7 @@ from ..lock import Lock
 from ..notebook import in_one_sentence
 from ..progress import progress
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder, environment, runs_folder
+from ..runs.folder import RunFolder, environment, runs_folder, versions_of
 from ..runs.validation import WORLD
 from ..stages import run as stages
 from . import joining
@@ -209,14 +209,10 @@ def planned_runs(cells: Sequence[Cell], root: Path | None = None) -> list[dict[s
             "arm": cell.arm,
             "seed": cell.seed,
             "config": json.loads(cell.config.to_json()),
-            "versions": _versions(machine),
+            "versions": versions_of(machine),
         }
         for cell, machine in zip(cells, made, strict=True)
     ]
-
-
-def _versions(made: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: made[name] for name in ("python", "packages", "device")}
 
 
 def _about(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -286,7 +282,7 @@ def about_run(cell: Cell, run: RunFolder) -> dict[str, Any]:
         "arm": cell.arm,
         "seed": cell.seed,
         "config": json.loads(cell.config.to_json()),
-        "versions": _versions(made),
+        "versions": versions_of(made),
         "git_revision": made["git_revision"],
         **{name: result[name] for name in chosen},
         "trained_tokens": round(tokens),

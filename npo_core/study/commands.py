@@ -66,7 +66,7 @@ def add_stages(stages) -> None:
     text = (
         "The evidence on SmolLM2-135M-Instruct, docs/evidence.md: five arms with each seed, one single-thread process "
         "a run, the premise along GRPO of seed 0 as soon as that is there, and the verdicts of the plan. Writes "
-        "data/results/real/; a second call goes on where the first stopped. Two runs at a time take about 20 GB of "
+        "data/results/real/; a second call goes on where the first stopped. Two runs at a time take about 30 GB of "
         "disk and 17 GB of memory."
     )
     stage = stages.add_parser("real-study", help="Run the arms of the real model over seeds.", description=text)
@@ -95,6 +95,7 @@ def _map(options: argparse.Namespace) -> int:
     grid = {name: getattr(options, name) for name in ("rates", "distances") if getattr(options, name)}
     overrides = given_overrides(options.set)
     cells = map_of_gain.plan_map(options.preset, options.seeds, **grid, overrides=overrides)
+    map_of_gain.require_joinable(cells, options.root, options.out)
     evidence.run_cells(cells, options.root, options.processes, options.quiet)
     paths = map_of_gain.collect_map(cells, options.root, options.out)
     print(*paths, map_of_gain.markdown(options.out), sep="\n")

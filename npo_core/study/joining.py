@@ -15,10 +15,13 @@ from ..runs.folder import deciding
 from .results import (
     ABOUT,
     MAP_ABOUT,
+    SCORES,
+    TRAINING,
     Evidence,
     ResultsRefused,
     check_evidence,
     mixture_complaints,
+    read_about,
     read_evidence,
     read_map,
     require_world,
@@ -39,30 +42,31 @@ def require_one_kind(folder: Path, complaints: Sequence[str]) -> None:
         )
 
 
-def require_joinable(about: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a study whose results `join_evidence` would refuse, before the hours that its runs take.
+def require_joinable(about: Mapping[str, Any], folder: Path) -> set[int]:
+    """Refuse a study whose results do not belong with those in a folder; asked before its runs too, which take hours.
 
     Args:
-        about: Of the study to be made: arms, seeds, suites, same and runs, each with arm, seed, config and versions.
-        folder: Folder of results.
+        about: What is known of the study: arms, seeds, suites, same, and runs with arm, seed, config and versions.
+        folder: Folder of results; one that has none of other seeds belongs to all.
+
+    Returns:
+        Seeds that the folder has beside those of the study.
 
     Raises:
-        ResultsRefused: Other arms or suites, mixed configurations or versions.
+        ResultsRefused: Other arms or suites, mixed configurations or versions, another world.
     """
     others = _seeds_in(folder / ABOUT) - set(about["seeds"])
     if others:
-        there = read_json(folder / ABOUT)
+        there = read_about(folder, (SCORES, TRAINING, ABOUT), "study")
+        require_world(there, folder / ABOUT)
+        complaints = [
+            f"{name}: {_listed(about.get(name, []))} now, {_listed(there.get(name, []))} there"
+            for name in ("arms", "suites", "same")
+            if set(about.get(name, [])) != set(there.get(name, []))
+        ]
         runs = _by_seed([*_of(there["runs"], others), *about["runs"]])
-        require_one_kind(folder, [*_differences(about, there), *mixture_complaints(runs)])
-
-
-def _differences(about: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Arms and suites that only one of two studies has, a line each."""
-    return [
-        f"{name}: {_listed(about.get(name, []))} now, {_listed(there.get(name, []))} there"
-        for name in ("arms", "suites", "same")
-        if set(about.get(name, [])) != set(there.get(name, []))
-    ]
+        require_one_kind(folder, [*complaints, *mixture_complaints(runs)])
+    return others
 
 
 def join_evidence(found: Evidence, folder: Path) -> Evidence:
@@ -73,19 +77,14 @@ def join_evidence(found: Evidence, folder: Path) -> Evidence:
         folder: Folder of results; one that has none adds nothing.
 
     Raises:
-        ResultsRefused: Other arms or suites, mixed configurations or versions, another world; see `check_evidence`.
+        ResultsRefused: See `require_joinable` and `check_evidence`.
     """
     about = found.about
-    if not (others := _seeds_in(folder / ABOUT) - set(about["seeds"])):
+    if not (others := require_joinable(about, folder)):
         return found
     there = read_evidence(folder)
-    runs = _by_seed([*_of(there.about["runs"], others), *about["runs"]])
-    require_one_kind(folder, [*_differences(about, there.about), *mixture_complaints(runs)])
-    joined = {
-        "seeds": sorted([*others, *about["seeds"]]),
-        "failed": _by_seed([*_of(there.about["failed"], others), *about["failed"]]),
-        "runs": runs,
-    }
+    joined = {"seeds": sorted([*others, *about["seeds"]])}
+    joined |= {name: _by_seed([*_of(there.about[name], others), *about[name]]) for name in ("failed", "runs")}
     together = Evidence(
         _joined(there.scores, found.scores, others),
         _joined(there.training, found.training, others),
@@ -95,26 +94,73 @@ def join_evidence(found: Evidence, folder: Path) -> Evidence:
     return together
 
 
-def join_map(table: pd.DataFrame, about: Mapping[str, Any], folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Rows of the map and what made them, and those of the seeds in a folder that they lack.
+def require_joinable_map(grid: Collection[tuple[float, int]], about: Mapping[str, Any], folder: Path) -> set[int]:
+    """Refuse a map whose rows do not belong with those in a folder, as `require_joinable` does a study.
+
+    Args:
+        grid: Learning rates and distances of its cells.
+        about: Its versions and configurations, the latter with arm, seed and config.
+        folder: Folder of results.
 
     Raises:
         ResultsRefused: Another grid, other settings or versions, another world.
     """
-    if not (others := _seeds_in(folder / MAP_ABOUT) - set(table["seed"])):
+    seeds = {one["seed"] for one in about["configurations"]}
+    if others := _seeds_in(folder / MAP_ABOUT) - seeds:
+        there, made = read_map(folder), read_json(folder / MAP_ABOUT)
+        # the table holds six digits of a rate
+        now, before = (
+            sorted({(f"{rate:.6g}", int(distance)) for rate, distance in cells})
+            for cells in (grid, there[["learning_rate", "distance"]].itertuples(index=False))
+        )
+        complaints = [f"grid (rate, Δ): {now} now, {before} there"] if now != before else []
+        runs = [
+            {**one, "arm": f"{one['arm']} at {one['config']['learning_rate']:g}", "versions": part["versions"]}
+            for part, kept in ((made, others), (about, seeds))
+            for one in _of(part["configurations"], kept)
+        ]
+        require_one_kind(folder, [*complaints, *mixture_complaints(runs)])
+    return others
+
+
+def join_map(table: pd.DataFrame, about: Mapping[str, Any], folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows of the map and what made them, and those of the seeds in a folder that they lack.
+
+    Raises:
+        ResultsRefused: See `require_joinable_map`.
+    """
+    grid = set(table[["learning_rate", "distance"]].itertuples(index=False, name=None))
+    if not (others := require_joinable_map(grid, about, folder)):
         return table, dict(about)
     there, made = read_map(folder), read_json(folder / MAP_ABOUT)
-    here, before = ({(row.learning_rate, row.distance) for row in grid.itertuples()} for grid in (table, there))
-    complaints = [f"grid (rate, Δ): {sorted(here)} now, {sorted(before)} there"] if here != before else []
-    runs = [
-        {**one, "arm": f"{one['arm']} at {one['config']['learning_rate']:g}", "versions": part["versions"]}
-        for part, seeds in ((made, others), (about, set(table["seed"])))
-        for one in _of(part["configurations"], seeds)
-    ]
-    complaints += mixture_complaints(runs)
-    require_one_kind(folder, complaints)
     kept = {name: _by_seed([*_of(made[name], others), *about[name]]) for name in ("failed", "configurations")}
     return _joined(there, table, others), {**about, **kept}
+
+
+def require_joinable_signal(found: Mapping[str, Any], path: Path) -> set[int]:
+    """Refuse a study of the signal that does not belong with that in a file, as `require_joinable` does a study.
+
+    Args:
+        found: Its schema, window, configuration and seeds; origins too, where it has been made.
+        path: The file.
+
+    Raises:
+        ResultsRefused: Other settings, origins, distances or window, another world or version of the file.
+    """
+    if others := _seeds_in(path) - set(found["seeds"]):
+        there = read_json(path)
+        require_world(there, path)
+        complaints = [f"{name} differs" for name in ("schema", "window") if there[name] != found[name]]
+        one, other = (deciding(results["configuration"]) for results in (found, there))
+        if changed := sorted(name for name in {*one, *other} if one.get(name) != other.get(name)):
+            complaints.append(f"mixed configurations: {', '.join(changed)}")
+        if "origins" in found:
+            now, before = (
+                {origin: part["distances"] for origin, part in results["origins"].items()} for results in (found, there)
+            )
+            complaints += [f"distances by origin: {now} now, {before} there"] if now != before else []
+        require_one_kind(path.parent, complaints)
+    return others
 
 
 def join_signal(
@@ -128,20 +174,11 @@ def join_signal(
         predict: Of the rows of `table` and `gain`: the content of `prediction`.
 
     Raises:
-        ResultsRefused: Other settings, origins, distances or window, another world or version of the file.
+        ResultsRefused: See `require_joinable_signal`.
     """
-    if not (others := _seeds_in(path) - set(found["seeds"])):
+    if not (others := require_joinable_signal(found, path)):
         return dict(found)
     there = read_json(path)
-    require_world(there, path)
-    complaints = [f"{name} differs" for name in ("schema", "window") if there[name] != found[name]]
-    one, other = (deciding(results["configuration"]) for results in (found, there))
-    if changed := sorted(name for name in {*one, *other} if one.get(name) != other.get(name)):
-        complaints.append(f"mixed configurations: {', '.join(changed)}")
-    grids = [{origin: part["distances"] for origin, part in results["origins"].items()} for results in (found, there)]
-    if grids[0] != grids[1]:
-        complaints.append(f"distances by origin: {grids[0]} now, {grids[1]} there")
-    require_one_kind(path.parent, complaints)
     seeds = sorted([*others, *found["seeds"]])
 
     def in_order(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:

@@ -24,10 +24,10 @@ from ..runs.config import RunConfig, resolve_config
 from ..runs.folder import RunFolder
 from ..runs.validation import WORLD
 from .arms import shared_settings
-from .cells import Cell
+from .cells import Cell, planned_runs
 from .findings import SCHEMA, markdown_table, results_folder
 from .gates import RATES, measure_premise
-from .joining import join_map
+from .joining import join_map, require_joinable_map
 from .results import MAP, MAP_ABOUT, MAP_COLUMNS, ResultsRefused, has_map, read_map
 from .scores import saved_places, score
 from .signal_claims import LEAST
@@ -91,6 +91,24 @@ def _guided(preset: str, seed: int, distance: int, chosen: Mapping[str, Any]) ->
     return resolve_config("npo", preset, seed, {**chosen, **early})
 
 
+def require_joinable(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> None:
+    """Refuse cells whose rows could not stand beside those of other seeds in the folder; before they run, not after.
+
+    Raises:
+        ResultsRefused: Another grid, other settings or versions than there.
+    """
+    planned = planned_runs(cells, root)
+    about = {"versions": _distinct([run["versions"] for run in planned]), "configurations": planned}
+    grid = {(cell.config.learning_rate, distance) for cell in cells for distance in _distances([cell])}
+    require_joinable_map(grid, about, results_folder(out))
+
+
+def _distinct(made: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Versions that made runs, each once: Python, packages, device."""
+    texts = {json.dumps([env["python"], env["packages"], env["device"]], sort_keys=True) for env in made}
+    return [json.loads(text) for text in sorted(texts)]
+
+
 def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | None = None) -> list[Path]:
     """Write `map.csv`, a row per rate, distance and seed, and `map.json`, what made it.
 
@@ -119,9 +137,10 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
         listed = "; ".join(f"{arm}, seed {seed}, rate {rate:g}" for arm, seed, rate in missing)
         raise ResultsRefused(f"{len(missing)} runs of the map are missing: {listed}. Run `make map` to the end.")
     made = [read_json(run.path / "env.json") for key, run in runs.items() if key not in lost]
-    versions = {json.dumps([env["python"], env["packages"], env["device"]], sort_keys=True) for env in made}
+    versions = _distinct(made)
     if len(versions) > 1:
-        raise ResultsRefused("The runs of the map have mixed versions:\n" + "\n".join(sorted(versions)))
+        listed = "\n".join(json.dumps(one, sort_keys=True) for one in versions)
+        raise ResultsRefused(f"The runs of the map have mixed versions:\n{listed}")
     whole = {key: run for key, run in runs.items() if key not in lost}
     distances = sorted(_distances(cells))
     nothing = dict.fromkeys(MAP_COLUMNS, float("nan"))
@@ -140,7 +159,7 @@ def collect_map(cells: Sequence[Cell], root: Path | None = None, out: Path | Non
         "schema": SCHEMA,
         "world": WORLD,
         "failed": failed,
-        "versions": [json.loads(text) for text in versions],
+        "versions": versions,
         "configurations": [
             {"arm": cell.arm, "seed": cell.seed, "config": json.loads(cell.config.to_json())} for cell in cells
         ],

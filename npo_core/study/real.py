@@ -40,8 +40,8 @@ from .scores import SETTLED, saved_places
 SHARED: Mapping[str, Any] = {"compute_steps": 60, "checkpoint_keep": 1}
 """Settings of every arm that are not the preset's; AutoNPO alone rolls back to what it has kept."""
 
-ORDER = ("AutoNPO", "GRPO", "NPO early", "NPO early, own resample", "GRPO, groups of 16")
-"""Arms as they run: AutoNPO keeps its checkpoints, and is GRPO until it intervenes, so the next three go on from it."""
+ORDER = ("AutoNPO", "GRPO, groups of 16", "GRPO", "NPO early", "NPO early, own resample")
+"""Arms as they run: AutoNPO keeps its checkpoints and is GRPO until it intervenes, so the last three go on from it."""
 
 ORIGINS, DISTANCES = (0, 20), (10, 20, 30, 40)
 """Policy steps that the premise is measured from, and its distances."""

@@ -5,6 +5,7 @@ against, and writes `data/results/signal.json`, on which the claims about S are 
 first stopped. The plan is in docs/evidence.md; what one seed does is `stages.signal_run` and `gain`. Ours.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..stages.signal_run import measure_run, settings_for
 from .arms import arm_config
 from .findings import SCHEMA, results_folder
 from .gain import GainPlan, GainStudy
-from .joining import join_signal
+from .joining import join_signal, require_joinable_signal
 from .signal_claims import interior_peak, predicts, premise_holds, shapes
 
 ORIGINS = (0, 100, 200)
@@ -113,17 +114,24 @@ def summarise_seeds(seeds: Sequence[Mapping[str, Any]], plan: GainPlan) -> dict[
         }
     return as_json(
         {
-            "schema": SCHEMA,
-            "world": WORLD,
-            "seeds": [one["seed"] for one in seeds],
-            "configuration": {name: value for name, value in seeds[0]["config"].items() if name != "seed"},
-            "window": plan.window,
+            **_about([one["seed"] for one in seeds], seeds[0]["config"], plan),
             "origins": origins,
             "table": table,
             "gain": gains,
             "prediction": predictions(table, gains),
         }
     )
+
+
+def _about(seeds: Sequence[int], config: Mapping[str, Any], plan: GainPlan) -> dict[str, Any]:
+    """What is known of the file before anything has run."""
+    return {
+        "schema": SCHEMA,
+        "world": WORLD,
+        "seeds": list(seeds),
+        "configuration": {name: value for name, value in config.items() if name != "seed"},
+        "window": plan.window,
+    }
 
 
 def gain_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -207,6 +215,8 @@ def run_signal_study(
     folder = results_folder(out)
     configs = [arm_config("GRPO", preset, seed, overrides) for seed in dict.fromkeys(seeds)]
     plan.check(configs[0])
+    # before the hours that it takes, not after
+    require_joinable_signal(_about(seeds, json.loads(configs[0].to_json()), plan), folder / RESULT)
     found = [measure_seed(config, plan, origins, root, quiet) for config in configs]
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder / "lock.json", f"The results {folder}").holding():

@@ -1,6 +1,8 @@
 """Runs that share a beginning: how long it is, and that taking it over changes no bit of what follows."""
 
 import json
+import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from safetensors.torch import load_file
 from npo_core.runs.checkpoints import checkpoint_folder, complete_checkpoints
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import RunFolder
+from npo_core.stages import prefix
 from npo_core.stages import run as stages
 from npo_core.stages.prefix import shared_steps, take_prefix
+from npo_core.study.cells import plan_cells
 
 
 def config(method="npo", **overrides):
@@ -86,8 +90,11 @@ def test_a_run_with_a_shared_beginning_ends_as_one_that_did_every_step(root, tmp
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     results = [{k: v for k, v in run.result().items() if k != "wall_seconds"} for run in (shared, alone)]
     assert results[0] == results[1] and results[0]["compute_steps"] == 20
-    tables = [sorted(path.name for path in (run.path / "rollouts").iterdir()) for run in (shared, alone)]
-    assert tables[0] == tables[1]
+    for kept in ("rollouts", "guided", "guided/pictures"):
+        names = [sorted(path.name for path in (run.path / kept).iterdir()) for run in (shared, alone)]
+        assert names[0] == names[1]
+    guided = [[path.read_text() for path in sorted((run.path / "guided").glob("*.jsonl"))] for run in (shared, alone)]
+    assert guided[0] == guided[1] and bool(guided[0]) == (taker.late_step == 0)
 
 
 def _same_but_for_the_clock(run):
@@ -121,7 +128,8 @@ def test_a_beginning_from_a_longer_run_changes_no_bit(root, tmp_path, taker, ste
 def test_autonpo_is_grpo_until_it_intervenes(root, tmp_path, dismisses):
     """It saves a checkpoint at its warning, step 7, which is none of GRPO's."""
     folder, quality = root / f"auto{dismisses}", {"confirm_quality": 1.0} if dismisses else {}
-    donor = stages.run(AUTO.with_changes(checkpoint_keep=0, **quality), folder, quiet=True)
+    guides = "own" if dismisses else "future"
+    donor = stages.run(AUTO.with_changes(checkpoint_keep=0, guide_from=guides, **quality), folder, quiet=True)
     assert donor.events("warning")[0]["compute_step"] == 7
     assert next(event["event"] for event in donor.events() if event["event"] in ("rollback", "dismissed")) == (
         "dismissed" if dismisses else "rollback"
@@ -149,6 +157,72 @@ def test_an_autonpo_that_never_warned_lends_all_its_steps_and_their_alarms(root,
         assert take_prefix(run) == 8
     assert [event["complaints"] for event in run.events("alarm")] == [["of the last step"]]
     assert _lines(run) == _lines(donor)
+
+
+def test_no_run_of_the_study_stands_in_the_way_of_another(tmp_path):
+    """All folders are there before the first run starts, those of AutoNPO with own guides and without among them."""
+    runs = [cell.folder(tmp_path) for cell in plan_cells("smoke", [0])]
+    assert {run.config.guide_from for run in runs if run.config.method == "autonpo"} == {"future", "own", "none"}
+    for run in runs:
+        with run.writing(quiet=True):
+            assert take_prefix(run) == 0
+
+
+@pytest.fixture
+def lender(root):
+    """A finished GRPO that kept the last checkpoint alone resumable, in a folder that a test may damage."""
+    return stages.run(GRPO.with_changes(compute_steps=8, checkpoint_keep=1, tau_gate=0.3), root / "lender", quiet=True)
+
+
+@pytest.fixture
+def lent(lender, tmp_path):
+    shutil.copytree(lender.path.parent, tmp_path / "runs")
+    return RunFolder(lender.config, tmp_path / "runs")
+
+
+def _take(config, root):
+    run = RunFolder(config, root)
+    with run.writing(quiet=True):
+        return run, take_prefix(run)
+
+
+def _holds(run):
+    return [path for name in ("branches", "rollouts", "guidance", "guided") for path in (run.path / name).glob("*")]
+
+
+def test_what_a_kill_left_of_a_copy_is_not_resumed_from(lent, monkeypatch):
+    taker = lent.config.with_changes(checkpoint_keep=2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(prefix, "_copy_logs", Mock(side_effect=KeyboardInterrupt))
+        _take(taker, lent.path.parent)
+    run = RunFolder(taker, lent.path.parent)
+    assert list(complete_checkpoints(run.branch(0))) == [8]
+    shutil.rmtree(lent.path / "branches")
+    run, steps = _take(taker, lent.path.parent)
+    assert steps == 0 and not _holds(run) and not run.metrics() and not run.events_path.exists()
+
+
+def test_a_copy_that_fails_is_said_and_removed(lent, monkeypatch):
+    monkeypatch.setattr(prefix.shutil, "copy", Mock(side_effect=OSError("No space left on device")))
+    with pytest.warns(UserWarning, match=r"makes every step: the beginning of grpo-smoke-s0-.* \(No space left"):
+        run, steps = _take(lent.config.with_changes(checkpoint_keep=2), lent.path.parent)
+    assert steps == 0 and not _holds(run) and not run.events_path.exists()
+
+
+def test_a_run_takes_no_beginning_that_it_could_not_roll_back_in(lent):
+    """The lender has weights alone of step 6."""
+    late = LATE.with_changes(late_step=8, tau_gate=0.3)
+    assert _take(late.with_changes(late_start=6), lent.path.parent)[1] == 0
+    assert _take(late.with_changes(late_start=6, late_step=10), lent.path.parent)[1] == 0
+    assert _take(EARLY.with_changes(scout_steps=8, tau_gate=0.3), lent.path.parent)[1] == 8
+    assert _take(late.with_changes(late_start=8, late_step=10), lent.path.parent)[1] == 8
+
+
+def test_a_run_of_other_versions_lends_nothing(lent):
+    made = json.loads((lent.path / "env.json").read_text())
+    made["packages"]["torch"] = "1.0"
+    (lent.path / "env.json").write_text(json.dumps(made))
+    assert _take(lent.config.with_changes(checkpoint_keep=2), lent.path.parent)[1] == 0
 
 
 def test_a_run_that_has_begun_takes_nothing(root):

@@ -5,6 +5,7 @@ The committed results are taken apart and put together again.
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from npo_core.__main__ import main
 from npo_core.files import read_json, write_json
 from npo_core.runs.validation import WORLD
 from npo_core.study import cells, signal_study
+from npo_core.study import map as map_of_gain
 from npo_core.study.findings import results_folder
 from npo_core.study.joining import join_evidence, join_map, join_signal
 from npo_core.study.results import (
@@ -182,6 +184,23 @@ def test_another_map_is_refused(change, words, tmp_path):
         join_map(*map_part({1}), tmp_path)
 
 
+def test_a_map_is_refused_before_its_runs_as_after_them(tmp_path):
+    table, about = map_part({0})
+    keep_map(table, about, tmp_path)
+    python, packages, device = about["versions"][0]
+    versions = {"python": python, "packages": packages, "device": device}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cells, "environment", lambda: versions)
+        map_of_gain.require_joinable(map_of_gain.plan_map("cpu", [3]), tmp_path / "runs", tmp_path)
+        other = map_of_gain.plan_map("cpu", [3], overrides={"temperature": 0.9})
+        with pytest.raises(ResultsRefused, match=r"mixed configurations of GRPO at 0\.0002: seeds \[0\]; seeds \[3\]"):
+            map_of_gain.require_joinable(other, tmp_path / "runs", tmp_path)
+        patched.setitem(versions, "python", "2.7")
+        with pytest.raises(ResultsRefused, match="mixed versions: "):
+            map_of_gain.require_joinable(map_of_gain.plan_map("cpu", [3]), tmp_path / "runs", tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_map_of_another_grid_is_refused(tmp_path):
     table, about = map_part({0})
     keep_map(table[table["distance"] < 100], about, tmp_path)
@@ -255,3 +274,6 @@ def test_the_study_of_the_signal_keeps_the_seeds_of_its_file(tmp_path, monkeypat
     )
     found = read_json(signal_study.run_signal_study("cpu", [1], root=tmp_path, out=tmp_path))
     assert found["seeds"] == [0, 1, 2] and found["world"] == WORLD
+    monkeypatch.setattr(signal_study, "measure_seed", Mock(side_effect=AssertionError))
+    with pytest.raises(ResultsRefused, match="mixed configurations: learning_rate"):  # and before it measures
+        signal_study.run_signal_study("cpu", [3], {"learning_rate": 0.5}, root=tmp_path, out=tmp_path)

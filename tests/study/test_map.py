@@ -178,7 +178,8 @@ def test_the_command_runs_what_it_is_told(tmp_path, monkeypatch, capsys):
     assert ran == plan_map("cpu", range(5))
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "results"), "the table"]
     ran.clear()
-    assert (
-        main(["map", "--seeds", "1", "--rates", "1e-4", "6e-4", "--distances", "20", "--set", "eval_problems=64"]) == 0
-    )
-    assert ran == plan_map("cpu", [1], [1e-4, 6e-4], [20], {"eval_problems": 64})
+    asked = ["map", "--seeds", "9", "--rates", "1e-4", "6e-4", "--distances", "20", "--set", "eval_problems=64"]
+    assert main(asked) == 2  # the committed map has another grid: said before anything runs
+    assert "grid (rate, Δ): [('0.0001', 20), ('0.0006', 20)] now, " in capsys.readouterr().err and not ran
+    assert main([*asked, "--out", str(tmp_path)]) == 0
+    assert ran == plan_map("cpu", [9], [1e-4, 6e-4], [20], {"eval_problems": 64})

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     again = stages.add_parser("run", help="Run a saved configuration, or what is left of it.")
     again.set_defaults(stage=_run)
     again.add_argument("--config", type=Path, required=True, help="a run folder's config.json")
-    again.add_argument("--root", type=Path, help="folder of all runs (default: data/runs)")
+    again.add_argument("--root", type=Path, help="folder of all runs (default: that of the run, else data/runs)")
     again.add_argument("--quiet", action="store_true", help="no progress bars")
     cell = stages.add_parser("cell", help="Run and score one cell of the evidence study; what its processes do.")
     cell.set_defaults(stage=_cell)
@@ -145,7 +145,7 @@ def _signal_parser(stages) -> None:
     text = 'parquet or jsonl file with uid, prompt, answer and maybe image, or "reasoning_gym:TASK"'
     own.add_argument("--data", type=Path, help=text)
     own.add_argument("--out", type=Path, help="folder of the measurement")
-    own.add_argument("--verifier", default="boxed", help='"boxed" (default) or module:name of a verifier')
+    own.add_argument("--verifier", help='"boxed" (default) or module:name of a verifier')
     own.add_argument("--base", help="policy that the run started from, step 0: a folder, or a name on the hub")
     own.add_argument("--processor", help="policy with processor or tokenizer, in the same way (default: the first)")
     own.add_argument("--teacher", help="policy outside the run, in the same way")
@@ -203,7 +203,10 @@ def _saved(options: argparse.Namespace) -> RunConfig:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return _finish(_saved(options), options)
+    config, folder = _saved(options), options.config.absolute().parent
+    if options.root is None and folder.name == config.run_name:
+        options.root = folder.parent  # the run goes on where it is
+    return _finish(config, options)
 
 
 def _finish(config: RunConfig, options: argparse.Namespace) -> int:
@@ -283,7 +286,10 @@ def _signal(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     batches = {name: getattr(options, name) for name in ("rollout_batch", "score_batch")}
     batches = {name: value for name, value in batches.items() if value is not None}
+    own = {name: getattr(options, name) for name in ("data", "out", *OF_ONES_OWN)}
     if options.checkpoints is None:
+        if idle := [f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None]:
+            raise ValueError(f"{', '.join(idle)} given without --checkpoints; without it a preset's run is measured.")
         config = _config(options, "grpo")
         settings = signal_run.settings_for(config, **given)
         origins = options.origins or signal_run.default_origins(config)
@@ -300,6 +306,8 @@ def _signal(options: argparse.Namespace) -> int:
     else:
         if options.data is None or options.out is None:
             raise ValueError("--checkpoints needs --data (prompts with answers) and --out (folder of the measurement).")
+        if options.set or options.root is not None:
+            raise ValueError("--set and --root are for a preset's run; with --checkpoints nothing reads them.")
         measured = signal_stages.measure_folder(
             options.checkpoints,
             options.data,
@@ -309,7 +317,7 @@ def _signal(options: argparse.Namespace) -> int:
             distances=options.distances,
             also=options.also,
             quiet=options.quiet,
-            **{name: getattr(options, name) for name in OF_ONES_OWN},
+            **{name: own[name] for name in OF_ONES_OWN if own[name] is not None},
             **batches,
         )
     print(signal_stages.describe(measured))

@@ -211,3 +211,27 @@ def test_a_saved_configuration_runs_again_as_it_was(ran, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads(config.to_json())))
     assert main(["run", "--config", str(tmp_path / "config.json")]) == 0
     assert ran == [(config, None, False)]
+
+
+def test_a_run_goes_on_where_its_folder_is(ran, tmp_path):
+    config = resolve_config("autonpo", "smoke", 7)
+    folder = tmp_path / config.run_name
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json())
+    assert main(["run", "--config", str(folder / "config.json")]) == 0
+    assert main(["run", "--config", str(folder / "config.json"), "--root", str(tmp_path / "other")]) == 0
+    assert [root for _, root, _ in ran] == [tmp_path, tmp_path / "other"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "rows.jsonl", "--base", "policy"], "--data, --base given without --checkpoints"),
+        (["--verifier", "mine:verdict"], "--verifier given without --checkpoints"),
+        (["--checkpoints", "out", "--data", "d", "--out", "o", "--set", "seed=1"], "with --checkpoints nothing reads"),
+        (["--checkpoints", "out", "--data", "d", "--out", "o", "--root", "r"], "with --checkpoints nothing reads"),
+    ],
+)
+def test_options_of_signal_that_nothing_would_read_are_refused(arguments, words, capsys):
+    assert main(["signal", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -102,9 +102,20 @@ class ScheduledNPO(Controller):
     """
 
     def _next(self, segments: Sequence[Segment]) -> Intervention | None:
-        """The intervention that the last segment leads to; a dismissed one is not tried again."""
-        dismissed = [event for event in self.run_folder.effective_events() if event["event"] == "dismissed"]
-        return dict(enumerate(planned_interventions(self.config))).get(len(segments) - 1 + len(dismissed))
+        """The intervention that the last segment leads to.
+
+        A dismissed one is not tried again, nor those of steps that training is then past already: after a roll-back
+        that was planned, and did not happen, a random plan may ask for an earlier step.
+        """
+        plan, place = planned_interventions(self.config), -1
+        for event in self.run_folder.effective_events():
+            if event["event"] == "segment":
+                place += 1
+            elif event["event"] == "dismissed":
+                place += 1
+                while place < len(plan) and plan[place].at <= event["policy_step"]:
+                    place += 1
+        return plan[place] if place < len(plan) else None
 
     def _complaints(self, trainer: NPOTrainer) -> list[str]:
         plan = planned_interventions(self.config)

@@ -2,14 +2,16 @@
 
 import importlib.util
 import io
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
+from datasets import Image as Picture
 from PIL import Image
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
@@ -25,7 +27,7 @@ from ..runs.launchers import read_launcher
 from ..trainer.config import NPOConfig
 from ..trainer.dataset import training_schedule
 from ..trainer.fsdp import reduced_each_pass, train_sharded
-from ..trainer.pictures import never_sampled, picture_limits
+from ..trainer.pictures import never_sampled, picture_limits, pictures_of
 from ..trainer.trainer import NPOTrainer
 from ..trainer.vllm import engine_of, one_engine
 from ..world.data import DataSettings, RowsByUid, checked_rows, hold_out, image_policy, load_data
@@ -35,6 +37,9 @@ from ..world.sources import TEST_SEED, made_source
 from ..world.speed.heads import score_responses_alone
 from ..world.tasks import PathVerifier, make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
+
+LEAST_TEST_ROWS = 2
+"""Test prompts that an interval needs."""
 
 HELD_OUT = "held-out"
 """Suite of test prompts that name none."""
@@ -105,15 +110,61 @@ def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
         test = load_data(settings, processor, _refused(config, "test"))
         if len(test) > config.eval_problems:
             test = hold_out(test, config.eval_problems, config.data_seed)[1]
+        test = _unseen(train, test)
     else:
         train, test = hold_out(train, config.eval_problems, config.data_seed)
-    common = set(train["uid"][:]) & set(test["uid"][:])
+    return train, _with_suites(test)
+
+
+def _unseen(train: Dataset, test: Dataset) -> Dataset:
+    """Test rows that a test can be made of, under uids that no training row has.
+
+    Raises:
+        ValueError: Fewer than an interval needs, or some that the training rows have too.
+    """
+    common = common_rows(train, test)
     if common:
         raise ValueError(
-            f"{len(common)} prompts are in data and in test_data, such as {min(common)!r}; a test prompt must not be "
-            "trained on. Give another split (test_split) or file."
+            f"{len(common)} prompts are in data and in test_data, such as {test[common[0]]['uid']!r}; a test prompt "
+            "must not be trained on. Give another split (test_split) or file."
         )
-    return train, _with_suites(test)
+    if len(test) < LEAST_TEST_ROWS:
+        raise ValueError(
+            f"test_data has {len(test)} rows; an interval needs {LEAST_TEST_ROWS} or more. Give more rows, or leave "
+            "test_data empty: then eval_problems rows of data are held out."
+        )
+    uids = test["uid"][:]
+    if set(train["uid"][:]).isdisjoint(uids):
+        return test
+    # rows of two splits that have no uid of their own are both counted from 0
+    return test.remove_columns("uid").add_column("uid", [f"test/{uid}" for uid in uids])
+
+
+def common_rows(train: Dataset, test: Dataset) -> list[int]:
+    """Places of the test rows that the training rows have too: prompt, answer and pictures, whatever their uids."""
+    texts, asked = _texts(train), _texts(test)
+    wanted, places = set(asked), defaultdict(list)
+    for place, text in enumerate(texts):
+        if text in wanted:
+            places[text].append(place)
+    kind = next((kind for kind in ("image", "images") if kind in test.column_names and kind in train.column_names), "")
+    return [
+        place
+        for place, text in enumerate(asked)
+        if places[text] and (not kind or _stored(test, kind, place) in [_stored(train, kind, n) for n in places[text]])
+    ]
+
+
+def _texts(rows: Dataset) -> list[str]:
+    names = [name for name in ("prompt", "answer") if name in rows.column_names]
+    return [json.dumps(list(row.values())) for row in rows.select_columns(names)]
+
+
+def _stored(rows: Dataset, kind: str, place: int) -> list[Any]:
+    """What the pictures of a row are decoded from: their bytes, or their path where those are not in the data set."""
+    plain = Picture(decode=False) if kind == "image" else List(Picture(decode=False))
+    found = rows.select([place]).select_columns([kind]).cast_column(kind, plain)[0][kind]
+    return [each["bytes"] or each["path"] for each in (found if kind == "images" else [found]) if each]
 
 
 def _reading(config: RunConfig, instruction: str) -> DataSettings:
@@ -350,9 +401,8 @@ class _RolloutTables:
 
 
 def _picture(row: Mapping[str, Any]) -> Image.Image | None:
-    """The picture of a row, the first of several, or None."""
-    pictures = row.get("images") or [row.get("image")]
-    return pictures[0]
+    """The picture of a row as it is seen, the first of several, or None."""
+    return next(iter(pictures_of(row)), None)
 
 
 def _png(picture: Image.Image | None) -> bytes | None:

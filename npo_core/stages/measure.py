@@ -11,6 +11,8 @@ prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrat
 """
 
 import gc
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from transformers import AutoConfig, PreTrainedModel
 
 from ..declaration import require
@@ -38,6 +41,7 @@ from ..runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from ..streams import MEASURED
 from ..trainer.gradients import both_sided, gradients_misfit, own_gram, require_gradients_fit, source_gradients
 from ..trainer.inputs import inherited
+from ..trainer.pictures import as_seen, pictures_of
 from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
 from ..world.computing import IN_FLOAT32, Computing
@@ -137,6 +141,7 @@ class Measurement:
         uids = [row["uid"] for row in self.rows]
         template = self._as_trained["chat_template_kwargs"]
         about = {"computing": asdict(self.computing), "chat_template_kwargs": template}
+        about["asked"] = content_digest(self.rows)
         self._settle({"settings": self.settings.of_rollouts(), "uids": uids, **about})
         # policies may be added later, but a name must go on standing for the same weights
         known = self._read("policies.json")
@@ -164,6 +169,11 @@ class Measurement:
             sampled = now.keys() - set(COMPARED)
             if known["uids"] != about["uids"] or any(before.get(name) != now[name] for name in sampled):
                 raise ValueError(f"{path} holds other settings or prompts; give another folder, or move that one away.")
+            if known.get("asked", about["asked"]) != about["asked"]:
+                raise ValueError(
+                    f"{self.folder} was measured on other prompts, answers or pictures under the same uids; give "
+                    "another folder, or move that one away."
+                )
             for name in ("computing", "chat_template_kwargs"):
                 if (had := known.get(name, about[name])) != about[name]:
                     raise ValueError(
@@ -379,3 +389,20 @@ class Measurement:
         write_table(self.folder / "table.parquet", summary.pop("table"))
         write_json(self.folder / "signal.json", summary)
         return summary
+
+
+def content_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Fingerprint of what is asked: prompts, answers and pictures of the rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        asked = [row.get("prompt"), row.get("answer"), pictures_of(row)]
+        digest.update(json.dumps(asked, default=_told, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """A picture by its size and pixels; anything else that JSON does not know by its text."""
+    if not isinstance(value, Image.Image):
+        return str(value)
+    seen = as_seen(value)
+    return f"{seen.mode} {seen.size} {hashlib.sha256(seen.tobytes()).hexdigest()}"

@@ -52,8 +52,11 @@ def measure_run(
         raise ValueError(
             f"method is {config.method!r}; distances are measured along a run that never rolled back: grpo."
         )
-    run = stages.run(config, root, quiet)
+    origins = checked_origins(config, origins)  # before the run is made, not after
     world = stages.prepare(config, quiet)
+    if len(world.train) < settings.prompts:
+        raise ValueError(f"prompts is {settings.prompts}, but the data has {len(world.train)} rows; lower prompts.")
+    run = stages.run(config, root, quiet)
     policies = run_policies(run, world)
     others = {TEACHER: teacher_folder(config, quiet)} if config.policy == "tiny" else {}
     pairs = plan_pairs(list(policies), origins, distances, others=list(others), also=also)
@@ -148,4 +151,5 @@ def checked_origins(config: RunConfig, origins: Sequence[int]) -> list[int]:
 def default_origins(config: RunConfig) -> list[int]:
     """The base policy, the start of the plateau (`late_start`), and the middle of the run, each with a checkpoint."""
     every = config.checkpoint_every
-    return sorted({0, config.late_start // every * every, config.compute_steps // 2 // every * every})
+    asked = {0, config.late_start // every * every, config.compute_steps // 2 // every * every}
+    return sorted(origin for origin in asked if origin < config.compute_steps)

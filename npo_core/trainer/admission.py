@@ -7,7 +7,7 @@ timeout does not end a long run.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 
 from datasets import Dataset
@@ -210,6 +210,13 @@ def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
             f"the guidance cache holds a guide of {longest} tokens, and max_completion_length is "
             f"{trainer.max_completion_length}; raise it, or make the cache again with shorter responses"
         )
+    ends = set(trainer.eos_token_ids)
+    if holding := [guide for guide in cache if _ends_otherwise(guide, ends)]:
+        found.append(
+            f"the guidance cache holds {len(holding)} guides, such as that of {holding[0].uid!r}, that do not end with "
+            f"one of {trainer.eos_token_ids}, or go on behind it, as no rollout of this trainer does. Make the cache "
+            "with trainer.new_cache(), which leaves them out"
+        )
     if (other := _other_temperatures(trainer, cache)) and needs_behaviour(trainer):
         found.append(
             f"the log-probs of the guidance cache are at temperature {min(other)}, and training is at "
@@ -229,6 +236,10 @@ def _misfits(trainer: "NPOTrainer", cache: GuidanceCache) -> list[str]:
             "with the trainer's generation_kwargs, or set mask_unsampled=False"
         )
     return found
+
+
+def _ends_otherwise(guide: Trajectory, ends: Collection[int]) -> bool:
+    return not guide.token_ids or guide.token_ids[-1] not in ends or not set(guide.token_ids[:-1]).isdisjoint(ends)
 
 
 def _log_probs(guide: Trajectory) -> bool:

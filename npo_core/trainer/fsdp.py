@@ -14,8 +14,10 @@ What is put right, each with a test on two processes of the CPU:
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
 from transformers import PreTrainedModel
+
+from ..processes import process_count
 
 if TYPE_CHECKING:
     from .trainer import NPOTrainer
@@ -34,6 +36,14 @@ def reshard(model: torch.nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def held_together(model: torch.nn.Module) -> bool:
+    """Whether several processes hold a model together, so that each forward pass of one needs one of all the others."""
+    if process_count() == 1:
+        return False
+    sharded = any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in model.modules())
+    return sharded or any(hasattr(weight, "ds_id") for weight in model.parameters())  # DeepSpeed, ZeRO 3
 
 
 def train_sharded(trainer: "NPOTrainer") -> None:

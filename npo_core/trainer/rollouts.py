@@ -37,6 +37,7 @@ class StepRollouts:
         responses: Token ids of each row's response, those that are kept out of the loss included.
         rewards: Weighted reward of each row; NaN where no reward function scored it.
         correct: Verdict on each row, or None without a verifier.
+        training: Whether they are sampled for training; an evaluation has no guides and no metrics of ours.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -50,6 +51,7 @@ class StepRollouts:
     responses: Sequence[Sequence[int]] = ()
     rewards: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    training: bool = True
 
     def mark(self, output: dict[str, Any]) -> torch.Tensor:
         """Add to TRL's tensors which rows are guides' and which the policy's own, and the guides' log-probs.
@@ -97,12 +99,14 @@ def mask_given(
         void: Rows that hold nothing.
         accelerator: Adds up over the processes.
     """
-    own = torch.ones_like(output["completion_mask"])
+    before = output.get("tool_mask")  # TRL's, where tools or an environment have spoken
+    before = torch.ones_like(output["completion_mask"]) if before is None else before
+    own = before.clone()
     own[list(void)] = 0
     for row, length in prefixes.items():
         own[row, :length] = 0
     output["tool_mask"] = own
-    given = (output["completion_mask"] * (1 - own)).sum()
+    given = (output["completion_mask"] * (before - own)).sum()
     output["num_items_in_batch"] = output["num_items_in_batch"] - accelerator.reduce(given, reduction="sum")
 
 

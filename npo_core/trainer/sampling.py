@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..guidance.fingerprints import tokenizer_of
 from ..guidance.trajectories import Trajectory, uid_of
 from ..guidance.verdicts import AnswerVerifier, Verifier, is_correct
-from ..processes import process_count, process_number, shared
+from ..processes import process_number, shared
 from ..streams import PROCESS
+from .fsdp import held_together
 from .inputs import Sampling, encode_prompts, end_tokens, padding_token, prompt_tokens
 from .memory import fitting, sampling_bytes, scoring_bytes
 from .pictures import left_out
@@ -203,8 +204,7 @@ def _drawn(
     encoded = encode_prompts(processor, rows, template)
     inputs = {name: value.to(model.device) for name, value in encoded.items()}
     # transformers mixes `generate` into each kind of model, and not into what they all are
-    # processes that hold a policy together sample in step, to the end of the longest response of all
-    ids = cast(Any, model).generate(**inputs, generation_config=settings, synced_gpus=process_count() > 1)
+    ids = cast(Any, model).generate(**inputs, generation_config=settings, synced_gpus=held_together(model))
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 

@@ -140,12 +140,14 @@ class NPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = rows_as_seen(self._with_replayed_prompts(inputs))
-        self._rollouts = step = StepRollouts(rows=inputs)
+        self._rollouts = step = StepRollouts(rows=inputs, training=self.model.training)
         output = super()._generate_and_score_completions(inputs)
+        if not step.training:
+            self.model.eval()  # continuous batching leaves it in training mode in the middle of an evaluation
         replaced = step.mark(output)
         if self.args.guide_prefix < 1 or self.args.placement == "append":
             mask_given(output, step.prefixes, step.void, self.accelerator)
-        if self.model.training:
+        if step.training:
             self._log_groups(step, replaced, output["is_own"], output["advantages"])
             recorded = self.record_rollouts and self.rollout_sink is not None
             whole = recorded or isinstance(self.guidance, ReplaySource)
@@ -180,7 +182,7 @@ class NPOTrainer(GRPOTrainer):
         # accelerate opens autocast for each token's pass, and casts all weights each time; here once for all tokens
         with self.accelerator.autocast() if self.accelerator.device.type == "cpu" else nullcontext():
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        if self.model.training:
+        if self._rollouts.training:
             if self.guidance is not None:
                 self._choose_guides(completion_ids)
             step, n = self._rollouts, self.num_generations
@@ -263,7 +265,7 @@ class NPOTrainer(GRPOTrainer):
             rewards = rewards.masked_fill(cast(torch.Tensor, self.accelerator.gather(void)).unsqueeze(1), float("nan"))
         weighted = (rewards[own] * self.reward_weights.to(rewards.device).unsqueeze(0)).nansum(dim=1)
         step.rewards = weighted.masked_fill(rewards[own].isnan().all(dim=1), float("nan"))
-        if self.verifier is not None and self.model.training:
+        if self.verifier is not None and step.training:
             verdicts = dict.fromkeys(step.void, False) | step.verdicts
             for row in range(len(inputs)):
                 if row not in verdicts:  # what rewards get: of a conversation with tools the policy's part alone

@@ -126,6 +126,8 @@ def _with_placeholders(content: str | list) -> str:
     """Content of a message as text, with a placeholder for each picture among its parts."""
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise BrokenRule(f"prompt of another kind: the content of a message is a {type(content).__name__}")
     out = ""
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") not in ("image", "text"):
@@ -272,6 +274,10 @@ class RowCheck:
                 line[name] = value_of(row, self.columns[name][0])
                 if line[name] is None or line[name] == "":
                     raise BrokenRule(f"no {name}")
+        if "suite" in line:
+            if not isinstance(line["suite"], str | int | float):
+                raise BrokenRule(f"suite of another kind: {line['suite']!r} is neither text nor a number")
+            line["suite"] = str(line["suite"])
 
     def _as_written(self, answer: Any) -> Any:
         """A number of single or half precision in the digits that tell it apart: 0.1, and not 0.10000000149."""

@@ -3,12 +3,14 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from worlds import world
 
+import npo_core.control.scheduled
 import npo_core.control.watch
 from npo_core.control.offline import Offline
 from npo_core.control.scheduled import Intervention, ScheduledNPO, planned_interventions, random_plan
@@ -105,6 +107,23 @@ def test_random_interventions_fit_the_budget_and_the_grid(preset):
     assert steps <= grid and len(steps) > 0.9 * len(grid)
     assert min(plan[0].back_to for plan in plans) == 0, "the base policy is a place to go back to"
     assert {len(plan) for plan in plans} == {1, 2}
+
+
+def test_after_a_dismissal_the_steps_that_training_is_past_are_skipped(monkeypatch):
+    """The second of a random plan may lie before the first, whose roll-back did not happen."""
+    plan = [Intervention("random", at, at - 4, at) for at in (8, 6, 12)]
+    monkeypatch.setattr(npo_core.control.scheduled, "planned_interventions", lambda config: plan)
+    controller, segment = ScheduledNPO.__new__(ScheduledNPO), {"event": "segment"}
+    controller.config = BOTH
+    for events, expected in (
+        ([segment], plan[0]),
+        ([segment, segment], plan[1]),
+        ([segment, segment, {"event": "dismissed", "policy_step": 6}], plan[2]),
+        ([segment, {"event": "dismissed", "policy_step": 8}], plan[2]),
+        ([segment, {"event": "dismissed", "policy_step": 8}, segment], None),
+    ):
+        controller.run_folder = SimpleNamespace(effective_events=lambda events=events: events)
+        assert controller._next([]) is expected
 
 
 def test_a_number_of_random_interventions_is_drawn_from_the_seed_alone():

@@ -8,12 +8,14 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from npo_core.guidance.fingerprints import image_digest
 from npo_core.runs.config import resolve_config
 from npo_core.runs.folder import runs_folder
+from npo_core.stages import factory
 from npo_core.stages import run as stages
 from npo_core.stages.factory import HELD_OUT, TrainerMaker, _own_data, prepare, training_arguments
 from npo_core.trainer.config import NPOConfig
@@ -120,6 +122,30 @@ def test_suites_and_a_test_file_of_ones_own(own, there, tmp_path):
     assert len(world.train) == 24
     # a suite of one row has no interval; alone, it is left out
     assert len(world.test) == 15 and set(world.test["suite"]) == set(SUITES)
+
+
+def test_two_splits_without_uids_of_their_own_are_told_apart_by_what_they_hold(own, there, tmp_path):
+    """Rows of each are counted from 0, under the same name where the files have it."""
+    whole, places = Dataset.from_parquet(str(there / "problems.parquet")).remove_columns("id"), {}
+    for name, rows in {"a/rows": range(24), "b/rows": range(24, 40), "c/other": range(20, 30), "d/one": [39]}.items():
+        places[name] = tmp_path / f"{name}.parquet"
+        places[name].parent.mkdir()
+        whole.select(rows).to_parquet(places[name])
+    settings = {"columns": ["prompt=question", "image=image", "answer=answer"], "data": str(places["a/rows"])}
+    world = prepare(own(**settings, test_data=str(places["b/rows"]), eval_problems=16), quiet=True)
+    assert world.train["uid"][:2] == ["rows/0", "rows/1"] and world.test["uid"][:2] == ["test/rows/0", "test/rows/1"]
+    assert len(world.train) == 24 and len(world.test) == 16
+    with pytest.raises(ValueError, match="4 prompts are in data and in test_data, such as 'other/0'"):
+        prepare(own(**settings, test_data=str(places["c/other"]), eval_problems=16), quiet=True)
+    with pytest.raises(ValueError, match="test_data has 1 rows; an interval needs 2 or more"):
+        prepare(own(**settings, test_data=str(places["d/one"]), eval_problems=16), quiet=True)
+
+
+def test_a_picture_of_any_mode_is_kept_in_the_table_of_rollouts():
+    for row in ({"image": Image.new("CMYK", (8, 6))}, {"images": [Image.new("LAB", (8, 6))]}):
+        kept = Image.open(io.BytesIO(factory._png(factory._picture(row))))
+        assert (kept.mode, kept.size) == ("RGB", (8, 6))
+    assert factory._png(factory._picture({"prompt": "no picture"})) is None
 
 
 def test_instruction_and_picture_sizes_reach_the_prompt(own):

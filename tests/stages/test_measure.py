@@ -1,5 +1,6 @@
 """A measurement on real tiny policies: its numbers against learning_signal, what it costs, and that it goes on."""
 
+import copy
 import gc
 import json
 import shutil
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from oracles import signal_quality, variance_cost
+from PIL import Image
 from transformers import Qwen3Config
 from worlds import world
 
@@ -25,7 +27,7 @@ from npo_core.runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from npo_core.stages import measure, signal_run
 from npo_core.stages import run as stages
 from npo_core.stages.comparable import check_policies, find_checkpoints
-from npo_core.stages.measure import Measurement, with_gradients
+from npo_core.stages.measure import Measurement, content_digest, with_gradients
 from npo_core.trainer import gradients
 from npo_core.trainer.gradients import both_sided, own_gram, source_gradients
 from npo_core.trainer.sampling import completion_logps
@@ -340,6 +342,19 @@ def test_other_settings_or_prompts_in_the_folder_are_refused(policies, measured)
     tiny, folders = policies
     with pytest.raises(ValueError, match="holds other settings or prompts"):
         Measurement(folder, folders, PAIRS, tiny.processor, list(tiny.dataset)[1:], verifier, SETTINGS)
+    for name in ("answer", "prompt"):
+        rows = [dict(row) for row in tiny.dataset]
+        rows[1][name] = rows[0][name] if rows[0][name] != rows[1][name] else "something else"
+        with pytest.raises(ValueError, match="other prompts, answers or pictures under the same uids"):
+            Measurement(folder, folders, PAIRS, tiny.processor, rows, verifier, SETTINGS)
+
+
+def test_what_is_asked_is_told_apart_by_pictures_too():
+    rows = [{"uid": "a", "prompt": [{"role": "user", "content": "?"}], "answer": "1", "image": Image.new("L", (4, 4))}]
+    inline = [{"uid": "a", "prompt": [{"role": "user", "content": [{"type": "image", "image": rows[0]["image"]}]}]}]
+    assert content_digest(rows) == content_digest([{**rows[0], "uid": "b", "image": Image.new("L", (4, 4))}])
+    assert content_digest(rows) != content_digest([{**rows[0], "image": Image.new("L", (4, 4), 9)}])
+    assert content_digest(inline) == content_digest(copy.deepcopy(inline)) != content_digest(rows)
 
 
 def test_what_was_sampled_is_kept_whatever_is_measured_from_it(policies, measured, tmp_path, monkeypatch, caplog):

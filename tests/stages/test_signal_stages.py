@@ -241,6 +241,19 @@ def test_origins_of_our_own_run_have_a_checkpoint():
     config = resolve_config("grpo", "cpu", 0, {"compute_steps": 250, "late_start": 104, "checkpoint_every": 10})
     assert default_origins(config) == [0, 100, 120]
     assert default_origins(config.with_changes(late_start=129)) == [0, 120]
+    assert default_origins(config.with_changes(compute_steps=80)) == [0, 40]  # no plateau in so short a run
+
+
+def test_what_cannot_be_measured_is_refused_before_the_run_is_made(tmp_path, monkeypatch):
+    def trained(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(stages, "run", trained)
+    config = resolve_config("grpo", "smoke")
+    with pytest.raises(ValueError, match="Policy step 5 cannot be measured from"):
+        measure_run(config, [0, 5], settings_for(config), root=tmp_path, quiet=True)
+    with pytest.raises(ValueError, match="prompts is 100000, but the data has"):
+        measure_run(config, [0], SignalSettings(prompts=100000), root=tmp_path, quiet=True)
 
 
 def test_settings_of_our_own_run_are_the_run_s_and_no_more_prompts_than_it_has():

@@ -65,6 +65,19 @@ def test_a_cache_with_a_guide_that_is_too_long_is_refused_at_once(tmp_path):
         trainer_of(tiny, tmp_path, NPOTrainer, guidance=_cache(tiny), max_completion_length=longest - 1)
 
 
+@pytest.mark.parametrize("end", ["none", "in the middle"])
+def test_a_cache_whose_guides_end_otherwise_is_refused_at_once(tmp_path, end):
+    tiny = world("text")
+    cache = _cache(tiny)
+    uid, eos = tiny.dataset["uid"][0], tokenizer_of(tiny.processor).eos_token_id
+    right = cache.guide(uid, 0)
+    tokens = (*right.token_ids[:-1], right.token_ids[0]) if end == "none" else (eos, *right.token_ids[1:])
+    assert right.token_ids[0] != eos and len(right.token_ids) > 1
+    cache._guides[uid] = replace(right, token_ids=tokens)
+    with pytest.raises(ValueError, match=rf"holds 1 guides, such as that of '{uid}', that do not end with one of"):
+        trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache)
+
+
 def test_a_length_that_is_left_open_is_refused_where_guides_must_fit(tmp_path):
     """TRL takes None, and then samples to the end of the context."""
     tiny = world("text")

@@ -1,13 +1,14 @@
 """The table of a step's rollouts: its rows, when it is complete, and the log-probs and ratios that it notes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from worlds import SpyTrainer, trainer_of, world
 
 from npo_core.guidance.trajectories import Trajectory
-from npo_core.trainer.rollouts import RolloutTable, StepRollouts
+from npo_core.trainer.rollouts import RolloutTable, StepRollouts, mask_given
 
 EOS = 2
 GUIDE = Trajectory("q", (7, EOS), (-0.5, -1.0), 30, True, "seven")
@@ -94,6 +95,15 @@ def test_a_call_on_other_rows_changes_nothing(table):
     before = [dict(row) for row in table.rows]
     assert not table.see(torch.zeros(1, 2), torch.ones(1, 2).bool(), {})
     assert table.rows == before
+
+
+def test_what_tools_said_stays_out_of_the_loss_beside_what_guides_gave():
+    accelerator = SimpleNamespace(reduce=lambda value, reduction: value)
+    output = {"completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]), "num_items_in_batch": 7}
+    output["tool_mask"] = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])  # TRL's count has tools left out
+    mask_given(output, {0: 2}, [2], accelerator)
+    assert output["tool_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert output["num_items_in_batch"] == (output["completion_mask"] * output["tool_mask"]).sum() == 5
 
 
 def test_without_a_verifier_there_is_no_verdict():

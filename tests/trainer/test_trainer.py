@@ -984,6 +984,24 @@ def test_evaluation_replaces_nothing(tmp_path):
     assert not any("npo/" in name for name in metrics)
 
 
+def test_an_evaluation_stays_one_where_sampling_turns_training_on(tmp_path, monkeypatch):
+    """As transformers' continuous batching does, behind TRL's back."""
+    sample = GRPOTrainer._generate_single_turn
+
+    def turned_on(self, *args, **kwargs):
+        sampled = sample(self, *args, **kwargs)
+        self.model.train()
+        return sampled
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", turned_on)
+    tiny = world("text")
+    asked = {"eval_dataset": tiny.dataset.select(range(4)), "per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer = trainer_of(tiny, tmp_path, guidance=_all_guided(tiny), **asked)
+    trainer.evaluate()
+    assert len(trainer.generated) == 2 and not any(batch["is_guide"].any() for batch in trainer.generated)
+    assert not any("npo/" in name for name in trainer._metrics["train"]) and not trainer.model.training
+
+
 def test_evaluation_between_steps_leaves_training_as_it_was(tmp_path, monkeypatch):
     """Also in the middle of a generation batch: same weights, same training metrics as without evaluation."""
     # an evaluation's data loader draws from the global random state, which orders the rows of the next batch

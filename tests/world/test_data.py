@@ -324,6 +324,20 @@ def test_a_row_that_breaks_a_rule_is_listed_and_refused_or_left_out(tmp_path, pr
     require_columns(kept)
 
 
+@pytest.mark.parametrize("level", [5, 2.5, True])
+def test_a_suite_may_be_a_number(tmp_path, level):
+    rows = [{"prompt": f"{i} ?", "answer": str(i), "level": level} for i in range(3)]
+    columns = {"prompt": "prompt", "answer": "answer", "suite": "level"}
+    kept = load_data(DataSettings(jsonl(tmp_path / "rows.jsonl", rows), columns=columns), build_tokenizer(WORDS))
+    assert kept["suite"][:] == [str(level)] * 3
+
+
+def test_a_suite_of_another_kind_is_refused(tmp_path):
+    rows = [{"prompt": f"{i} ?", "answer": str(i), "suite": ["a", "b"]} for i in range(3)]
+    with pytest.raises(ValueError, match="suite of another kind"):
+        load_data(DataSettings(jsonl(tmp_path / "rows.jsonl", rows)), build_tokenizer(WORDS))
+
+
 def test_a_list_of_pictures_is_not_one_picture(tmp_path, processor):
     source = parquet(
         tmp_path / "rows.parquet", [{"prompt": "?", "answer": "1", "image": [{"bytes": b"", "path": None}]}]

@@ -94,6 +94,7 @@ def test_a_question_becomes_messages_of_plain_text(prompt, texts, placed):
         ('[{"role": "user", "content": "why?"}]', "prompt of another kind: chat messages written out as a text"),
         ([{"role": "human", "content": "why?"}], "prompt of another kind"),
         ([user([{"type": "video"}, {"type": "text", "text": "why?"}])], "prompt of another kind"),
+        ([user(5)], "prompt of another kind: the content of a message is a int"),
     ],
 )
 def test_what_is_no_question_is_refused(prompt, rule):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
-from ..guidance.sources import ReplaySource
 from ..method.alarm import Alarm, AlarmSettings
 from ..method.trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
 from ..processes import agree, collect, is_writer, process_number
@@ -195,9 +194,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         assert args.output_dir is not None
-        branch, guidance = Path(args.output_dir), self.trainer.guidance
-        if isinstance(guidance, ReplaySource):
-            guidance.save(checkpoint_folder(branch, state.global_step))
+        branch = Path(args.output_dir)
         collect(None)  # each process writes its random state
         if is_writer():
             mark_complete(checkpoint_folder(branch, state.global_step))

@@ -17,6 +17,7 @@ from ..control.auto import AutoNPO
 from ..control.baselines import GuidedByOwnPast, GuidedByPolicy
 from ..control.controller import Controller
 from ..control.scheduled import ScheduledNPO
+from ..guidance.fingerprints import tokenizer_digest
 from ..notebook import in_one_sentence
 from ..processes import agree, is_writer, join
 from ..progress import duration, tell
@@ -27,7 +28,7 @@ from ..runs.shared import open_run
 from ..trainer.sampling import Generate, sample_rollouts
 from ..trainer.vllm import place, trainer_generate
 from ..world.computing import precision, run_policy, threads
-from ..world.policies import keep_freed_memory, quiet_transformers
+from ..world.policies import keep_freed_memory, load_processor, quiet_transformers
 from ..world.pretrained import policy_folder
 from ..world.warmstart import teacher_folder
 from .cost import amount, plan, require_room
@@ -116,6 +117,8 @@ def _execute(
     """Train what is left to train; scores of the base and of the final policy."""
     guide = _guide_folder(config, root, quiet)
     world = prepare(config, quiet)
+    if guide is not None and config.teacher:
+        require_same_tokenizer(guide, world.processor)
     size = agree(lambda: require_room(config, folder.path, world.base))
     if not quiet:
         print(f"{folder.path.name}: checkpoints will take {amount(size)}")
@@ -167,6 +170,19 @@ def _guide_folder(config: RunConfig, root: Path | None, quiet: bool) -> Path | N
         source = run(earlier, root, quiet)
         return checkpoint_folder(source.branch(0), config.rlep_source_steps)
     return None
+
+
+def require_same_tokenizer(teacher: Path, processor: Any) -> None:
+    """Refuse a teacher whose token ids mean other text before it is asked; one without a tokenizer is taken.
+
+    Raises:
+        ValueError: Its tokenizer is another one than the policy's.
+    """
+    if any(teacher.glob("tokenizer*")) and tokenizer_digest(load_processor(teacher)) != tokenizer_digest(processor):
+        raise ValueError(
+            f"teacher {teacher} has another tokenizer than the policy, so its token ids would mean other text. Give a "
+            "teacher of the same family, or guides made from its text."
+        )
 
 
 def evaluate_policy(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from worlds import world
 
 from npo_core.guidance.fingerprints import image_digest
 from npo_core.runs.config import resolve_config
@@ -21,7 +22,8 @@ from npo_core.stages.factory import HELD_OUT, TrainerMaker, _own_data, prepare, 
 from npo_core.trainer.config import NPOConfig
 from npo_core.world import policies
 from npo_core.world.data import RowsByUid
-from npo_core.world.tasks import make_dataset, sample_problems
+from npo_core.world.policies import build_tokenizer, save_policy
+from npo_core.world.tasks import make_dataset, sample_problems, vocabulary
 
 SUITES = ["mathvista", "mmstar"]
 
@@ -139,6 +141,18 @@ def test_two_splits_without_uids_of_their_own_are_told_apart_by_what_they_hold(o
         prepare(own(**settings, test_data=str(places["c/other"]), eval_problems=16), quiet=True)
     with pytest.raises(ValueError, match="test_data has 1 rows; an interval needs 2 or more"):
         prepare(own(**settings, test_data=str(places["d/one"]), eval_problems=16), quiet=True)
+
+
+def test_a_teacher_with_other_words_is_refused_before_it_is_asked(tmp_path):
+    tiny = world("text")
+    for name, words in (("same", vocabulary()), ("other", vocabulary()[::-1])):
+        save_policy(tiny.build(), build_tokenizer(words), tmp_path / name)
+    stages.require_same_tokenizer(tmp_path / "same", tiny.processor)
+    with pytest.raises(ValueError, match="other has another tokenizer than the policy"):
+        stages.require_same_tokenizer(tmp_path / "other", tiny.processor)
+    for part in (tmp_path / "other").glob("tokenizer*"):
+        part.unlink()
+    stages.require_same_tokenizer(tmp_path / "other", tiny.processor)
 
 
 def test_a_picture_of_any_mode_is_kept_in_the_table_of_rollouts():

@@ -177,6 +177,13 @@ def _settings(trainer: "NPOTrainer", source: GuidanceSource) -> list[str]:
             f"{type(source).__name__} learns from the rollouts it sees, and each of the {processes} processes sees "
             "only its own; train on one process"
         )
+    steps, passes = args.steps_per_generation, args.gradient_accumulation_steps
+    if isinstance(source, ReplaySource) and steps is not None and steps < passes:
+        found.append(
+            f"steps_per_generation is {steps} with gradient_accumulation_steps {passes}: "
+            f"{type(source).__name__} chooses prompts by optimiser step, and would choose the same for each of its "
+            "generation batches; make steps_per_generation a multiple of gradient_accumulation_steps"
+        )
     if args.guides_per_group > 1 and not isinstance(source, ManyGuides):
         found.append(
             f"guides_per_group is {args.guides_per_group}, but {type(source).__name__} has no guides(); "

@@ -130,6 +130,7 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | N
         count[rule] += 1
 
     seen: dict[str, tuple[int, tuple[str, str]]] = {}
+    repeated: list[tuple[str, int]] = []
     prompts = None if room is None else PromptCheck(processor, room)
     # as stored: through a data set's own format or transform, each row would have its pictures decoded
     read = [name for name in REQUIRED_COLUMNS if name in dataset.column_names]
@@ -154,6 +155,8 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | N
         elif prompts is not None and uid not in seen:
             prompts.add(index, prompt)
         content = (str(wanted), str(prompt))
+        if uid in seen:
+            repeated.append((uid, index))
         if seen.setdefault(uid, (index, content))[1] != content:
             complain(
                 "twice",
@@ -171,11 +174,24 @@ def _look_through(dataset: Dataset, answer: bool, processor: Any, room: Room | N
             pictures = dataset.with_format("arrow").select_columns([name])
             for uid, fault in _picture_faults(pictures, places, processor, shown):
                 complain("picture", f"Row {places[uid]} (uid {uid!r}): {fault}")
+            for uid, index in repeated:
+                if _differ(pictures, places[uid], index):
+                    complain("twice", f"Uid {uid!r} names two rows with different pictures; make uids unique")
     more = {rule: f" (and {number - 1} more)" if number > 1 else "" for rule, number in count.items()}
     found = [f"{text}{more[rule]}" for rule, text in first.items()]
     if prompts is not None and "picture" not in first:
         found += prompts.complaints(dataset, shown)
     return found, set(seen)
+
+
+def _differ(stored: Dataset, one: int, other: int) -> bool:
+    """Whether two rows hold different pictures; a row that is there twice, as in a schedule, is not read."""
+    if stored._indices is not None:
+        places = stored._indices.column(0)
+        if places[one].as_py() == places[other].as_py():
+            return False
+    name = stored.column_names[0]
+    return not stored[one][name][0].equals(stored[other][name][0])
 
 
 def _picture_faults(

@@ -78,6 +78,20 @@ def test_a_cache_whose_guides_end_otherwise_is_refused_at_once(tmp_path, end):
         trainer_of(tiny, tmp_path, NPOTrainer, guidance=cache)
 
 
+def test_a_replaying_source_chooses_once_in_a_step(tmp_path):
+    layout = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    for batches, fits in ((2, False), (4, True), (8, True)):
+        past = OwnPast({}, 4, seed=0)
+        settings = {"steps_per_generation": batches, **layout}
+        if fits:
+            trainer_of(world("text"), tmp_path, NPOTrainer, guidance=past, **settings)
+        else:
+            with pytest.raises(
+                ValueError, match="steps_per_generation is 2 with gradient_accumulation_steps 4: OwnPast"
+            ):
+                trainer_of(world("text"), tmp_path, NPOTrainer, guidance=past, **settings)
+
+
 def test_a_length_that_is_left_open_is_refused_where_guides_must_fit(tmp_path):
     """TRL takes None, and then samples to the end of the context."""
     tiny = world("text")

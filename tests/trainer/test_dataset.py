@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
 from datasets import Image as Pictured
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +84,21 @@ def test_a_row_without_its_picture_is_refused():
 def test_the_same_row_at_several_steps_is_fine():
     rows = make_dataset(sample_problems("train", 4, 0))
     require_columns(training_schedule(rows, 3, 4, 0))
+
+
+def test_one_uid_for_two_pictures_is_refused():
+    """A guide that saw one of them would be placed for the other."""
+    rows = make_dataset(sample_problems("train", 3, 0))
+    same = {name: [rows[0][name]] * 2 for name in ("uid", "prompt", "answer")}
+    two = Dataset.from_dict(
+        {**same, "image": [rows[0]["image"], rows[1]["image"]]}, features=rows.select_columns([*same, "image"]).features
+    )
+    with pytest.raises(ValueError, match=f"Uid '{rows[0]['uid']}' names two rows with different pictures"):
+        require_columns(two)
+    with pytest.raises(ValueError, match="names two rows with different pictures"):
+        require_columns(two.select([1, 0, 0]))
+    require_columns(two.select([0, 0]))
+    require_columns(concatenate_datasets([two.select([0]), two.select([0])]))
 
 
 def test_the_answer_is_asked_for_on_behalf_of_our_verifier_only():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
+from ..guidance.sources import ReplaySource
 from ..method.alarm import Alarm, AlarmSettings
 from ..method.trigger import MistakePool, PlateauTrigger, PlateauWarning, TriggerSettings
 from ..processes import agree, collect, is_writer, process_number
@@ -194,7 +195,9 @@ class Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         assert args.output_dir is not None
-        branch = Path(args.output_dir)
+        branch, guidance = Path(args.output_dir), self.trainer.guidance
+        if isinstance(guidance, ReplaySource):
+            guidance.save(checkpoint_folder(branch, state.global_step))
         collect(None)  # each process writes its random state
         if is_writer():
             mark_complete(checkpoint_folder(branch, state.global_step))

@@ -5,8 +5,7 @@ What is taken for granted of each is pinned in tests/trainer/test_trl_contract.p
 release of one of them is tried against those first.
 
 - `trainer` overrides `GRPOTrainer._generate_and_score_completions`, `_generate_single_turn`, `_calculate_rewards`,
-  `_compute_loss` and `_get_per_token_logps_and_entropies`, and the Trainer's `_save_checkpoint` and
-  `_load_optimizer_and_scheduler`, appends to `_metrics`, and sets the model card's `_paper`.
+  `_compute_loss` and `_get_per_token_logps_and_entropies`, appends to `_metrics`, and sets the model card's `_paper`.
 - `inputs` calls `GRPOTrainer._tokenize_prompts` on a stand-in for a trainer, `prepare_multimodal_messages` and `pad`.
 - `vllm` replaces `vllm_generation.LLM` and `vllm_generation.VLLMClient` while a trainer is made, sets
   `_last_loaded_step`, and calls `prepare_fsdp` and the Trainer's `_load_from_checkpoint`.

@@ -24,7 +24,6 @@ token, or with `mask_unsampled=False`. TRL calls the five hooks in this order, a
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -131,18 +130,6 @@ class NPOTrainer(GRPOTrainer):
         this trainer's `chat_template_kwargs`, and set it as `guidance`.
         """
         return empty_cache(self, kind)
-
-    # The memory of a replaying source is part of a checkpoint
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if isinstance(self.guidance, ReplaySource) and self.args.should_save:
-            self.guidance.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and isinstance(self.guidance, ReplaySource):
-            self.guidance.restore(Path(checkpoint))
 
     # Rollouts: gate and replacement
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 from worlds import (
     VERIFIER,
@@ -581,24 +580,6 @@ def test_a_replayed_prompt_takes_the_place_of_another_and_its_table_comes_after_
     monkeypatch.undo()
     trainer.evaluate()
     assert len(source.asked) == len(source.told) == 1, "an evaluation replays nothing"
-
-
-def test_a_resumed_trainer_has_the_memory_of_its_replaying_source(tmp_path, monkeypatch):
-    tiny = world("text")
-    rig(monkeypatch, correct_in(tiny, {uid: [0, 1] for uid in _uids(tiny, 4)}))
-    first, again = (OwnPast({row["uid"]: row for row in tiny.dataset}, 4, seed=0, start=0.25) for _ in range(2))
-    saving = {"save_strategy": "steps", "save_steps": 1}
-    trainer_of(tiny, tmp_path, steps=1, guidance=first, **saving).train()
-    assert first.begun and len(first) == 4 and not len(again)
-    restored = []
-
-    class Begun(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            restored.append((again.begun, dict(again._solved), {uid: list(kept) for uid, kept in again._kept.items()}))
-
-    second = trainer_of(tiny, tmp_path, steps=2, guidance=again, callbacks=[Begun()], **saving)
-    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert restored == [(True, first._solved, first._kept)]
 
 
 # Metrics

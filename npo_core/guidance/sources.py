@@ -42,7 +42,7 @@ class ReplaySource(GuidanceSource, Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the state beside a checkpoint."""
+        """Write the state beside a checkpoint; controllers call it, a trainer by itself does not."""
         ...
 
     def restore(self, folder: Path) -> None:

@@ -1,14 +1,17 @@
 """Policies that a measurement compares: found by step, of one architecture and tokenizer, told apart by weights."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import AutoConfig
 
 from ..guidance.fingerprints import tokenizer_digest
 from ..runs.checkpoints import checkpoint_folders
+from ..trainer.pictures import as_seen, pictures_of
 from ..world.policies import load_processor
 
 VOLATILE = {
@@ -82,6 +85,23 @@ def fingerprint(folder: str | Path) -> str:
                 stream.seek(start)
                 found.update(stream.read(2**16))
     return found.hexdigest()[:16]
+
+
+def content_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Fingerprint of what is asked: prompts, answers and pictures of the rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        asked = [row.get("prompt"), row.get("answer"), pictures_of(row)]
+        digest.update(json.dumps(asked, default=_told, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """A picture by its size and pixels; anything else that JSON does not know by its text."""
+    if not isinstance(value, Image.Image):
+        return str(value)
+    seen = as_seen(value)
+    return f"{seen.mode} {seen.size} {hashlib.sha256(seen.tobytes()).hexdigest()}"
 
 
 def _architecture(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 import importlib.util
 import io
-import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, List
-from datasets import Image as Picture
+from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
@@ -35,11 +33,9 @@ from ..world.policies import load_policy, load_processor, quiet_transformers
 from ..world.pretrained import adapter_settings, check_policy
 from ..world.sources import TEST_SEED, made_source
 from ..world.speed.heads import score_responses_alone
+from ..world.splits import unseen
 from ..world.tasks import PathVerifier, make_dataset, sample_problems
 from ..world.warmstart import base_policy_folder
-
-LEAST_TEST_ROWS = 2
-"""Test prompts that an interval needs."""
 
 HELD_OUT = "held-out"
 """Suite of test prompts that name none."""
@@ -110,61 +106,10 @@ def _own_data(config: RunConfig, processor: Any) -> tuple[Dataset, Dataset]:
         test = load_data(settings, processor, _refused(config, "test"))
         if len(test) > config.eval_problems:
             test = hold_out(test, config.eval_problems, config.data_seed)[1]
-        test = _unseen(train, test)
+        test = unseen(train, test)
     else:
         train, test = hold_out(train, config.eval_problems, config.data_seed)
     return train, _with_suites(test)
-
-
-def _unseen(train: Dataset, test: Dataset) -> Dataset:
-    """Test rows that a test can be made of, under uids that no training row has.
-
-    Raises:
-        ValueError: Fewer than an interval needs, or some that the training rows have too.
-    """
-    common = common_rows(train, test)
-    if common:
-        raise ValueError(
-            f"{len(common)} prompts are in data and in test_data, such as {test[common[0]]['uid']!r}; a test prompt "
-            "must not be trained on. Give another split (test_split) or file."
-        )
-    if len(test) < LEAST_TEST_ROWS:
-        raise ValueError(
-            f"test_data has {len(test)} rows; an interval needs {LEAST_TEST_ROWS} or more. Give more rows, or leave "
-            "test_data empty: then eval_problems rows of data are held out."
-        )
-    uids = test["uid"][:]
-    if set(train["uid"][:]).isdisjoint(uids):
-        return test
-    # rows of two splits that have no uid of their own are both counted from 0
-    return test.remove_columns("uid").add_column("uid", [f"test/{uid}" for uid in uids])
-
-
-def common_rows(train: Dataset, test: Dataset) -> list[int]:
-    """Places of the test rows that the training rows have too: prompt, answer and pictures, whatever their uids."""
-    texts, asked = _texts(train), _texts(test)
-    wanted, places = set(asked), defaultdict(list)
-    for place, text in enumerate(texts):
-        if text in wanted:
-            places[text].append(place)
-    kind = next((kind for kind in ("image", "images") if kind in test.column_names and kind in train.column_names), "")
-    return [
-        place
-        for place, text in enumerate(asked)
-        if places[text] and (not kind or _stored(test, kind, place) in [_stored(train, kind, n) for n in places[text]])
-    ]
-
-
-def _texts(rows: Dataset) -> list[str]:
-    names = [name for name in ("prompt", "answer") if name in rows.column_names]
-    return [json.dumps(list(row.values())) for row in rows.select_columns(names)]
-
-
-def _stored(rows: Dataset, kind: str, place: int) -> list[Any]:
-    """What the pictures of a row are decoded from: their bytes, or their path where those are not in the data set."""
-    plain = Picture(decode=False) if kind == "image" else List(Picture(decode=False))
-    found = rows.select([place]).select_columns([kind]).cast_column(kind, plain)[0][kind]
-    return [each["bytes"] or each["path"] for each in (found if kind == "images" else [found]) if each]
 
 
 def _reading(config: RunConfig, instruction: str) -> DataSettings:

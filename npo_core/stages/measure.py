@@ -11,8 +11,6 @@ prompt), `table.parquet` (a row per pair) and `signal.json` (fits, Δ*, calibrat
 """
 
 import gc
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from transformers import AutoConfig, PreTrainedModel
 
 from ..declaration import require
@@ -41,13 +38,12 @@ from ..runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from ..streams import MEASURED
 from ..trainer.gradients import both_sided, gradients_misfit, own_gram, require_gradients_fit, source_gradients
 from ..trainer.inputs import inherited
-from ..trainer.pictures import as_seen, pictures_of
 from ..trainer.prompts import Room, context_length, require_room
 from ..trainer.sampling import ROLLOUT_BATCH, completion_logps, sample_rollouts
 from ..world.computing import IN_FLOAT32, Computing
 from ..world.policies import placed_policy
 from ..world.pretrained import laid_out
-from .comparable import check_policies, fingerprint
+from .comparable import check_policies, content_digest, fingerprint
 
 COMPARED = ("scored", "gradients", "parameters")
 """Settings that only say how sampled rollouts are compared."""
@@ -389,20 +385,3 @@ class Measurement:
         write_table(self.folder / "table.parquet", summary.pop("table"))
         write_json(self.folder / "signal.json", summary)
         return summary
-
-
-def content_digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Fingerprint of what is asked: prompts, answers and pictures of the rows, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        asked = [row.get("prompt"), row.get("answer"), pictures_of(row)]
-        digest.update(json.dumps(asked, default=_told, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
-
-
-def _told(value: Any) -> str:
-    """A picture by its size and pixels; anything else that JSON does not know by its text."""
-    if not isinstance(value, Image.Image):
-        return str(value)
-    seen = as_seen(value)
-    return f"{seen.mode} {seen.size} {hashlib.sha256(seen.tobytes()).hexdigest()}"

@@ -149,8 +149,7 @@ class NPOTrainer(GRPOTrainer):
             mask_given(output, step.prefixes, step.void, self.accelerator)
         if step.training:
             self._log_groups(step, replaced, output["is_own"], output["advantages"])
-            recorded = self.record_rollouts and self.rollout_sink is not None
-            whole = recorded or isinstance(self.guidance, ReplaySource)
+            whole = (self.record_rollouts and self.rollout_sink is not None) or isinstance(self.guidance, ReplaySource)
             if whole or (self.guided_sink is not None and (step.guided or step.refused)):
                 output["rollout_row"] = torch.arange(len(inputs), device=replaced.device)
                 decode = partial(self.processing_class.batch_decode, skip_special_tokens=True)

@@ -26,8 +26,8 @@ from npo_core.runs.measurement import plan_pairs
 from npo_core.runs.settings import GRADIENTS, WHERE_THEY_FIT, SignalSettings
 from npo_core.stages import measure, signal_run
 from npo_core.stages import run as stages
-from npo_core.stages.comparable import check_policies, find_checkpoints
-from npo_core.stages.measure import Measurement, content_digest, with_gradients
+from npo_core.stages.comparable import check_policies, content_digest, find_checkpoints
+from npo_core.stages.measure import Measurement, with_gradients
 from npo_core.trainer import gradients
 from npo_core.trainer.gradients import both_sided, own_gram, source_gradients
 from npo_core.trainer.sampling import completion_logps

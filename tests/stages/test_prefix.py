@@ -94,7 +94,7 @@ def test_a_run_with_a_shared_beginning_ends_as_one_that_did_every_step(root, tmp
         names = [sorted(path.name for path in (run.path / kept).iterdir()) for run in (shared, alone)]
         assert names[0] == names[1]
     guided = [[path.read_text() for path in sorted((run.path / "guided").glob("*.jsonl"))] for run in (shared, alone)]
-    assert guided[0] == guided[1] and bool(guided[0]) == (taker.late_step == 0)
+    assert guided[0] == guided[1] != []
 
 
 def _same_but_for_the_clock(run):
